@@ -1,0 +1,1 @@
+"""Pairs, rendering to token ids, shards and the score store: no torch, no vLLM."""

@@ -1,0 +1,1 @@
+"""What the scores and the trained policies say: accuracy, comparison, doctor, report."""

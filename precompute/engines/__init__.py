@@ -1,0 +1,1 @@
+"""Token ids in, token log-probs out: transformers, vLLM, a vLLM server."""

@@ -1,0 +1,143 @@
+"""One typed dataclass per command: its flags, its YAML keys and its defaults in one place.
+
+A command's settings live in the `config.py` of the folder that does the work:
+
+    @dataclass(kw_only=True, slots=True)
+    class PrepareConfig:
+        '''Help of the command, with an example.'''
+        source: Annotated[str, Arg("a positional argument")]
+        out: Annotated[str, "a required option, --out"]
+        shard_pairs: Annotated[int, "an option, --shard-pairs"] = 8192
+
+`cli.py` makes the flags from it; this module merges a YAML file with flags and writes the
+result beside a command's output. Standard library and PyYAML only, so that help stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UserError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arg:
+    """Marks a field as a positional argument."""
+
+    help: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of a settings class, as flags and YAML see it."""
+
+    name: str
+    type: Any
+    help: str
+    default: Any
+    positional: bool
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+
+def settings_of(config: type) -> list[Setting]:
+    """The fields of a settings class in order, annotations resolved."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(config):
+        kind, note = typing.get_args(hints[field.name])[:2]
+        positional = isinstance(note, Arg)
+        text = note.help if positional else note
+        fields.append(Setting(field.name, kind, text, field.default, positional))
+    return fields
+
+
+def build(config: type[Config], flags: Mapping[str, Any], file: str | None = None) -> Config:
+    """The settings from given flags over a YAML file over defaults.
+
+    Raises `UserError` for a key that the command does not have, a value of the wrong type and a
+    required setting that is missing.
+    """
+    known = {setting.name: setting for setting in settings_of(config)}
+    values: dict[str, Any] = {}
+    if file is not None:
+        for key, value in _read_yaml(file).items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise UserError(
+                    f"{file}: unknown key {key!r}; this command knows {', '.join(known)}"
+                )
+            values[name] = _checked(known[name], value, file)
+    values.update(flags)
+    for setting in known.values():
+        if setting.required and setting.name not in values:
+            flag = setting.name if setting.positional else f"--{setting.name.replace('_', '-')}"
+            raise UserError(f"{flag} is missing; give it on the command line or in --config")
+    return config(**values)
+
+
+def write_resolved(config: Any, path: Path) -> None:
+    """Write every setting in force as YAML, which `--config` reads back."""
+    import yaml
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(file: str) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"--config {file}: must be a mapping of settings, not {type(values)}")
+    return values
+
+
+def _checked(setting: Setting, value: Any, file: str) -> Any:
+    """The YAML value as the field's type; YAML reads 1e-5 as text and 1 as a float's value."""
+    options = _options(setting.type)
+    if isinstance(value, list) and str in options:
+        value = ",".join(str(item) for item in value)
+    if value is None and type(None) in options:
+        return None
+    for kind in (bool, int, float, str):
+        if kind not in options:
+            continue
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if kind is str and isinstance(value, int | float):
+            return str(value)
+    if value in options:
+        return value
+    names = ", ".join(o.__name__ if isinstance(o, type) else repr(o) for o in options)
+    raise UserError(f"{file}: {setting.name} is {value!r}; it must be one of: {names}")
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The plain types and literal values that an annotation admits."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return tuple(option for part in typing.get_args(kind) for option in _options(part))
+    if origin is typing.Literal:
+        return typing.get_args(kind)
+    return (kind,)

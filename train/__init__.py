@@ -1,0 +1,1 @@
+"""Stage two: the mathematics of several references, the stream, the loop, the checkpoints."""
