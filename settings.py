@@ -77,7 +77,8 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
                     f"{file}: unknown key {key!r}; this command knows {', '.join(known)}"
                 )
             values[name] = _checked(known[name], value, file)
-    values.update(flags)
+    for name, value in flags.items():
+        values[name] = _checked(known[name], value, "command line")
     for setting in known.values():
         if setting.required and setting.name not in values:
             flag = setting.name if setting.positional else f"--{setting.name.replace('_', '-')}"
@@ -108,36 +109,38 @@ def _read_yaml(file: str) -> Mapping[str, Any]:
     return values
 
 
-def _checked(setting: Setting, value: Any, file: str) -> Any:
-    """The YAML value as the field's type; YAML reads 1e-5 as text and 1 as a float's value."""
-    options = _options(setting.type)
-    if isinstance(value, list) and str in options:
+def _checked(setting: Setting, value: Any, origin: str) -> Any:
+    """The value as the field's type; a list is taken as comma-separated text.
+
+    YAML reads 1e-5 as text and 1 as an integer, and the command line gives a union as text, so a
+    value is first matched as it is and then as what its text says.
+    """
+    admitted = options(setting.type)
+    if isinstance(value, list | tuple):
         value = ",".join(str(item) for item in value)
-    if value is None and type(None) in options:
+    if value is None and type(None) in admitted:
         return None
-    for kind in (bool, int, float, str):
-        if kind not in options:
-            continue
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if kind is str and isinstance(value, int | float):
-            return str(value)
-    if value in options:
+    if value in [option for option in admitted if not isinstance(option, type)]:
         return value
-    names = ", ".join(o.__name__ if isinstance(o, type) else repr(o) for o in options)
-    raise UserError(f"{file}: {setting.name} is {value!r}; it must be one of: {names}")
+    if type(value) in admitted:
+        return value
+    for kind in (int, float, str):
+        exact = not isinstance(value, bool) and (kind is not int or isinstance(value, str))
+        if kind in admitted and exact:
+            try:
+                return kind(value)
+            except (TypeError, ValueError):
+                continue
+    names = [option.__name__ if isinstance(option, type) else str(option) for option in admitted]
+    names = [name for name in names if name != "NoneType"]
+    raise UserError(f"{origin}: {setting.name} is {value!r}; it must be {' or '.join(names)}")
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
-    """The plain types and literal values that an annotation admits."""
+def options(kind: Any) -> tuple[Any, ...]:
+    """The plain types and literal values that an annotation admits, unions and literals opened."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return tuple(option for part in typing.get_args(kind) for option in _options(part))
+        return tuple(option for part in typing.get_args(kind) for option in options(part))
     if origin is typing.Literal:
         return typing.get_args(kind)
     return (kind,)

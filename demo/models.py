@@ -1,4 +1,4 @@
-"""Tiny references of three real architectures, each with a tokenizer and a chat template of its own.
+"""Tiny references of three real architectures, each with its own tokenizer and chat template.
 
 The demo trains them on its data and the tests use them untrained: a byte-level BPE with Llama 3's
 headers, a SentencePiece-like BPE with Mistral's [INST], a byte-level BPE with Qwen's ChatML. The
@@ -71,11 +71,9 @@ def write_reference(
     layers: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Write an untrained model with its tokenizer, as `save_pretrained` does; returns the folder."""
+    """Write an untrained model with its tokenizer as `save_pretrained` does; return the folder."""
     tokenizer = build_tokenizer(family, texts, vocab_size)
-    model = build_model(
-        family, len(tokenizer), hidden_size=hidden_size, layers=layers, seed=seed
-    )
+    model = build_model(family, len(tokenizer), hidden_size=hidden_size, layers=layers, seed=seed)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
@@ -208,5 +206,7 @@ def _add_bos(raw: Tokenizer, bos: str | None) -> None:
 
     if bos is not None:
         raw.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, raw.token_to_id(bos))]
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, raw.token_to_id(bos))],
         )

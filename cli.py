@@ -1,0 +1,141 @@
+"""The command line: `mrpo COMMAND …`, or `python cli.py COMMAND …` from a checkout.
+
+Every command is one line in `COMMANDS`: its name, the settings class that gives its flags and
+help, the function that does the work. Flags are made from the class, merged over `--config
+run.yaml`, and the function is called with the one settings object. Nothing heavy is imported
+before that call. This is the one place that turns an error into an exit code: 2 for what the user
+can mend, 130 for an interrupt; a command's own return value otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from mrpo.errors import UserError
+from mrpo.settings import Setting, build, options, settings_of
+
+COMMANDS = {
+    "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
+    "inspect": ("data.config:InspectConfig", "data.inspect:inspect"),
+    "refs": ("precompute.config:RefsConfig", "precompute.refs:refs"),
+    "precompute": ("precompute.config:PrecomputeConfig", "precompute.run:precompute"),
+    "train": ("train.config:TrainConfig", "train.run:train"),
+    "export": ("train.export_config:ExportConfig", "train.export:export"),
+    "demo": ("demo.config:DemoConfig", "demo.run:demo"),
+}
+STORE_COMMANDS = {
+    name: (f"data.store_config:{name.title()}Config", f"data.store_commands:{name}")
+    for name in ("status", "verify", "gc", "push", "pull")
+}
+CONFIG_HELP = "A YAML file of these settings; flags win over it."
+
+
+def main() -> None:
+    """The console script."""
+    # TRL's users write --learning_rate, vLLM's --tensor-parallel-size: both work everywhere.
+    arguments = [_hyphened(argument) for argument in sys.argv[1:]]
+    try:
+        code = application()(arguments, prog_name="mrpo", standalone_mode=False)
+    except (UserError, typer.TyperException) as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def application() -> typer.Typer:
+    """All commands with their help, as a Typer application."""
+    look: dict[str, Any] = {
+        "no_args_is_help": True,
+        "add_completion": False,
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": "markdown",
+    }
+    app = typer.Typer(
+        help="Fine-tune a language model on preference pairs with several reference models. "
+        "The way: `prepare` pairs, `precompute` the references' scores once, `train` as often "
+        "as you like.",
+        **look,
+    )
+    store = typer.Typer(help="Look after the score store.", **look)
+    for group, commands in ((app, COMMANDS), (store, STORE_COMMANDS)):
+        for name, (config, function) in commands.items():
+            group.command(name)(_command(_load(config), function))
+    app.add_typer(store, name="store")
+    return app
+
+
+def _command(config: type, function: str) -> Callable[..., int]:
+    """A function whose signature gives Typer the flags of a settings class."""
+    settings = settings_of(config)
+
+    def invoke(context: typer.Context, **values: Any) -> int:
+        given = {
+            name: value
+            for name, value in values.items()
+            if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+        }
+        file = given.pop("config", None)
+        return _load(function)(build(config, given, file)) or 0
+
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    ]
+    parameters += [_parameter(setting) for setting in settings]
+    note = Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)]
+    parameters.append(
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=note)
+    )
+    invoke.__doc__ = inspect.getdoc(config)
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return invoke
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """One field as Typer sees it. Nothing is required here: `--config` may give it."""
+    kinds = [kind for kind in options(setting.type) if kind is not type(None)]
+    literals = all(not isinstance(kind, type) for kind in kinds)
+    # Typer knows no unions: `float | Literal["none"]` is read as text and checked by `build`.
+    kind: Any = kinds[0] if len(kinds) == 1 and not literals else str
+    if literals:
+        kind = typing.Literal[tuple(kinds)]
+    flag = f"--{setting.name.replace('_', '-')}"
+    text = f"{setting.help} [required]" if setting.required else setting.help
+    default = None if setting.required else setting.default
+    if setting.positional:
+        note: Any = typer.Argument(help=setting.help, show_default=False)
+    elif kind is bool:
+        note = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
+    else:
+        note = typer.Option(flag, help=text)
+    annotation: Any = Annotated[kind | None if default is None else kind, note]
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _load(path: str) -> Any:
+    """`folder.module:name` inside the package."""
+    module, name = path.split(":")
+    return getattr(import_module(f"mrpo.{module}"), name)
+
+
+def _hyphened(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Flags and YAML make the same settings; what does not fit is refused in one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+
+from mrpo.errors import UserError
+from mrpo.settings import Arg, build, settings_of, write_resolved
+
+
+@dataclass(kw_only=True, slots=True)
+class Example:
+    """An example of every kind of field."""
+
+    source: Annotated[str, Arg("where from")]
+    rate: Annotated[float, "a rate"] = 0.1
+    steps: Annotated[int | None, "how many"] = None
+    kind: Annotated[Literal["a", "b"], "which"] = "a"
+    clip: Annotated[float | Literal["none"], "a number or none"] = 0.5
+    fast: Annotated[bool, "quickly"] = False
+    refs: Annotated[str | None, "a list"] = None
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("source: here\nrate: 1e-5\nsteps: 3\nrefs: [a, b]\nclip: none\n")
+    example = build(Example, {"steps": 4, "clip": "0.25"}, str(file))
+    assert example == Example(source="here", rate=1e-5, steps=4, refs="a,b", clip=0.25)
+
+
+def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
+    example = Example(source="x", rate=2, kind="b", clip="none", fast=True)
+    write_resolved(example, tmp_path / "deep" / "run.yaml")
+    assert build(Example, {}, str(tmp_path / "deep" / "run.yaml")) == example
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sauce: x", ["unknown key 'sauce'", "source"]),
+        ("source: x\nsteps: many", ["steps is 'many'", "int"]),
+        ("source: x\nsteps: 1.5", ["steps is 1.5", "int"]),
+        ("source: x\nkind: c", ["kind is 'c'", "a or b"]),
+        ("source: x\nfast: 3", ["fast is 3", "bool"]),
+        ("rate: 1", ["source is missing"]),
+        ("- a list", ["mapping"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        build(Example, {}, str(file))
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_field_knows_its_help_and_default() -> None:
+    settings = {setting.name: setting for setting in settings_of(Example)}
+    assert settings["source"].positional
+    assert settings["source"].required
+    assert settings["rate"].help == "a rate"
+    assert settings["rate"].default == 0.1
