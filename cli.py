@@ -42,9 +42,15 @@ def main() -> None:
     arguments = [_hyphened(argument) for argument in sys.argv[1:]]
     try:
         code = application()(arguments, prog_name="mrpo", standalone_mode=False)
-    except (UserError, typer.TyperException) as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"error: {message}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        message = error.format_message().rstrip(".")
+        if message:  # none where a group was called without a command: its help was shown
+            way_out = f"; see `{context.command_path} --help`" if context else ""
+            print(f"error: {message}{way_out}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
