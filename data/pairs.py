@@ -1,0 +1,98 @@
+"""A preference pair, and the id by which every part of the project knows it.
+
+A pair is a prompt with a chosen and a rejected response: all three are text, or all three are
+lists of chat messages. The id is a digest of the content alone, so the same pair has the same id
+in any file format, data set, order or shard, and its scores are found again everywhere.
+
+`formats.py` makes pairs from raw rows, `shards.py` keeps them on disk, `rendering.py` turns them
+into token ids.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+Message = dict[str, Any]  # {"role": …, "content": …, further fields of the chat template}
+Turns = str | list[Message]
+
+ID_BYTES = 16
+
+_ENCODER = json.JSONEncoder(
+    ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference pair: everything a renderer needs, and where the pair came from.
+
+    `chosen` and `rejected` hold what follows the prompt only: a text, or assistant messages.
+    `source` and `split` ("train" or "validation") do not belong to the id.
+    """
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    source: str = ""
+    split: str = "train"
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+    @property
+    def id(self) -> bytes:
+        """16 bytes; computed anew at each access, shards keep it in a column."""
+        return pair_id(self)
+
+
+def pair_id(pair: Pair) -> bytes:
+    """The first 16 bytes of SHA-256 over the canonical JSON of what makes the pair.
+
+    Raises `UnicodeEncodeError` for text that UTF-8 cannot hold (lone surrogates), and
+    `ValueError` for a number that JSON cannot.
+    """
+    content = {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "tools": pair.tools,
+        "chat_template_kwargs": pair.chat_template_kwargs,
+    }
+    return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, no spaces, null fields removed, and text exactly as it is."""
+    text = _ENCODER.encode(value)
+    # Most values hold no null at all, and then the word does not occur: spare them the walk.
+    return _ENCODER.encode(without_nulls(value)) if "null" in text else text
+
+
+def without_nulls(value: Any) -> Any:
+    """The value with null fields of objects removed, at any depth; nulls in lists stay."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def response_bytes(turns: Turns) -> int:
+    """UTF-8 bytes of a response's contents: the unit of `--normalize byte`.
+
+    Tool calls count with their canonical JSON, so that a response that is one has a length.
+    """
+    if isinstance(turns, str):
+        return len(turns.encode())
+    total = 0
+    for message in turns:
+        total += len((message.get("content") or "").encode())
+        if message.get("tool_calls"):
+            total += len(canonical_json(message["tool_calls"]).encode())
+    return total
