@@ -57,13 +57,15 @@ def pair_id(pair: Pair) -> bytes:
     Raises `UnicodeEncodeError` for text that UTF-8 cannot hold (lone surrogates), and
     `ValueError` for a number that JSON cannot.
     """
-    content = {
+    content: dict[str, Any] = {
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
-        "tools": pair.tools,
-        "chat_template_kwargs": pair.chat_template_kwargs,
     }
+    if pair.tools is not None:
+        content["tools"] = pair.tools
+    if pair.chat_template_kwargs is not None:
+        content["chat_template_kwargs"] = pair.chat_template_kwargs
     return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
 
 
