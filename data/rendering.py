@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .templates import ChatTemplate, Refusal, RenderedText
+from .rendering_template import ChatTemplate, Refusal, RenderedText
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
