@@ -1,0 +1,186 @@
+"""The scores of one reference: immutable Parquet files named by their pairs and their bytes.
+
+`<store>/<identity>/scores/<unit>-<digest>.parquet`. A file that is there is complete; of two rows
+for a pair, the one in the file that sorts first by name counts, for every reader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from .digests import digest_of, unit_of
+from .ids import ID_DTYPE, IdArray, IdIndex, ids_to_numpy
+from .store_files import Files
+from .store_schema import SCORE_SCHEMA, checked, to_bytes
+
+SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
+BAD = ".bad"
+
+
+class ReferenceScores:
+    """What the store holds under one identity. Reading lists the folder anew each time."""
+
+    def __init__(self, files: Files, identity: str) -> None:
+        self._files = files
+        self._folder = f"{identity}/scores"
+        self._leases = f"{identity}/leases"
+        self._known = _KnownIds()
+
+    def names(self) -> list[str]:
+        """The score files in the order that decides between two rows for a pair."""
+        return sorted(name for name in self._files.names(self._folder) if is_score_file(name))
+
+    def num_bytes(self) -> int:
+        sizes = self._files.names(self._folder)
+        return sum(size for name, size in sizes.items() if is_score_file(name))
+
+    def num_rows(self) -> int:
+        """Rows by the files' footers; a row written twice by racing writers counts twice."""
+
+        def rows(name: str) -> int:
+            with self._open(name) as file:
+                return int(file.metadata.num_rows)
+
+        return sum(_parallel(rows, self.names()))
+
+    def pair_ids(self) -> IdArray:
+        """Every pair with a row, scored or permanently missing, once: [n] of 16 bytes."""
+        parts = _parallel(self._ids, self.names())
+        ids = np.concatenate(parts) if parts else np.empty(0, ID_DTYPE)
+        return ids[IdIndex(ids).firsts()]
+
+    def missing(self, ids: IdArray) -> np.ndarray:
+        """Which of the pairs have no row yet, [n] bool. Files that appear are read once."""
+        new = [name for name in self.names() if name not in self._known.names]
+        self._known.add(new, _parallel(self._ids, new))
+        return ~self._known.contains(ids)
+
+    def add(self, table: pa.Table) -> str:
+        """Keep rows of `SCORE_SCHEMA` for good; returns the file's name.
+
+        Complete and on the disk when this returns; on an error nothing of it is there. Raises
+        `UserError` for a score that is neither finite nor has its reason.
+        """
+        table = checked(table)
+        data = to_bytes(table)
+        name = f"{unit_of(ids_to_numpy(table['pair_id']))}-{digest_of(data)}.parquet"
+        self._files.write(f"{self._folder}/{name}", data)
+        return name
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row for each pair, in the order of the files."""
+        wanted = list(SCORE_SCHEMA.names if columns is None else columns)
+        parts = list(self.tables(list(dict.fromkeys(["pair_id", *wanted]))))
+        if not parts:
+            return SCORE_SCHEMA.empty_table().select(wanted)
+        table = pa.concat_tables(parts, promote_options="default")
+        firsts = IdIndex(ids_to_numpy(table["pair_id"])).firsts()
+        if len(firsts) < len(table):
+            table = table.take(firsts)
+        return table.select(wanted)
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The files' rows in the deciding order, each file's digest checked before it is used.
+
+        Raises `UserError` at a damaged file.
+        """
+        for name in self.names():
+            data = self._files.read(f"{self._folder}/{name}")
+            if not intact(name, data):
+                raise UserError(self._damage(name))
+            yield pq.read_table(pa.BufferReader(data), columns=list(columns))
+
+    def damaged(self) -> list[str]:
+        """Files whose bytes are not those that their name says; changes nothing."""
+        names = self.names()
+
+        def damaged(name: str) -> bool:
+            try:
+                return not intact(name, self._files.read(f"{self._folder}/{name}"))
+            except OSError:  # a bad sector: as lost as a flipped bit
+                return True
+
+        return [name for name, bad in zip(names, _parallel(damaged, names)) if bad]
+
+    def check(self) -> list[str]:
+        """Set damaged files aside as `….bad`, so that their rows are scored again; their names."""
+        names = self.damaged()
+        for name in names:
+            self._files.rename(f"{self._folder}/{name}", f"{self._folder}/{name}{BAD}")
+        self._known = _KnownIds()
+        return names
+
+    def lease(self, unit: str) -> contextlib.AbstractContextManager[bool]:
+        """Claim a unit of work against other processes on this machine: yields whether it is ours.
+
+        Gone with its process. It saves double work and no more: a race costs a second row.
+        """
+        assert re.fullmatch(r"[0-9a-f]{32}", unit), unit
+        return self._files.lease(f"{self._leases}/{unit}")
+
+    def _ids(self, name: str) -> IdArray:
+        with self._open(name) as file:
+            return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
+
+    def _open(self, name: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self._files.open(f"{self._folder}/{name}"))
+        except pa.ArrowInvalid:
+            raise UserError(self._damage(name)) from None
+
+    def _damage(self, name: str) -> str:
+        return (
+            f"{self._files.root}/{self._folder}/{name}: damaged (its bytes are not those of its "
+            "name); `mrpo precompute` sets it aside and scores its rows again"
+        )
+
+
+class _KnownIds:
+    """Ids of the files read so far, in a few indexes of growing size.
+
+    Merging neighbours of like size keeps appending cheap: a worker looks again after every file.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._parts: list[tuple[IdArray, IdIndex]] = []
+
+    def add(self, names: list[str], ids: list[IdArray]) -> None:
+        if not names:
+            return
+        self.names.update(names)
+        new = np.concatenate(ids)
+        while self._parts and len(self._parts[-1][0]) < 2 * len(new):
+            new = np.concatenate([self._parts.pop()[0], new])
+        self._parts.append((new, IdIndex(new)))
+
+    def contains(self, ids: IdArray) -> np.ndarray:
+        known = np.zeros(len(ids), dtype=bool)
+        for _, index in self._parts:
+            known |= index.find(ids) >= 0
+        return known
+
+
+def is_score_file(name: str) -> bool:
+    return SCORE_FILE.fullmatch(name) is not None
+
+
+def intact(name: str, data: bytes) -> bool:
+    """Whether a score file's bytes are those that its name says."""
+    match = SCORE_FILE.fullmatch(name)
+    return match is not None and match[1] == digest_of(data)
+
+
+def _parallel(function, names):  # type: ignore[no-untyped-def]
+    """Hashing and reading release the interpreter's lock, so threads are enough."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, names))
