@@ -1,0 +1,126 @@
+"""The attention that packed rows run: torch's sdpa pair by pair, or FlexAttention on a GPU.
+
+Registered with transformers under two names. Every packable architecture hands its attention
+function the layer's own sliding window and whatever keyword the decoder was called with, so the
+masks of a packed row travel as one keyword, `packed`, and each layer picks the one of its window.
+Without that keyword (generation, padded rows) these are transformers' functions with one repair:
+its sdpa leaves out the softcap of attention scores that Gemma 2 was trained with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import flex_attention_mask, sdpa_mask
+
+from .masks import block_mask, dense_mask
+from .packing import Batch
+
+SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"
+
+
+class PackedMasks:
+    """The masks of one packed row, made once for each sliding window that some layer has."""
+
+    def __init__(self, batch: Batch) -> None:
+        assert batch.spans is not None, "the batch is not packed"
+        self.batch = batch
+        self.spans = batch.spans
+        self._blocks: dict[int | None, BlockMask] = {}
+        self._dense: dict[int | None, list[Tensor]] = {}
+
+    def blocks(self, window: int | None) -> BlockMask:
+        """FlexAttention's mask of the whole row."""
+        if window not in self._blocks:
+            self._blocks[window] = block_mask(self.batch, window)
+        return self._blocks[window]
+
+    def dense(self, window: int | None) -> list[Tensor]:
+        """The boolean mask [1, 1, l, l] of each pair by itself."""
+        if window not in self._dense:
+            self._dense[window] = [dense_mask(self.batch, window, *span) for span in self.spans]
+        return self._dense[window]
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    packed: PackedMasks | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of queries [B, H, L, D] over keys and values [B, H_kv, L, D], as [B, L, H, D].
+
+    Pairs of a packed row never see each other, so each is computed by itself: the cost grows with
+    the pairs' own lengths, not with the row's (measured: 5 times faster at 7 pairs of 211 tokens
+    than one sdpa under the row's dense mask).
+    """
+    if packed is None and softcap is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if packed is not None:
+        sizes = [stop - start for start, stop in packed.spans]
+        parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
+        masks = packed.dense(sliding_window)
+        output = torch.cat(
+            [_attend(*part, mask, scaling, softcap) for part, mask in zip(parts, masks)], dim=2
+        )
+    else:
+        if attention_mask is None:
+            attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        output = _attend(query, key, value, attention_mask, scaling, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """softmax(cap(q k^T * scaling) | mask) v; softmax in float32 as transformers' own."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    scores = scores.masked_fill(~mask, float("-inf"))
+    accuracy = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=accuracy).to(value.dtype) @ value
+
+
+def flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    sliding_window: int | None = None,
+    packed: PackedMasks | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As `sdpa_attention`, through transformers' FlexAttention, which knows softcap itself."""
+    mask = attention_mask if packed is None else packed.blocks(sliding_window)
+    return flex_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+AttentionInterface.register(SDPA, sdpa_attention)
+AttentionInterface.register(FLEX, flex_attention)
+AttentionMaskInterface.register(SDPA, sdpa_mask)
+AttentionMaskInterface.register(FLEX, flex_attention_mask)
