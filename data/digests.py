@@ -1,26 +1,17 @@
-"""Digests that name things: canonical JSON for manifests, SHA-256 for bytes and sets of pair ids.
+"""Digests that name things in the store: identities, units of pairs, the bytes of files.
 
-Used by the store for identities, units and file names, so that equal content has an equal name
-whatever wrote it.
+Equal content has an equal name, whatever wrote it. All are heads of SHA-256, printed as hex.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 import numpy as np
 
 from .ids import IdArray, halves
-
-
-def canonical_json(value: Any) -> bytes:
-    """UTF-8, sorted keys, no spaces, no NaN: the same bytes for the same value everywhere."""
-    text = json.dumps(
-        value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    )
-    return text.encode()
+from .pairs import canonical_json
 
 
 def digest_of(data: bytes | memoryview) -> str:
@@ -30,7 +21,7 @@ def digest_of(data: bytes | memoryview) -> str:
 
 def identity_of(inputs: Any) -> str:
     """The name of what makes a reference's scores: a digest of the inputs as canonical JSON."""
-    return digest_of(canonical_json(inputs))
+    return digest_of(canonical_json(inputs).encode())
 
 
 def unit_of(pair_ids: IdArray) -> str:

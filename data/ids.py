@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-ID_BYTES = 16
+from .pairs import ID_BYTES
+
 ID_DTYPE = np.dtype("V16")
 ID_TYPE = pa.binary(ID_BYTES)
 

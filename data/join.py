@@ -1,0 +1,209 @@
+"""Scores of several references beside the pairs: what training reads, and all that it reads.
+
+`join` writes one file for each shard of pairs, row for row, so that a trainer streams both side
+by side and a store that grows meanwhile changes nothing. One reference is in memory at a time.
+
+    ref_chosen_logps, ref_rejected_logps    [K] float64 nats, NaN where permanently missing
+    ref_chosen_tokens, ref_rejected_tokens  [K] int32, null where unknown
+    reasons                                 [K] text, null where there is a score
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from .digests import digest_of
+from .ids import IdIndex, ids_to_arrow, ids_to_numpy
+from .store import SCORE_SCHEMA, ReferenceRecord, Store
+from .store_files import LocalFiles
+
+if TYPE_CHECKING:
+    from .shards import PairShards
+
+MANIFEST = "joined.json"
+ROW_GROUP = 8192  # rows: a reader of part of a file holds no more than this
+JOINED = {
+    "ref_chosen_logps": "chosen_logp",
+    "ref_rejected_logps": "rejected_logp",
+    "ref_chosen_tokens": "chosen_tokens",
+    "ref_rejected_tokens": "rejected_tokens",
+    "reasons": "reason",
+}
+VALUES = tuple(JOINED.values())
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedReference:
+    """A column of the joined scores: which reference it is, and what it could not score."""
+
+    alias: str
+    identity: str
+    entry: dict[str, Any]
+    missing: dict[str, int]  # permanently missing pairs by reason
+
+
+class JoinedScores:
+    """A folder that `join` wrote. Shards are those of the pairs, in their order."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: holds no joined scores; start the run anew") from None
+        self.references = [JoinedReference(**entry) for entry in manifest["references"]]
+        self.names: list[str] = [entry["name"] for entry in manifest["files"]]
+        self.rows: list[int] = [entry["rows"] for entry in manifest["files"]]
+        self._digests: list[str] = [entry["digest"] for entry in manifest["files"]]
+
+    @property
+    def aliases(self) -> list[str]:
+        return [reference.alias for reference in self.references]
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(self.rows)
+
+    def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A shard's rows. Raises `UserError` where its bytes are not those that were written."""
+        path = self.path / self.names[shard]
+        data = path.read_bytes()
+        if digest_of(data) != self._digests[shard]:
+            raise UserError(f"{path}: damaged; delete {self.path} and start the run anew")
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def matrix(table: pa.Table, name: str) -> np.ndarray:
+    """A `[K]` number column of a joined table as float64 [n, K], NaN where null."""
+    values = table[name].combine_chunks()
+    flat = values.flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float64).reshape(len(table), values.type.list_size)
+
+
+def join(
+    pairs: PairShards,
+    store: Store,
+    records: Sequence[ReferenceRecord],
+    out: Path,
+    *,
+    refs_config: str = "configs/refs.yaml",
+) -> JoinedScores:
+    """Write every pair's scores under `records` into the folder `out`, which appears complete.
+
+    Raises `UserError` with the precompute line to run where a pair is not yet scored.
+    """
+    assert records, "nothing to join"
+    out = Path(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        unscored: dict[str, int] = {}
+        references = []
+        for column, record in enumerate(records):
+            folder = partial / f"column-{column}"
+            folder.mkdir()
+            reference, absent = _gather(pairs, store, record, folder)
+            references.append(reference)
+            if absent:
+                unscored[record.alias] = absent
+        if unscored:
+            raise UserError(_unscored(pairs, store, unscored, refs_config))
+        files = [_merge(pairs, shard, len(records), partial) for shard in range(len(pairs.names))]
+        manifest = {"references": [asdict(entry) for entry in references], "files": files}
+        for column in range(len(records)):
+            shutil.rmtree(partial / f"column-{column}")
+        content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        LocalFiles(partial).write(MANIFEST, content.encode())
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return JoinedScores(out)
+
+
+class _Column:
+    """One reference's scores in memory, to be taken in any order: about 60 bytes a pair."""
+
+    def __init__(self, store: Store, record: ReferenceRecord) -> None:
+        empty = SCORE_SCHEMA.empty_table().select(["pair_id", *VALUES])
+        ids, values = [ids_to_numpy(empty["pair_id"])], [empty.drop_columns("pair_id")]
+        for table in store.scores(record.identity).tables(["pair_id", *VALUES]):
+            ids.append(ids_to_numpy(table["pair_id"]))
+            values.append(table.drop_columns("pair_id"))
+        # The index takes the first of equal ids, and tables come in the order that decides.
+        self.index = IdIndex(np.concatenate(ids))
+        self.values = pa.concat_tables(values)
+
+
+def _gather(
+    pairs: PairShards, store: Store, record: ReferenceRecord, folder: Path
+) -> tuple[JoinedReference, int]:
+    """Write one reference's rows in the order of the pairs; returns how many are not scored."""
+    column = _Column(store, record)
+    unscored, missing = 0, Counter[str]()
+    for shard in range(len(pairs.names)):
+        places = column.index.find(pairs.pair_ids(shard))
+        unscored += int((places < 0).sum())
+        if unscored:
+            continue  # the join fails; only the count is still of use
+        rows = column.values.take(pa.array(places))
+        missing.update(rows["reason"].drop_null().to_pylist())
+        pq.write_table(rows, folder / f"{shard}.parquet", compression="none")
+    return (
+        JoinedReference(record.alias, record.identity, dict(record.entry), dict(missing)),
+        unscored,
+    )
+
+
+def _merge(pairs: PairShards, shard: int, num_references: int, folder: Path) -> dict[str, Any]:
+    """Write one joined shard from the references' rows; returns its line of the manifest."""
+    columns = [
+        pq.read_table(folder / f"column-{k}" / f"{shard}.parquet") for k in range(num_references)
+    ]
+    table = pa.table(
+        {"pair_id": ids_to_arrow(pairs.pair_ids(shard))}
+        | {name: _side_by_side(columns, value) for name, value in JOINED.items()}
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    name = pairs.names[shard]
+    (folder / name).write_bytes(sink.getbuffer())
+    return {"name": name, "rows": len(table), "digest": digest_of(sink.getbuffer())}
+
+
+def _side_by_side(columns: list[pa.Table], name: str) -> pa.Array:
+    """K columns [n] as one [n, K]; a missing log-prob becomes NaN, other values stay null."""
+    parts = [column[name].combine_chunks() for column in columns]
+    if pa.types.is_floating(parts[0].type):
+        parts = [part.fill_null(float("nan")) for part in parts]
+    n, k = len(parts[0]), len(parts)
+    order = np.arange(n * k).reshape(k, n).T.reshape(-1)  # pair by pair
+    flat = pa.concat_arrays(parts).take(pa.array(order))
+    return pa.FixedSizeListArray.from_arrays(flat, k)
+
+
+def _unscored(pairs: PairShards, store: Store, unscored: dict[str, int], refs_config: str) -> str:
+    counts = ", ".join(f"{count} for {alias}" for alias, count in unscored.items())
+    options = {
+        "--pairs": str(pairs.path),
+        "--refs": ",".join(unscored),
+        "--refs-config": refs_config,
+        "--store": store.root,
+    }
+    line = shlex.join(["mrpo", "precompute", *(part for item in options.items() for part in item)])
+    return f"{pairs.path}: pairs not yet scored in {store.root}: {counts}; run: {line}"
