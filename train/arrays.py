@@ -1,0 +1,49 @@
+"""One body for torch tensors and numpy arrays: the array API standard, through array_api_compat.
+
+The functions of `virtual.py`, `weightings.py` and `losses.py` are written once against
+`array_namespace(x)`. Reference arithmetic is float64 whatever comes in, because the difference
+of two log-probs of −10,000 has only three digits in float32; results go back to the dtype that
+came in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from array_api_compat import array_namespace, device
+
+Array: TypeAlias = Any
+"""A torch tensor or a numpy array (or any other array of the standard)."""
+
+
+def in_float64(array: Array) -> Array:
+    """The array in float64, or in float32 on a device that has no float64 (Apple's MPS)."""
+    xp = array_namespace(array)
+    narrow = getattr(device(array), "type", None) == "mps"
+    return xp.astype(array, xp.float32 if narrow else xp.float64, copy=False)
+
+
+def like(values: Any, array: Array) -> Array:
+    """`values` (a list, a number, an array) with the namespace, dtype and device of `array`."""
+    xp = array_namespace(array)
+    if hasattr(values, "shape") and array_namespace(values) is xp and values.dtype == array.dtype:
+        return values
+    return xp.asarray(values, dtype=array.dtype, device=device(array))
+
+
+def present_in_both(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
+    """[N, K] bool: where a reference has scored both responses of a pair."""
+    xp = array_namespace(ref_chosen_logps)
+    return ~(xp.isnan(ref_chosen_logps) | xp.isnan(ref_rejected_logps))
+
+
+def normalized(weights: Array, present: Array) -> Array:
+    """[N, K]: weights over the references present, summing to 1 in each row.
+
+    A row where nothing is left to divide by, and a negative weight, have no meaning: NaN.
+    """
+    xp = array_namespace(weights)
+    nan = like(float("nan"), weights)
+    kept = xp.where(present, xp.where(weights >= 0, weights, nan), like(0.0, weights))
+    total = xp.sum(kept, axis=-1, keepdims=True)
+    return kept / xp.where(total > 0, total, nan)
