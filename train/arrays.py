@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_array_api_obj, to_device
+
+from ..errors import UserError
 
 Array: TypeAlias = Any
 """A torch tensor or a numpy array (or any other array of the standard)."""
@@ -23,12 +25,33 @@ def in_float64(array: Array) -> Array:
     return xp.astype(array, xp.float32 if narrow else xp.float64, copy=False)
 
 
-def like(values: Any, array: Array) -> Array:
-    """`values` (a list, a number, an array) with the namespace, dtype and device of `array`."""
+def floating(array: Array) -> Array:
+    """The array itself if it holds real floating-point numbers, else as float64."""
     xp = array_namespace(array)
-    if hasattr(values, "shape") and array_namespace(values) is xp and values.dtype == array.dtype:
-        return values
+    return array if xp.isdtype(array.dtype, "real floating") else in_float64(array)
+
+
+def like(values: Any, array: Array) -> Array:
+    """`values` (a number, a list, an array) with the namespace, dtype and device of `array`.
+
+    Gradients pass. An array of integers stands for one of float64.
+    """
+    array = floating(array)
+    xp = array_namespace(array)
+    if is_array_api_obj(values) and array_namespace(values) is xp:
+        return to_device(xp.astype(values, array.dtype, copy=False), device(array))
     return xp.asarray(values, dtype=array.dtype, device=device(array))
+
+
+def weights_like(weights: Any, logps: Array) -> Array:
+    """Weights [K] or [N, K] to go with log-probs [N, K], checked to have one column for each."""
+    alpha = like(weights, logps)
+    if alpha.ndim == 0 or alpha.shape[-1] != logps.shape[-1]:
+        raise UserError(
+            f"weights of shape {tuple(alpha.shape)} do not go with log-probs of shape "
+            f"{tuple(logps.shape)}; give one weight for each reference, [K] or [N, K]"
+        )
+    return alpha
 
 
 def present_in_both(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:

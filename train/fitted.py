@@ -97,10 +97,10 @@ def fit_weights(
     full = _non_negative_logistic(scaled, ones, np.zeros(scaled.shape[1]))
     fold = _fold_of(prompts, folds)
     fold_fits = [_non_negative_logistic(scaled, ones * (fold != f), full) for f in range(folds)]
-    intervals, drop = None, ()
+    intervals: np.ndarray | None = None
+    drop: tuple[int, ...] = ()
     if bootstrap:
-        resampled = _bootstrap(scaled, prompts, full, bootstrap, seed)
-        intervals, drop = _intervals(resampled)
+        intervals, drop = _intervals(_bootstrap(scaled, prompts, full, bootstrap, seed))
     return FittedWeights(
         weights=_sum_to_one(full),
         coefficients=full / scale,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array_api_compat import array_namespace
 
 from ..errors import UserError
-from .arrays import Array, in_float64, like, normalized, present_in_both
+from .arrays import Array, floating, in_float64, like, normalized, present_in_both, weights_like
 
 
 def preference_loss(
@@ -55,7 +55,7 @@ def preference_loss(
     >>> bool(np.isclose(loss[0], np.log(4/3)))
     True
     """
-    policy = policy_chosen_logps - policy_rejected_logps
+    policy = floating(policy_chosen_logps - policy_rejected_logps)
     virtual = in_float64(virtual_chosen_logps) - in_float64(virtual_rejected_logps)
     return margin_loss(policy - like(virtual, policy), beta, loss_type, label_smoothing)
 
@@ -91,11 +91,11 @@ def multi_dpo_loss(
     >>> bool(np.isclose(loss[0], (np.log(4/3) + np.log(2)) / 2))
     True
     """
-    policy = (policy_chosen_logps - policy_rejected_logps)[..., None]
+    policy = floating(policy_chosen_logps - policy_rejected_logps)[..., None]
     xp = array_namespace(policy)
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
     present = present_in_both(chosen, rejected)
-    alpha = like(normalized(like(weights, chosen), present), policy)
+    alpha = like(normalized(weights_like(weights, chosen), present), policy)
     virtual = like(xp.where(present, chosen - rejected, like(0.0, chosen)), policy)
     return xp.sum(alpha * margin_loss(policy - virtual, beta, loss_type, label_smoothing), axis=-1)
 

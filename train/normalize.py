@@ -38,13 +38,12 @@ def normalize_logps(logps: Array, normalize: str, tokens: Array, response_bytes:
     check_normalize(normalize)
     if normalize == "none":
         return logps
-    if normalize == "token":
-        # A missing reference counts 0 tokens; its log-prob is NaN and stays so.
-        xp = array_namespace(logps)
-        counts = like(tokens, logps)
-        return logps / xp.where(xp.isnan(logps), like(1.0, logps), counts)
-    sizes = like(response_bytes, logps)
-    return logps / (sizes[:, None] if logps.ndim == 2 else sizes)
+    xp = array_namespace(logps)
+    units = like(tokens if normalize == "token" else response_bytes, logps)
+    if units.ndim < logps.ndim:
+        units = units[..., None]
+    # Where a reference is missing its token count may be anything; its log-prob stays NaN.
+    return logps / xp.where(units > 0, units, like(float("nan"), logps))
 
 
 def check_normalize(normalize: str) -> None:

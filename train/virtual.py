@@ -11,7 +11,7 @@ from __future__ import annotations
 from array_api_compat import array_namespace
 
 from ..errors import UserError
-from .arrays import Array, in_float64, like, normalized, present_in_both
+from .arrays import Array, in_float64, like, normalized, present_in_both, weights_like
 
 
 def ctro_clip(
@@ -115,7 +115,7 @@ def virtual_reference(ref_logps: Array, weights: Array, kind: str = "harmonic") 
     logps = in_float64(ref_logps)
     xp = array_namespace(logps)
     present = ~xp.isnan(logps)
-    alpha = normalized(like(weights, logps), present)
+    alpha = normalized(weights_like(weights, logps), present)
     filled = xp.where(present, logps, like(0.0, logps))  # weight 0 there: any finite number does
     return like(KINDS[kind](filled, alpha), ref_logps)
 
@@ -146,5 +146,5 @@ KINDS = {"harmonic": harmonic, "geometric": geometric, "arithmetic": arithmetic}
 def _clip(logps: Array, epsilon: Array) -> Array:
     """[N, K] into the region around column 0; minimum and maximum hand a NaN on."""
     xp = array_namespace(logps)
-    base = logps[:, :1]
+    base = logps[..., :1]
     return xp.maximum(xp.minimum(logps, (1 - epsilon) * base), (1 + epsilon) * base)

@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from ..errors import UserError
-from .arrays import Array, in_float64, like, normalized, present_in_both
+from .arrays import Array, floating, in_float64, like, normalized, present_in_both
 
 
 def uniform_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
@@ -28,7 +28,7 @@ def uniform_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array
     """
     present = present_in_both(ref_chosen_logps, ref_rejected_logps)
     xp = array_namespace(ref_chosen_logps)
-    return normalized(xp.ones_like(ref_chosen_logps), present)
+    return normalized(xp.ones_like(floating(ref_chosen_logps)), present)
 
 
 def arwc_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
