@@ -4,9 +4,10 @@ A pair's text (a chat template's, or plain prompt and response) is tokenised who
 added special tokens, and split by character offset where the prompt ends:
 
     <s>[INST] What is 2 + 2? [/INST] It is 4.</s>
-    |------------ prompt ----------||-- scored --|    "</s>" is the end of turn
+    |---------- prompt -----------||-- scored --|    "</s>" is the end of turn
 
-A token across the boundary belongs to the response. Nothing is ever truncated.
+A token across the boundary belongs to the response. Nothing is ever truncated. The text comes from
+`rendering_template.py`, the characters under a token from `rendering_tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from .rendering_template import ChatTemplate, Refusal, RenderedText
+from .rendering_tokenizer import bare_backend, bos_in_use, load_tokenizer, require_offsets, spans
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
     from .pairs import Pair
@@ -49,8 +50,18 @@ class RenderedPair:
     shared: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExplainedSequence:
+    """One branch as `mrpo inspect` shows it: text, tokens and the characters under each token."""
+
+    rendered: RenderedText
+    sequence: RenderedSequence
+    tokens: list[str]
+    spans: list[tuple[int, int]]  # per token; empty at 0 and at the end for an added BOS and EOS
+
+
 class Renderer:
-    """Renders pairs for one model. Picklable, and free of state that rendering would change."""
+    """Renders pairs for one model. Picklable; rendering one pair never depends on another."""
 
     def __init__(
         self,
@@ -60,22 +71,13 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises `UserError` for a tokenizer without offsets and a template that can't be used."""
-        name = tokenizer.name_or_path or "the model"
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"tokenizer of {name} ({type(tokenizer).__name__}) gives no character offsets, "
-                "which scoring needs; use a model with a fast tokenizer (tokenizer.json)"
-            )
+        require_offsets(tokenizer)
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, chat_template, dict(chat_template_kwargs or {}))
-        self._backend = _bare(tokenizer.backend_tokenizer)
-        self._special_ids = {
-            *tokenizer.all_special_ids,
-            *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
-        }
-        self._bos = _bos_in_use(tokenizer)
-        if self.has_chat_template:
-            self.template.tail()
+        self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
+        self._backend = bare_backend(tokenizer)
+        self._added = dict(tokenizer.added_tokens_decoder)
+        self._bos = bos_in_use(tokenizer)
+        self._eos = tokenizer.eos_token_id
 
     @classmethod
     def load(
@@ -88,7 +90,7 @@ class Renderer:
     ) -> Renderer:
         """The renderer of a Hub model or a model folder; loads its tokenizer, never its weights."""
         return cls(
-            _load_tokenizer(str(model), revision),
+            load_tokenizer(str(model), revision),
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
         )
@@ -120,108 +122,78 @@ class Renderer:
         for pair, both in zip(pairs, shown):
             if isinstance(both, Refusal):
                 rendered.append(both)
-                continue
-            chosen, rejected = (
-                self._sequence(text, next(encodings), plain=not pair.is_chat) for text in both
-            )
-            rendered.append(_paired(chosen, rejected))
+            else:
+                branches = [self._sequence(b, next(encodings), pair.is_chat) for b in both]
+                rendered.append(_paired(*branches))
         return rendered
 
+    def explain(self, pair: Pair) -> tuple[ExplainedSequence, ExplainedSequence] | Refusal:
+        """Both branches with their text and the characters under each token."""
+        shown, pair_ids = self.texts(pair), self.render(pair)
+        if isinstance(shown, Refusal) or isinstance(pair_ids, Refusal):
+            return shown if isinstance(shown, Refusal) else pair_ids
+        chosen, rejected = (
+            self._explained(text, sequence)
+            for text, sequence in zip(shown, (pair_ids.chosen, pair_ids.rejected))
+        )
+        return chosen, rejected
+
     def texts(self, pair: Pair) -> tuple[RenderedText, RenderedText] | Refusal:
-        """Chosen and rejected as the text that is tokenised (without plain text's BOS and EOS)."""
+        """Chosen and rejected as the text that is tokenised (plain text without BOS and EOS)."""
         if pair.is_chat:
             return self.template.render(pair)
         end = len(pair.prompt)
-        chosen, rejected = (pair.prompt + turns for turns in (pair.chosen, pair.rejected))
+        chosen, rejected = (f"{pair.prompt}{turns}" for turns in (pair.chosen, pair.rejected))
         return RenderedText(chosen, end, len(chosen)), RenderedText(rejected, end, len(rejected))
 
     def _sequence(
-        self, rendered: RenderedText, encoding: Encoding, *, plain: bool
+        self, rendered: RenderedText, encoding: Encoding, is_chat: bool
     ) -> RenderedSequence | Refusal:
-        ids, spans = encoding.ids, _covering(encoding.offsets, len(rendered.text))
+        ids = encoding.ids
         start = end_start = len(ids)
-        for index in range(len(ids) - 1, -1, -1):
-            begin, end = spans[index]
-            special = ids[index] in self._special_ids
-            if begin >= rendered.content_end or (special and end > rendered.content_end):
-                end_start = index
-            if begin < rendered.prompt_end and (special or end <= rendered.prompt_end):
+        boundary = False
+        for index, begin, end in spans(rendered.text, encoding, self._added):
+            if begin < rendered.prompt_end and end <= rendered.prompt_end:
                 break
-            start = index
-        boundary = start < len(ids) and spans[start][0] < rendered.prompt_end
-        if plain:
-            if self._bos is not None and ids[:1] != [self._bos]:
-                ids, start, end_start = [self._bos, *ids], start + 1, end_start + 1
-            eos = self.tokenizer.eos_token_id
-            if eos is not None and (start == len(ids) or ids[-1] != eos):
-                ids = [*ids, eos]
-            if eos is not None:
-                end_start = len(ids) - 1
+            start, boundary = index, begin < rendered.prompt_end
+            if begin >= rendered.content_end:
+                end_start = index
+        if not is_chat:
+            ids, before = self._between_bos_and_eos(ids, start)
+            start += before
+            end_start = len(ids) if self._eos is None else len(ids) - 1
         if start == len(ids):
             return Refusal("empty_response_tokens", "the response has no tokens of its own")
         if start == 0:
             return Refusal("nothing_before_response", "no token stands before the response's first")
         return RenderedSequence(ids, start, end_start, boundary)
 
+    def _between_bos_and_eos(self, ids: list[int], start: int) -> tuple[list[int], int]:
+        """Plain text's ids with BOS in front and EOS behind where the tokenizer has them and the
+        text doesn't; and how many went in front."""
+        front = [self._bos] if self._bos is not None and ids[:1] != [self._bos] else []
+        ended = start < len(ids) and ids[-1] == self._eos
+        behind = [self._eos] if self._eos is not None and not ended else []
+        return [*front, *ids, *behind], len(front)
+
+    def _explained(self, rendered: RenderedText, sequence: RenderedSequence) -> ExplainedSequence:
+        encoding = self._backend.encode(rendered.text, add_special_tokens=False)
+        under = [(b, e) for _, b, e in spans(rendered.text, encoding, self._added)][::-1]
+        ids, length = sequence.token_ids, len(rendered.text)
+        front = next(n for n in (0, 1) if ids[n : n + len(under)] == encoding.ids)
+        under = [(0, 0)] * front + under + [(length, length)] * (len(ids) - front - len(under))
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        return ExplainedSequence(rendered, sequence, tokens, under)
+
 
 def _paired(
     chosen: RenderedSequence | Refusal, rejected: RenderedSequence | Refusal
 ) -> RenderedPair | Refusal:
-    for name, branch in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(branch, Refusal):
-            return Refusal(branch.reason, f"{name}: {branch.detail}")
-    assert isinstance(chosen, RenderedSequence)
-    assert isinstance(rejected, RenderedSequence)
+    if isinstance(chosen, Refusal):
+        return Refusal(chosen.reason, f"chosen: {chosen.detail}")
+    if isinstance(rejected, Refusal):
+        return Refusal(rejected.reason, f"rejected: {rejected.detail}")
     shared, most = 0, min(chosen.start, rejected.start)
     while shared < most and chosen.token_ids[shared] == rejected.token_ids[shared]:
         shared += 1
     return RenderedPair(chosen, rejected, shared)
-
-
-def _covering(offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """Offsets stretched over the gaps between them, so that every character is under a token.
-
-    A normaliser that joins characters (NFC: e and an accent) or drops some leaves those behind
-    the first under no token; they belong to the token in front of them.
-    """
-    spans = []
-    following = length
-    for begin, end in reversed(offsets):
-        spans.append((begin, max(end, following)))
-        following = begin
-    spans.reverse()
-    return spans
-
-
-def _bare(backend: Tokenizer) -> Tokenizer:
-    """A copy that neither adds tokens, trims offsets, truncates nor pads, whatever the model's
-    own tokenizer.json sets: its ids without special tokens are the same."""
-    from tokenizers import Tokenizer
-
-    bare = Tokenizer.from_str(backend.to_str())
-    bare.post_processor = None
-    bare.no_truncation()
-    bare.no_padding()
-    return bare
-
-
-def _bos_in_use(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id that the tokenizer puts in front of plain text, if it puts BOS there."""
-    ids = tokenizer("a").input_ids
-    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-def _load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
-    try:
-        # With mistral-common installed, AutoTokenizer might return its tokenizer: no offsets.
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, mistral_format=False)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
-    # Of a folder without tokenizer files, transformers makes a tokenizer that knows no word.
-    if not set(tokenizer("a", add_special_tokens=False).input_ids) - {*tokenizer.all_special_ids}:
-        raise UserError(f"model {model}: no tokenizer there; {way_out}")
-    return tokenizer

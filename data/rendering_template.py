@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -49,7 +50,7 @@ class RenderedText:
 
     text: str
     prompt_end: int  # where the rendered prompt, with its generation prompt, ends
-    content_end: int  # where the kept tail begins; len(text) where there is none
+    content_end: int  # where the end of turn begins; len(text) where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,6 @@ class Tail:
     dropped: str
 
 
-@dataclass(slots=True)
 class ChatTemplate:
     """A tokenizer's chat template with the kwargs of its reference.
 
@@ -68,13 +68,21 @@ class ChatTemplate:
     which transformers takes `tool_use` for a conversation with tools.
     """
 
-    tokenizer: PreTrainedTokenizerFast
-    source: str | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    _tails: dict[str, Tail] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        source: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises `UserError` for a template that can't show a question and an answer."""
+        self.tokenizer = tokenizer
+        self.source = source
+        self.kwargs = dict(kwargs or {})
+        self._name = tokenizer.name_or_path or "this tokenizer"
+        self._tails: dict[str, Tail] = {}
         _check_kwargs(self.kwargs, "chat_template_kwargs of the reference")
+        if self.get() is not None:
+            self.tail()
 
     def get(self, tools: list[dict[str, Any]] | None = None) -> str | None:
         """The template's text for a conversation with or without tools; None without template."""
@@ -91,86 +99,45 @@ class ChatTemplate:
         return self._tails[template]
 
     def render(self, pair: Pair) -> tuple[RenderedText, RenderedText] | Refusal:
-        """Chosen and rejected as text, or why the template can't show them."""
-        kwargs = dict(self.kwargs)
-        if pair.chat_template_kwargs:  # what a pair says goes over what its reference says
-            _check_kwargs(pair.chat_template_kwargs, "chat_template_kwargs of a pair")
-            kwargs |= pair.chat_template_kwargs
+        """Chosen and rejected as text, or why the template can't show them.
+
+        Raises `UserError` where there is no template at all.
+        """
         template = self.get(pair.tools)
         if template is None:
             raise UserError(
-                f"{self.tokenizer.name_or_path or 'this tokenizer'} has no chat template and the "
-                "pairs are messages; give it one with chat_template in refs.yaml"
+                f"{self._name} has no chat template and the pairs are messages; give it one with "
+                "chat_template in refs.yaml, or prepare the pairs as text"
             )
-        tail = self.tail(pair.tools)
-        show = _shower(self.tokenizer, template, pair.tools, kwargs)
+        own = pair.chat_template_kwargs or {}  # what a pair says goes over what its reference says
+        _check_kwargs(own, "chat_template_kwargs of a pair")
+        kwargs = {"tools": pair.tools, **self.kwargs, **own}
         try:
-            prompt = show(pair.prompt, True)
-            texts = [show([*pair.prompt, *turns], False) for turns in (pair.chosen, pair.rejected)]
+            prompt = self._show(template, pair.prompt, kwargs, add_generation_prompt=True)
+            texts = [
+                self._show(template, [*pair.prompt, *response], kwargs)
+                for response in (pair.chosen, pair.rejected)
+            ]
         except _template_errors() as error:
-            return Refusal("template_refused", " ".join(str(error).split()))
-        rendered = []
+            return Refusal("template_refused", _one_line(error))
         for text in texts:
             if not text.startswith(prompt):
                 return Refusal("prompt_not_prefix", _first_difference(prompt, text))
-            rendered.append(self._cut(text, len(prompt), tail))
-        return rendered[0], rendered[1]
+        tail = self.tail(pair.tools)
+        chosen, rejected = (self._cut(text, len(prompt), tail) for text in texts)
+        return chosen, rejected
 
-    def _cut(self, text: str, prompt_end: int, tail: Tail) -> RenderedText:
-        """Drop what follows the end of turn. A turn that ends otherwise than the sentinel did
-        (a tool call may) ends with its last special token if only white space follows it."""
-        if text.endswith(tail.kept + tail.dropped):
-            end = len(text) - len(tail.dropped)
-            return RenderedText(text[:end], prompt_end, max(prompt_end, end - len(tail.kept)))
-        *_, last = [None, *self._special_tokens().finditer(text, prompt_end)]
-        if last is not None and not text[last.end() :].strip():
-            return RenderedText(text[: last.end()], prompt_end, last.start())
-        return RenderedText(text, prompt_end, len(text))
-
-    def _find_tail(self, template: str) -> Tail:
-        show = _shower(self.tokenizer, template, None, dict(self.kwargs))
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}]
-        try:
-            text = show(turns, False)
-        except _template_errors() as error:
-            raise UserError(
-                f"chat template of {self.tokenizer.name_or_path or 'this tokenizer'} can't show a "
-                f"question and an answer: {' '.join(str(error).split())}; mend it or override it "
-                "with chat_template in refs.yaml"
-            ) from None
-        _, found, after = text.rpartition(SENTINEL)
-        if not found:
-            raise UserError(
-                f"chat template of {self.tokenizer.name_or_path or 'this tokenizer'} doesn't show "
-                "the assistant's answer; override it with chat_template in refs.yaml"
-            )
-        special = self._special_tokens().search(after)
-        end = special.end() if special else 0
-        return Tail(after[:end], after[end:])
-
-    def _special_tokens(self) -> re.Pattern[str]:
-        tokens = {
-            *self.tokenizer.all_special_tokens,
-            *(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special),
-        }
-        longest_first = sorted(filter(None, tokens), key=lambda token: (-len(token), token))
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _shower(
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    tools: list[dict[str, Any]] | None,
-    kwargs: dict[str, Any],
-) -> Callable[[Sequence[Message], bool], str]:
-    """The template as a function of messages and whether the generation prompt follows them."""
-
-    def show(messages: Sequence[Message], generation_prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(
+    def _show(
+        self,
+        template: str,
+        messages: Sequence[Message],
+        kwargs: Mapping[str, Any],
+        add_generation_prompt: bool = False,
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
             list(messages),
-            tools=tools,
             chat_template=template,
-            add_generation_prompt=generation_prompt,
+            add_generation_prompt=add_generation_prompt,
             tokenize=False,
             strftime_now=TODAY.strftime,
             **kwargs,
@@ -178,23 +145,67 @@ def _shower(
         assert isinstance(text, str)
         return text
 
-    return show
+    def _cut(self, text: str, prompt_end: int, tail: Tail) -> RenderedText:
+        """The text without what follows the end of turn.
+
+        A turn that doesn't end as the sentinel's did (one with a tool call may not) ends with its
+        last special token if nothing but white space follows it.
+        """
+        end = len(text) - len(tail.dropped)
+        content_end = end - len(tail.kept)
+        if content_end >= prompt_end and text.endswith(tail.kept + tail.dropped):
+            return RenderedText(text[:end], prompt_end, content_end)
+        *_, last = [None, *self._special_tokens.finditer(text, prompt_end)]
+        if last is not None and not text[last.end() :].strip():
+            return RenderedText(text[: last.end()], prompt_end, last.start())
+        return RenderedText(text, prompt_end, len(text))
+
+    def _find_tail(self, template: str) -> Tail:
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}]
+        way_out = "mend it, or override it with chat_template in refs.yaml"
+        try:
+            text = self._show(template, turns, self.kwargs)
+        except _template_errors() as error:
+            raise UserError(
+                f"chat template of {self._name} can't show a question and an answer "
+                f"({_one_line(error)}); {way_out}"
+            ) from None
+        _, found, after = text.rpartition(SENTINEL)
+        if not found:
+            raise UserError(
+                f"chat template of {self._name} doesn't show the assistant's answer; {way_out}"
+            )
+        special = self._special_tokens.search(after)
+        end = special.end() if special else 0
+        return Tail(after[:end], after[end:])
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        """Any special token's text, the longest where several begin alike."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        texts = {*self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+        longest_first = sorted(texts - {""}, key=lambda text: (-len(text), text))
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
-    """What a template raises for messages it doesn't take: its own refusal, or a field of a type
-    or name that it did not expect."""
+    """What a template raises for messages it doesn't take: a refusal of its own, or Python's error
+    over a field that is missing or of another type than it expects."""
     from jinja2.exceptions import TemplateError
 
-    return (TemplateError, TypeError, KeyError)
+    return (TemplateError, TypeError, ValueError, LookupError)
 
 
 def _check_kwargs(kwargs: Mapping[str, Any], what: str) -> None:
     if taken := RESERVED & set(kwargs):
         raise UserError(
-            f"{what}: {', '.join(sorted(taken))} can't be set there; they may hold variables of "
-            "the template only"
+            f"{what}: {', '.join(sorted(taken))} can't be set there; they hold the template's own "
+            "variables only"
         )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _first_difference(prompt: str, text: str) -> str:
