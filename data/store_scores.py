@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from .store_schema import SCORE_SCHEMA, checked, to_bytes
 
 SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
 BAD = ".bad"
+Value = TypeVar("Value")
 
 
 class ReferenceScores:
@@ -180,7 +182,7 @@ def intact(name: str, data: bytes) -> bool:
     return match is not None and match[1] == digest_of(data)
 
 
-def _parallel(function, names):  # type: ignore[no-untyped-def]
-    """Hashing and reading release the interpreter's lock, so threads are enough."""
+def _parallel(function: Callable[[str], Value], names: list[str]) -> list[Value]:
+    """Reading and hashing release the interpreter's lock, so that threads are enough."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, names))
