@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .rendering_template import ChatTemplate, Refusal, RenderedText
-from .rendering_tokenizer import bare_backend, bos_in_use, load_tokenizer, require_offsets, spans
+from .rendering_tokenizer import bare_backend, bos_in_use, load_tokenizer, spans, with_offsets
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -71,8 +71,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises `UserError` for a tokenizer without offsets and a template that can't be used."""
-        require_offsets(tokenizer)
-        self.tokenizer = tokenizer
+        self.tokenizer = with_offsets(tokenizer)
         self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
         self._backend = bare_backend(tokenizer)
         self._added = dict(tokenizer.added_tokens_decoder)
@@ -129,14 +128,12 @@ class Renderer:
 
     def explain(self, pair: Pair) -> tuple[ExplainedSequence, ExplainedSequence] | Refusal:
         """Both branches with their text and the characters under each token."""
-        shown, pair_ids = self.texts(pair), self.render(pair)
-        if isinstance(shown, Refusal) or isinstance(pair_ids, Refusal):
-            return shown if isinstance(shown, Refusal) else pair_ids
-        chosen, rejected = (
-            self._explained(text, sequence)
-            for text, sequence in zip(shown, (pair_ids.chosen, pair_ids.rejected))
-        )
-        return chosen, rejected
+        texts, ids = self.texts(pair), self.render(pair)
+        if isinstance(texts, Refusal):
+            return texts
+        if isinstance(ids, Refusal):
+            return ids
+        return self._explained(texts[0], ids.chosen), self._explained(texts[1], ids.rejected)
 
     def texts(self, pair: Pair) -> tuple[RenderedText, RenderedText] | Refusal:
         """Chosen and rejected as the text that is tokenised (plain text without BOS and EOS)."""
@@ -182,7 +179,7 @@ class Renderer:
         ids, length = sequence.token_ids, len(rendered.text)
         front = next(n for n in (0, 1) if ids[n : n + len(under)] == encoding.ids)
         under = [(0, 0)] * front + under + [(length, length)] * (len(ids) - front - len(under))
-        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        tokens = [self._backend.id_to_token(i) for i in ids]
         return ExplainedSequence(rendered, sequence, tokens, under)
 
 

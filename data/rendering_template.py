@@ -103,6 +103,7 @@ class ChatTemplate:
 
         Raises `UserError` where there is no template at all.
         """
+        assert isinstance(pair.prompt, list)
         template = self.get(pair.tools)
         if template is None:
             raise UserError(

@@ -8,7 +8,7 @@ post-processor trims spaces off. `spans` makes one account of it, which `renderi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 
@@ -24,25 +24,28 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
     try:
         # With mistral-common installed, AutoTokenizer might return its tokenizer: no offsets.
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, mistral_format=False)
+        loaded = AutoTokenizer.from_pretrained(model, revision=revision, mistral_format=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
-    require_offsets(tokenizer)
+    tokenizer = with_offsets(loaded)
     # Of a folder without tokenizer files, transformers makes a tokenizer that knows no word.
     if not {*tokenizer("a", add_special_tokens=False).input_ids} - {*tokenizer.all_special_ids}:
         raise UserError(f"model {model}: no tokenizer there; {way_out}")
     return tokenizer
 
 
-def require_offsets(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise `UserError` for a tokenizer that can't say which characters its tokens stand for."""
-    if not getattr(tokenizer, "is_fast", False):
-        name = getattr(tokenizer, "name_or_path", None) or "the model"
-        raise UserError(
-            f"tokenizer of {name} ({type(tokenizer).__name__}) gives no character offsets, which "
-            "scoring needs; use a model with a fast tokenizer (tokenizer.json)"
-        )
+def with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer itself; `UserError` where it can't say which characters a token stands for."""
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    name = getattr(tokenizer, "name_or_path", None) or "the model"
+    raise UserError(
+        f"tokenizer of {name} ({type(tokenizer).__name__}) gives no character offsets, which "
+        "scoring needs; use a model with a fast tokenizer (tokenizer.json)"
+    )
 
 
 def bare_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
