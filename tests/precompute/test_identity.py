@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from mrpo.data.references import ReferenceSpec
 from mrpo.errors import UserError
 from mrpo.precompute import file_digests, hub
