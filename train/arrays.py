@@ -1,9 +1,8 @@
 """One body for torch tensors and numpy arrays: the array API standard, through array_api_compat.
 
 The functions of `virtual.py`, `weightings.py` and `losses.py` are written once against
-`array_namespace(x)`. Reference arithmetic is float64 whatever comes in, because the difference
-of two log-probs of −10,000 has only three digits in float32; results go back to the dtype that
-came in.
+`array_namespace(x)`. Reference arithmetic is float64 whatever comes in, and stays so until it
+meets the policy: in float32 a log-prob of −10,000 is a multiple of 0.001.
 """
 
 from __future__ import annotations

@@ -61,11 +61,11 @@ class Method:
         weighting = f"+{self.weighting}" if len(self.references) > 1 else ""
         return f"{self.name}:{'/'.join(self.references)}{weighting}"
 
-    def prepare(self, training: PairScores, held_out: PairScores, bootstrap: int = 0) -> Method:
+    def prepare(self, training: PairScores, held_out: PairScores, bootstrap: int = 200) -> Method:
         """The method with the weights that need data.
 
         vdw and vaw come from the held-out pairs; fitted comes from the training pairs, with
-        intervals if `bootstrap` resamples are asked for. Other weightings need nothing.
+        intervals from `bootstrap` resamples of their prompts. Other weightings need nothing.
         """
         columns = list(self.columns)
         if self.weighting == "fitted":

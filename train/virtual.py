@@ -30,8 +30,8 @@ def ctro_clip(
         adaptive: split epsilon between the responses by `adaptive_epsilon`; otherwise both use it.
 
     Returns:
-        The clipped [N, K] log-probs of chosen and rejected, NaN where the reference or the base
-        is missing.
+        The clipped [N, K] log-probs of chosen and rejected, in float64; NaN where the reference
+        or the base is missing.
 
     With base log-probs −10 and −30 and a second reference of −8 and −60, the means are
     −9 and −45, so eps_w = 0.2 · 9/54 = 1/30 and eps_l = 1/6: −8 is raised too far above −10 and
@@ -48,10 +48,7 @@ def ctro_clip(
     eps_chosen = eps_rejected = like(epsilon, chosen)
     if adaptive:
         eps_chosen, eps_rejected = adaptive_epsilon(chosen, rejected, epsilon)
-    return (
-        like(_clip(chosen, eps_chosen[..., None]), ref_chosen_logps),
-        like(_clip(rejected, eps_rejected[..., None]), ref_rejected_logps),
-    )
+    return _clip(chosen, eps_chosen[..., None]), _clip(rejected, eps_rejected[..., None])
 
 
 def adaptive_epsilon(
@@ -96,7 +93,7 @@ def virtual_reference(ref_logps: Array, weights: Array, kind: str = "harmonic") 
         kind: "harmonic", "geometric" or "arithmetic".
 
     Returns:
-        [N] nats; NaN where no reference of positive weight is present.
+        [N] nats, in float64; NaN where no reference of positive weight is present.
 
     Probabilities 1/2 and 1/4 of equal weight have harmonic mean 1/3, geometric mean 1/√8 and
     arithmetic mean 3/8; without the second reference there is 1/2 alone.
@@ -117,7 +114,7 @@ def virtual_reference(ref_logps: Array, weights: Array, kind: str = "harmonic") 
     present = ~xp.isnan(logps)
     alpha = normalized(weights_like(weights, logps), present)
     filled = xp.where(present, logps, like(0.0, logps))  # weight 0 there: any finite number does
-    return like(KINDS[kind](filled, alpha), ref_logps)
+    return KINDS[kind](filled, alpha)
 
 
 def harmonic(logps: Array, weights: Array) -> Array:

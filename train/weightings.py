@@ -15,7 +15,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from ..errors import UserError
-from .arrays import Array, floating, in_float64, like, normalized, present_in_both
+from .arrays import Array, in_float64, like, normalized, present_in_both
 
 
 def uniform_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
@@ -26,9 +26,9 @@ def uniform_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array
     >>> uniform_weights(r, r).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """
-    present = present_in_both(ref_chosen_logps, ref_rejected_logps)
-    xp = array_namespace(ref_chosen_logps)
-    return normalized(xp.ones_like(floating(ref_chosen_logps)), present)
+    chosen = in_float64(ref_chosen_logps)
+    xp = array_namespace(chosen)
+    return normalized(xp.ones_like(chosen), present_in_both(chosen, ref_rejected_logps))
 
 
 def arwc_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
@@ -59,7 +59,7 @@ def arwc_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     confidence = _absolute_margins(chosen, rejected, present)
     silent = xp.sum(confidence, axis=-1, keepdims=True) == 0
     confidence = xp.where(silent, like(1.0, confidence), confidence)
-    return like(normalized(confidence, present), ref_chosen_logps)
+    return normalized(confidence, present)
 
 
 def max_margin_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
@@ -78,7 +78,7 @@ def max_margin_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Ar
     winner = xp.argmax(margins, axis=-1, keepdims=True)
     columns = xp.arange(margins.shape[-1], device=device(margins))
     one_hot = xp.astype(columns == winner, chosen.dtype)
-    return like(normalized(one_hot, present), ref_chosen_logps)
+    return normalized(one_hot, present)
 
 
 def fixed_weights(weights: Sequence[float]) -> np.ndarray:
@@ -110,7 +110,7 @@ def vdw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     """
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
     present = present_in_both(chosen, rejected)
-    return like(_shares(_absolute_margins(chosen, rejected, present), present), ref_chosen_logps)
+    return _shares(_absolute_margins(chosen, rejected, present), present)
 
 
 def vaw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
@@ -129,7 +129,7 @@ def vaw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     xp = array_namespace(chosen)
     present = present_in_both(chosen, rejected)
     right = xp.astype(present & (chosen > rejected), chosen.dtype)
-    return like(_shares(right, present), ref_chosen_logps)
+    return _shares(right, present)
 
 
 PER_PAIR = {

@@ -1,0 +1,155 @@
+"""`mrpo export`: pairs with the virtual reference's log-probs, for other people's trainers.
+
+The folder holds one Parquet file a split, which `datasets.load_dataset(folder)` reads: `prompt`,
+`chosen`, `rejected` as TRL expects them, `tools` and `chat_template_kwargs` where pairs have
+them, `ref_chosen_logps` and `ref_rejected_logps` (float64, nats, of the whole response) and
+`pair_id`. The method is reduced to one scalar a response, so multi-dpo, which has no virtual
+reference, is refused, and so are normalized log-probs, which TRL's loss would not match.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Json, List, Value
+
+from ..data.join import join
+from ..data.pairs import Pair
+from ..data.references import load_refs
+from ..data.shards import PairShards
+from ..data.store import Store
+from ..errors import UserError
+from ..settings import write_resolved
+from .export_config import ExportConfig
+from .methods import named_references, parse_method
+from .objective import SEPARATE, Method
+from .rows import ScoredPairs
+
+RESOLVED = "export.yaml"
+SPLITS = ("train", "validation")
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the folder; returns it. It appears complete or not at all."""
+    pairs = PairShards(config.pairs)
+    method, aliases = _method(config)
+    store = Store(config.store or os.environ.get("MRPO_STORE") or "store")
+    specs = load_refs(config.refs_config)
+    records = [store.resolve(alias, specs) for alias in aliases]
+    out = _free(Path(config.out))
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        joined = join(pairs, store, records, partial / "scores", refs_config=config.refs_config)
+        source = ScoredPairs(pairs, joined, prompt_numbers=method.weighting == "fitted")
+        method = source.prepared(method)
+        counts = _write(source, method, partial)
+        shutil.rmtree(joined.path)
+        write_resolved(config, partial / RESOLVED)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    print(f"method     {method}")
+    for line in method.fitted.describe(method.references) if method.fitted else []:
+        print(line)
+    for split in SPLITS:
+        print(f"{split:<10} {counts[split]:,} pairs")
+    print(f"left out   {pairs.num_pairs - sum(counts.values()):,} pairs without a usable score")
+    print(f'load       datasets.load_dataset("{out}"); for TRL see docs/trl.md')
+    print(out)
+    return out
+
+
+def _method(config: ExportConfig) -> tuple[Method, list[str]]:
+    """The method and the aliases whose scores it takes, the base first."""
+    aliases = [alias.strip() for alias in (config.refs or "").split(",") if alias.strip()]
+    aliases = aliases or list(named_references(config.method))
+    method = parse_method(
+        config.method,
+        aliases,
+        reference_kind=config.reference_kind,
+        weighting=config.weighting,
+        weights=config.weights,
+        epsilon=config.epsilon,
+    )
+    if method.kind == SEPARATE:
+        raise UserError(
+            f"method {config.method!r} averages losses and has no virtual reference to export; "
+            "export mrpo or geometric, or train it here with `mrpo train`"
+        )
+    return method, aliases
+
+
+def _free(out: Path) -> Path:
+    """The folder itself if it is not there, or is an export that may be replaced."""
+    if out.exists() and not (out / RESOLVED).is_file():
+        raise UserError(f"--out {out} exists and is not an earlier export; name another folder")
+    return out
+
+
+def _write(source: ScoredPairs, method: Method, folder: Path) -> dict[str, int]:
+    """One Parquet file a split; returns the pairs in each. One shard is in memory at a time."""
+    features = _features(source.pairs)
+    counts = {}
+    for split in SPLITS:
+        counts[split] = 0
+        path = folder / f"{split}.parquet"
+        with pq.ParquetWriter(path, features.arrow_schema, compression="zstd") as writer:
+            for shard in range(source.num_shards):
+                rows = list(_rows(source, method, shard, split, features))
+                if rows:
+                    writer.write_table(Dataset.from_list(rows, features=features).data.table)
+                counts[split] += len(rows)
+        if not counts[split]:
+            path.unlink()  # load_dataset refuses a file without rows
+    if not any(counts.values()):
+        raise UserError(
+            f"{source.pairs.path}: no pair has a usable score for {method}; "
+            "choose another base, the first of --refs"
+        )
+    return counts
+
+
+def _rows(
+    source: ScoredPairs, method: Method, shard: int, split: str, features: Features
+) -> Iterator[dict[str, Any]]:
+    scores, held_out = source.scores(shard)
+    targets = method.targets(scores, held_out=split == "validation")
+    wanted = method.usable(scores) & (held_out == (split == "validation"))
+    pairs, ids = source.pairs.pairs(shard), source.pairs.pair_ids(shard)
+    for row in wanted.nonzero()[0]:
+        values = _columns(pairs[row]) | {
+            "ref_chosen_logps": float(targets.virtual_chosen_logps[row]),
+            "ref_rejected_logps": float(targets.virtual_rejected_logps[row]),
+            "pair_id": ids[row].tobytes().hex(),
+        }
+        yield {name: values[name] for name in features}
+
+
+def _columns(pair: Pair) -> dict[str, Any]:
+    return {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "tools": pair.tools,
+        "chat_template_kwargs": pair.chat_template_kwargs or {},
+    }
+
+
+def _features(pairs: PairShards) -> Features:
+    """Messages are JSON columns of `datasets`, so that any template's fields come through."""
+    turns = List(Json()) if pairs.kind == "messages" else Value("string")
+    columns: dict[str, Any] = dict.fromkeys(("prompt", "chosen", "rejected"), turns)
+    for name, kind in (("tools", List(Json())), ("chat_template_kwargs", Json())):
+        shards = range(len(pairs.names))
+        if any(pairs.table(shard, [name])[name].null_count < pairs.rows[shard] for shard in shards):
+            columns[name] = kind
+    logps = dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), Value("float64"))
+    return Features(columns | logps | {"pair_id": Value("string")})
