@@ -1,0 +1,253 @@
+"""From one raw row of preference data to one pair: TRL's formats and HH-RLHF's dialogues.
+
+`sources.py` reads the rows, `prepare.py` writes the pairs. A row is read by what it holds:
+
+- text, with a prompt column or with the prompt as the two texts' common beginning;
+- message lists, which share their leading messages or stand beside a prompt column;
+- HH-RLHF dialogues ("\\n\\nHuman: …\\n\\nAssistant: …"), which become message lists.
+
+Two exceptions leave here: `Broken` for structure that is wrong (the whole run stops), `Unusable`
+for a row that is well formed but no pair (it is dropped and counted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .dialogues import is_dialogue, opens_dialogue, parse_dialogue
+from .messages import Broken, json_field, parse_messages
+from .pairs import Message, Pair, Turns
+
+REASONS = {
+    "empty_prompt": "the prompt has no text",
+    "empty_response": "a response has no text",
+    "responses_equal": "chosen and rejected are the same",
+    "prompt_not_shared": "chosen and rejected differ before the last assistant turn",
+    "prompt_mismatch": "the prompt column is not the prompt of the messages",
+    "tool_turn_in_response": "a response holds a tool's turn, which no model would have written",
+    "not_a_dialogue": "no HH-RLHF dialogue, as the first row of this source is",
+    "not_unicode": "the text holds half of a surrogate pair, which UTF-8 cannot encode",
+}
+
+COLUMN_FLAGS = "name columns with --prompt-column, --chosen-column and --rejected-column"
+
+
+class Unusable(Exception):
+    """A row that is no preference pair; `reason` is a key of `REASONS`."""
+
+    def __init__(self, reason: str) -> None:
+        assert reason in REASONS
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Column names; None for prompt and source: `prompt` and `source` where the data has them."""
+
+    prompt: str | None = None
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    source: str | None = None
+
+    @property
+    def required(self) -> list[str]:
+        named = [self.prompt, self.chosen, self.rejected, self.source]
+        return [name for name in named if name is not None]
+
+    @property
+    def optional(self) -> list[str]:
+        defaults = [
+            "prompt" if self.prompt is None else None,
+            "source" if self.source is None else None,
+            "tools",
+            "chat_template_kwargs",
+        ]
+        return [name for name in defaults if name is not None and name not in self.required]
+
+
+class PairReader:
+    """Reads the rows of one source. After its first dialogue, text that is none is unusable."""
+
+    def __init__(self, columns: Columns, name: str, chat: bool) -> None:
+        self._columns = columns
+        self._name = name
+        self._chat = chat
+        self._dialogues = False
+
+    def read(self, row: Mapping[str, Any]) -> Pair:
+        """The pair of a row, in the train split. Raises `Broken` and `Unusable`."""
+        for name in self._columns.required:
+            if name not in row:
+                fields = ", ".join(row) or "none"
+                raise Broken(name, f"is missing; there are {fields}; {COLUMN_FLAGS}")
+        prompt = _turns(row, self._columns.prompt or "prompt")
+        chosen = _turns(row, self._columns.chosen)
+        rejected = _turns(row, self._columns.rejected)
+        if chosen is None or rejected is None:
+            raise Unusable("empty_response")
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise Broken(self._columns.rejected, "must be text or messages as the chosen one is")
+        pair = Pair(
+            *self._split(prompt, chosen, rejected),
+            tools=json_field("tools", row.get("tools"), list),
+            chat_template_kwargs=json_field(
+                "chat_template_kwargs", row.get("chat_template_kwargs"), dict
+            ),
+            source=self._source(row),
+        )
+        _check(pair)
+        return pair
+
+    def _split(
+        self, prompt: Turns | None, chosen: Turns, rejected: Turns
+    ) -> tuple[Turns, Turns, Turns]:
+        """Prompt, chosen and rejected, with what the two responses share in the prompt."""
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            if isinstance(prompt, list):
+                return prompt, _assistant(chosen), _assistant(rejected)
+            dialogues = [_whole_text(prompt, text) for text in (chosen, rejected)]
+            self._dialogues = self._dialogues or any(map(is_dialogue, dialogues))
+            if not self._dialogues:
+                return self._split_text(prompt, chosen, rejected)
+            if not all(map(is_dialogue, dialogues)):
+                raise Unusable("not_a_dialogue")
+            chosen, rejected = map(parse_dialogue, dialogues)
+            if prompt is not None and opens_dialogue(prompt):
+                prompt = None  # it stands in the dialogues already
+        assert not isinstance(chosen, str)
+        assert not isinstance(rejected, str)
+        shared = _common_length(chosen, rejected)
+        responses = chosen[shared:], rejected[shared:]
+        return _join_prompt(prompt, chosen[:shared]), *responses
+
+    def _source(self, row: Mapping[str, Any]) -> str:
+        column = self._columns.source
+        value = row.get(column or "source")
+        if column and not isinstance(value, str | None):
+            raise Broken(column, f"must be text, not {type(value).__name__}")
+        return value if value and isinstance(value, str) else self._name
+
+    def _split_text(
+        self, prompt: str | None, chosen: str, rejected: str
+    ) -> tuple[Turns, Turns, Turns]:
+        if prompt is None:
+            prompt, chosen, rejected = split_common_text(chosen, rejected)
+            if self._chat:  # the space between prompt and response is no part of a message
+                prompt, chosen, rejected = prompt.strip(), chosen.strip(), rejected.strip()
+        elif not prompt.strip():
+            raise Unusable("empty_prompt")
+        if not self._chat:
+            return prompt, chosen, rejected
+        return _user(prompt), _assistant(chosen), _assistant(rejected)
+
+
+def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Prompt and responses of two texts whose common beginning is the prompt.
+
+    As TRL's `extract_prompt` (one space before the difference goes to the responses), but the
+    prompt never ends inside a word: "is b|lue" and "is b|lack" are split before " b".
+    """
+    if chosen == rejected:
+        raise Unusable("responses_equal")
+    if not chosen.strip() or not rejected.strip():
+        raise Unusable("empty_response")
+    end = _common_length(chosen, rejected)
+    if end == min(len(chosen), len(rejected)):
+        end -= 1  # one text goes on where the other ends: leave it something to answer
+    while end and (_inside_word(chosen, end) or _inside_word(rejected, end)):
+        end -= 1
+    if end and chosen[end - 1] == " ":
+        end -= 1
+    if not chosen[:end].strip():
+        raise Unusable("prompt_not_shared")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _inside_word(text: str, at: int) -> bool:
+    """Whether a cut before `text[at]` falls between two letters or digits.
+
+    From U+2E80 on scripts such as Chinese put no space between words: any cut is as good.
+    """
+    around = text[at - 1 : at + 1]
+    return len(around) == 2 and all(char.isalnum() and char < "\u2e80" for char in around)
+
+
+def _common_length(first: Turns, second: Turns) -> int:
+    """How many leading characters or messages two sequences share."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # bisection: comparing slices is far faster than a loop over characters
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _turns(row: Mapping[str, Any], field: str) -> Turns | None:
+    value = row.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return parse_messages(field, value)
+    raise Broken(field, f"must be text or a list of messages, not {type(value).__name__}")
+
+
+def _whole_text(prompt: str | None, text: str) -> str:
+    """The text from its dialogue's start: some data sets keep all but the response in a column."""
+    return text if prompt is None or is_dialogue(text) else prompt + text
+
+
+def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
+    """The prompt column and the messages that both responses begin with, as one prompt."""
+    if isinstance(prompt, str):
+        if not shared:
+            return _user(prompt)
+        asked = [message for message in shared if message["role"] == "user"]
+        if not asked or asked[-1].get("content", "").strip() != prompt.strip():
+            raise Unusable("prompt_mismatch")
+        return shared
+    if not prompt or shared[: len(prompt)] == prompt:
+        return shared
+    if not shared or prompt[-len(shared) :] == shared:
+        return prompt
+    # The responses go on where the prompt column ends; a second opening would be another prompt.
+    opening, last = shared[0]["role"], prompt[-1]["role"]
+    if opening in ("system", "developer") or opening == last:
+        raise Unusable("prompt_mismatch")
+    return prompt + shared
+
+
+def _check(pair: Pair) -> None:
+    """Raises `Unusable` unless a prompt is followed by two different responses."""
+    if not pair.prompt:
+        same = pair.chosen == pair.rejected
+        raise Unusable("responses_equal" if same else "prompt_not_shared")
+    if pair.is_chat:
+        for response in (pair.chosen, pair.rejected):
+            roles = [message["role"] for message in response]  # type: ignore[index]
+            if "tool" in roles:
+                raise Unusable("tool_turn_in_response")
+            if roles and roles != ["assistant"]:
+                raise Unusable("prompt_not_shared")
+    if pair.chosen == pair.rejected:
+        raise Unusable("responses_equal")
+    if _is_empty(pair.chosen) or _is_empty(pair.rejected):
+        raise Unusable("empty_response")
+
+
+def _is_empty(turns: Turns) -> bool:
+    if isinstance(turns, str):
+        return not turns.strip()
+    return not any(m.get("content", "").strip() or m.get("tool_calls") for m in turns)
+
+
+def _user(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+def _assistant(content: str) -> list[Message]:
+    return [{"role": "assistant", "content": content}]

@@ -1,0 +1,209 @@
+"""`mrpo prepare`: preference data of any known format to shards of pairs.
+
+Rows stream through in batches: read (`sources.py`), made pairs (`formats.py`), checked against
+the ids of all pairs before (`duplicates.py`), written (`shards.py`). Memory holds one shard and
+16 bytes a pair. Nothing of the output is in place before all of it is complete (`staging.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..settings import write_resolved
+from .config import PrepareConfig
+from .duplicates import SeenIds
+from .formats import REASONS, Columns, PairReader, Unusable
+from .ids import ids_from_bytes
+from .messages import Broken
+from .pairs import Pair, Turns, canonical_json
+from .shards import PairShards, ShardWriter
+from .sources import Row, Source, open_sources
+from .staging import DROPPED, SETTINGS, staged
+
+MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
+MAX_DROPPED_SHARE = 0.05
+BATCH_ROWS = 4096
+DUPLICATE = "duplicate"
+
+
+def prepare(config: PrepareConfig) -> PairShards:
+    """Write `config.out` and return it opened; raises `UserError`, and then nothing is written."""
+    _check(config)
+    sources = open_sources(config.source)
+    out = Path(config.out)
+    with staged(out) as folder:
+        with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
+            preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
+            with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
+                for source in sources:
+                    for rows in preparation.read(source):
+                        progress.update(rows)
+        preparation.finish()
+        write_resolved(config, folder / SETTINGS)
+    shards = PairShards(out)
+    print(_summary(shards))
+    return shards
+
+
+def is_validation(prompt: Turns, fraction: float) -> bool:
+    """Whether a prompt is held out: its digest, as a number in [0, 1), is below the fraction.
+
+    A prompt's side depends on nothing else, and a larger fraction only adds prompts.
+    """
+    digest = hashlib.sha256(canonical_json(prompt).encode()).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
+
+
+def _check(config: PrepareConfig) -> None:
+    if not 0 <= config.validation_fraction < 1:
+        raise UserError(
+            f"--validation-fraction {config.validation_fraction} must be at least 0 and below 1"
+        )
+    if not 1 <= config.shard_pairs <= MAX_SHARD_PAIRS:
+        raise UserError(
+            f"--shard-pairs {config.shard_pairs} must be between 1 and {MAX_SHARD_PAIRS}"
+        )
+
+
+class _Preparation:
+    """What has been read so far, and where it goes."""
+
+    def __init__(self, config: PrepareConfig, writer: ShardWriter, dropped: IO[str]) -> None:
+        self._config = config
+        self._columns = Columns(
+            config.prompt_column, config.chosen_column, config.rejected_column, config.source_column
+        )
+        self._writer = writer
+        self._dropped = dropped
+        self._seen = SeenIds()
+        self._sources: list[dict[str, str | int]] = []
+        self._splits: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()  # of rows that gave no pair, duplicates too
+        self._first_pair = ""  # the place of the row, for messages
+        self._first_unusable = ""
+
+    def read(self, source: Source) -> Iterator[int]:
+        """Take in a source; yields the rows of each batch once they are done."""
+        reader = PairReader(self._columns, source.name, self._config.chat)
+        rows = source.rows(self._columns)
+        total = 0
+        while batch := list(islice(rows, BATCH_ROWS)):
+            self._take(source, reader, batch)
+            total += len(batch)
+            yield len(batch)
+        self._sources.append({"given": source.given, "name": source.name, "rows": total})
+
+    def finish(self) -> None:
+        """Write the last shard and the manifest, unless too little of the data could be used."""
+        rows = sum(int(source["rows"]) for source in self._sources)
+        duplicates = self._reasons.pop(DUPLICATE, 0)
+        unusable = self._reasons.total()
+        if self._writer.num_pairs == 0:
+            left = f"no pair is left of {rows:,} rows ({_counts(self._reasons)})"
+            raise UserError(
+                f"{self._config.source}: {left if rows else 'there are no rows'}; "
+                "at least one pair is needed"
+            )
+        if unusable > MAX_DROPPED_SHARE * rows and not self._config.allow_dropped:
+            raise UserError(
+                f"{self._config.source}: {unusable:,} of {rows:,} rows ({unusable / rows:.1%}) "
+                f"cannot be used ({_counts(self._reasons)}; the first is {self._first_unusable}); "
+                f"more than {MAX_DROPPED_SHARE:.0%} needs --allow-dropped"
+            )
+        options = asdict(self._config)
+        del options["source"], options["out"]
+        self._writer.finish(
+            {
+                "splits": {name: self._splits[name] for name in ("train", "validation")},
+                "rows": rows,
+                "duplicates": duplicates,
+                "dropped": dict(sorted(self._reasons.items())),
+                "sources": self._sources,
+                "options": options,
+            }
+        )
+
+    def _take(self, source: Source, reader: PairReader, rows: Iterable[Row]) -> None:
+        """Write the new pairs of a batch in order, list the rows that gave none."""
+        read: list[tuple[int, Pair, bytes]] = []
+        without: list[tuple[int, str]] = []
+        for number, fields in rows:
+            place = f"{source.given}, {source.unit} {number}"
+            try:
+                pair = reader.read(fields)
+                read.append((number, pair, _identify(pair)))
+            except Broken as error:
+                raise UserError(f"{place}, {error}") from None
+            except Unusable as error:
+                self._note_unusable(place, error.reason)
+                without.append((number, error.reason))
+        new = self._seen.add(ids_from_bytes([identity for _, _, identity in read]))
+        for (number, pair, identity), is_new in zip(read, new.tolist()):
+            if is_new:
+                self._write(f"{source.given}, {source.unit} {number}", pair, identity)
+            else:
+                without.append((number, DUPLICATE))
+        for number, reason in sorted(without):
+            self._reasons[reason] += 1
+            line = {"source": source.given, "row": number, "reason": reason}
+            self._dropped.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _write(self, place: str, pair: Pair, identity: bytes) -> None:
+        kind = "messages" if pair.is_chat else "text"
+        self._first_pair = self._first_pair or place
+        if self._writer.kind not in (None, kind):
+            raise UserError(
+                f"{place} holds {kind}, but the first pair ({self._first_pair}) "
+                f"{self._writer.kind}; prepare them apart, or --chat to make messages of text"
+            )
+        if is_validation(pair.prompt, self._config.validation_fraction):
+            pair = replace(pair, split="validation")
+        self._splits[pair.split] += 1
+        self._writer.add(pair, identity)
+
+    def _note_unusable(self, place: str, reason: str) -> None:
+        if self._config.strict:
+            raise UserError(
+                f"{place} cannot be used: {reason} ({REASONS[reason]}); without --strict such "
+                "rows are dropped and listed"
+            )
+        self._first_unusable = self._first_unusable or place
+
+
+def _identify(pair: Pair) -> bytes:
+    try:
+        pair.source.encode()
+        return pair.id
+    except UnicodeEncodeError:
+        raise Unusable("not_unicode") from None
+
+
+def _counts(reasons: Counter[str] | dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())) or "none"
+
+
+def _summary(shards: PairShards) -> str:
+    """What became of the rows, and where the pairs are."""
+    manifest = shards.manifest
+    dropped, splits = manifest["dropped"], manifest["splits"]
+    parts = f"{len(shards.names):,} shard{'s' if len(shards.names) > 1 else ''}"
+    kept = f"{shards.num_pairs:,} pairs of {shards.kind} in {parts}"
+    gone = f"{manifest['duplicates']:,} duplicates, {sum(dropped.values()):,} unusable"
+    return "\n".join(
+        [
+            f"rows    {manifest['rows']:,}",
+            f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation",
+            f"dropped {gone} ({_counts(dropped)}), listed in {shards.path / DROPPED}",
+            f"pairs   {shards.path}",
+        ]
+    )
