@@ -6,34 +6,77 @@ forward of the root module, so the head is used nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import FLEX, SDPA, PackedMasks
-from .head import LogitRule, TokenLogps
-from .load import causal_lm, default_attention, set_attention
-from .packing import Batch
+from .head import KEEP_BYTES, LogitRule, token_logps
+from .load import causal_lm, default_attention, packs, set_attention
+from .packing import Batch, pack, plan_padded, plan_rows, unpacked
+
+if TYPE_CHECKING:
+    from ..data.rendering import RenderedPair
+
+FLEX_BLOCK = 128  # tokens; rows of whole blocks keep the number of compiled shapes small
 
 
 class SequenceLogps(nn.Module):
-    """A causal LM (or a PEFT model of one) that maps a `Batch` to token log-probs [R], float32."""
+    """A causal LM (or a PEFT model of one) that maps a `Batch` to token log-probs [R], float32.
 
-    def __init__(self, model: nn.Module, *, chunk_tokens: int = 256) -> None:
+    `chunk_tokens` rows of logits exist at a time, and at most `keep_bytes` of their slopes between
+    forward and backward.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, chunk_tokens: int = 256, keep_bytes: int = KEEP_BYTES
+    ) -> None:
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
-        lm = causal_lm(model)
-        if lm.config._attn_implementation not in (SDPA, FLEX):
-            set_attention(lm, default_attention(lm.device))
+        self.keep_bytes = keep_bytes
+        self.packs = packs(self.lm.config)
+        if self.lm.config._attn_implementation not in (SDPA, FLEX):
+            set_attention(self.lm, default_attention(self.lm.device))
+
+    @property
+    def lm(self) -> nn.Module:
+        """The causal LM itself, without a PEFT wrapper."""
+        return causal_lm(self.model)
+
+    def plan(self, pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
+        """Which pairs go through one forward together, at most `max_tokens` tokens each time."""
+        return (plan_rows if self.packs else plan_padded)(pairs, max_tokens)
+
+    def collate(self, pairs: Sequence[RenderedPair], device: torch.device | str) -> Batch:
+        """The pairs as one batch of the kind that the architecture takes."""
+        if not self.packs:
+            return unpacked(pairs, device)
+        flex = self.lm.config._attn_implementation == FLEX
+        return pack(pairs, device, multiple=FLEX_BLOCK if flex else 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Log-probs in nats of the scored tokens, in the batch's order."""
-        lm = causal_lm(self.model)
-        hidden = self._hidden(lm.get_decoder(), batch).flatten(0, 1)[batch.predict]
-        return self._head(lm, hidden, batch.targets)
+        hidden = self._hidden(batch).flatten(0, 1).index_select(0, batch.predict)
+        head, rule = self.lm.get_output_embeddings(), logit_rule(self.lm)
+        if type(head) is not nn.Linear:
+            return self._through_module(head, hidden, batch.targets, rule)
+        return token_logps(
+            hidden,
+            head.weight,
+            head.bias,
+            batch.targets,
+            rule,
+            chunk=self.chunk_tokens,
+            keep_bytes=self.keep_bytes if torch.is_grad_enabled() else 0,
+        )
 
-    def _hidden(self, decoder: nn.Module, batch: Batch) -> Tensor:
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The decoder's last hidden states [B, L, D]."""
+        decoder = self.lm.get_decoder()
         if batch.spans is None:
             # Causal attention never looks at padding on the right, so no mask is needed.
             return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -46,18 +89,16 @@ class SequenceLogps(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def _head(self, lm: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        head, rule = lm.get_output_embeddings(), logit_rule(lm)
-        if type(head) is nn.Linear:
-            return TokenLogps.apply(
-                hidden, head.weight, head.bias, targets, rule, self.chunk_tokens
-            )
+    def _through_module(
+        self, head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule
+    ) -> Tensor:
+        """An adapter on the head has a forward of its own: chunks of it, computed again backward."""
 
         def logps(rows: Tensor, picks: Tensor) -> Tensor:
-            logits = rule.apply_(head(rows).float())
-            return logits.gather(-1, picks[:, None])[:, 0] - logits.logsumexp(-1)
+            logits = head(rows)
+            logits = rule.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            return logits.gather(-1, picks[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-        # An adapter on the head has a forward of its own.
         parts = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens))
         return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
 
@@ -69,13 +110,13 @@ def logit_rule(lm: nn.Module) -> LogitRule:
     return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def sum_by_sequence(token_logps: Tensor, batch: Batch) -> Tensor:
-    """[S] sums of token log-probs, added up in float64; float32 where a gradient is wanted."""
-    total = torch.zeros(batch.num_sequences, dtype=torch.float64, device=token_logps.device)
-    total = total.index_add(0, batch.sequence, token_logps.double())
-    return total.float() if token_logps.requires_grad else total
+def sum_by_sequence(values: Tensor, batch: Batch) -> Tensor:
+    """[R] of scored tokens -> [S] sums, added up in float64; float32 where a gradient is wanted."""
+    total = torch.zeros(batch.num_sequences, dtype=torch.float64, device=values.device)
+    total = total.index_add(0, batch.sequence, values.double())
+    return total.float() if values.requires_grad else total
 
 
-def split_by_sequence(token_logps: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    """The log-probs of each sequence's scored tokens, in text order."""
-    return token_logps.split(batch.counts)
+def split_by_sequence(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """[R] of scored tokens -> the values of each sequence by itself, in text order."""
+    return values.split(batch.counts)
