@@ -179,7 +179,7 @@ class Renderer:
         ids, length = sequence.token_ids, len(rendered.text)
         front = next(n for n in (0, 1) if ids[n : n + len(under)] == encoding.ids)
         under = [(0, 0)] * front + under + [(length, length)] * (len(ids) - front - len(under))
-        tokens = [self._backend.id_to_token(i) for i in ids]
+        tokens = [self._backend.id_to_token(i) or "" for i in ids]
         return ExplainedSequence(rendered, sequence, tokens, under)
 
 
