@@ -161,9 +161,9 @@ def _template(where: str, path: Path, value: str) -> str:
         return value
     try:
         return (path.parent / Path(value).expanduser()).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError):
         raise UserError(
-            f"{where}: can't read {value!r} ({error}); it is relative to {path}"
+            f"{where}: {value!r} can't be read as text; its path is relative to {path.parent}"
         ) from None
 
 

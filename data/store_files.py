@@ -90,8 +90,10 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.root = str(folder)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--store {folder}: is a file; a store is a folder")
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            problem = "is a file" if existing == folder else f"is below a file, {existing}"
+            raise UserError(f"--store {folder}: {problem}; a store is a folder")
 
     def names(self, folder: str) -> dict[str, int]:
         try:

@@ -6,6 +6,7 @@ docs/store.md describes them for readers outside this package.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ SCORE_SCHEMA = pa.schema(
     metadata={b"mrpo.scores": SCHEMA_VERSION},
 )
 TOKEN_COLUMNS = ("chosen_token_logps", "rejected_token_logps")  # with --keep-token-logps
+TOKEN_TYPE = pa.list_(pa.float32())
 _LOGPS = ("chosen_logp", "rejected_logp", "chosen_end_logp", "rejected_end_logp")
 
 
@@ -45,7 +47,7 @@ def checked(table: pa.Table) -> pa.Table:
     extra = [name for name in TOKEN_COLUMNS if name in table.column_names]
     schema = SCORE_SCHEMA
     for name in extra:
-        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
+        schema = schema.append(pa.field(name, TOKEN_TYPE))
     assert set(table.column_names) == set(schema.names), table.column_names
     table = table.select(schema.names).cast(schema)
     ids = ids_to_numpy(table["pair_id"])
@@ -65,6 +67,16 @@ def to_bytes(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=["reason"])
     return sink.getvalue()
+
+
+def read_columns(source: pa.NativeFile, columns: Sequence[str]) -> pa.Table:
+    """Columns of a score file; per-token log-probs are null in files that keep none."""
+    with pq.ParquetFile(source) as file:
+        table = file.read(columns=list(columns))
+    for name in TOKEN_COLUMNS:
+        if name in columns and name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), TOKEN_TYPE))
+    return table.select(list(columns))
 
 
 def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from ..errors import UserError
 from .digests import digest_of, unit_of
 from .ids import ID_DTYPE, IdArray, IdIndex, ids_to_numpy
 from .store_files import Files
-from .store_schema import SCORE_SCHEMA, checked, to_bytes
+from .store_schema import SCORE_SCHEMA, checked, read_columns, to_bytes
 
 SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
 BAD = ".bad"
@@ -84,7 +84,7 @@ class ReferenceScores:
         parts = list(self.tables(list(dict.fromkeys(["pair_id", *wanted]))))
         if not parts:
             return SCORE_SCHEMA.empty_table().select(wanted)
-        table = pa.concat_tables(parts, promote_options="default")
+        table = pa.concat_tables(parts)
         firsts = IdIndex(ids_to_numpy(table["pair_id"])).firsts()
         if len(firsts) < len(table):
             table = table.take(firsts)
@@ -99,7 +99,7 @@ class ReferenceScores:
             data = self._files.read(f"{self._folder}/{name}")
             if not intact(name, data):
                 raise UserError(self._damage(name))
-            yield pq.read_table(pa.BufferReader(data), columns=list(columns))
+            yield read_columns(pa.BufferReader(data), columns)
 
     def damaged(self) -> list[str]:
         """Files whose bytes are not those that their name says; changes nothing."""

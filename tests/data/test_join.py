@@ -1,0 +1,160 @@
+"""Scores beside pairs: every row where it belongs, missing ones as NaN, unscored ones refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mrpo.data.ids import IdArray
+from mrpo.data.join import JoinedScores, join, matrix
+from mrpo.data.store import Store
+from mrpo.errors import UserError
+
+
+class FakeShards:
+    """Ids in shards, as `PairShards` gives them."""
+
+    def __init__(self, ids: IdArray, rows: int) -> None:
+        self.path = Path("pairs")
+        self._shards = [ids[start : start + rows] for start in range(0, len(ids), rows)]
+        self.names = [f"part-{number:05d}.parquet" for number in range(len(self._shards))]
+        self.rows = [len(shard) for shard in self._shards]
+
+    def pair_ids(self, shard: int) -> IdArray:
+        return self._shards[shard]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def stored(store: Store, make: Any, ids: IdArray, number: int, rows: int = 17) -> Any:
+    """A reference whose score of the n-th pair is -(1000 number + n), in files of its own cut."""
+    record = store.record(make.record("abc"[number], commit=str(number) * 40))
+    for start in range(0, len(ids), rows):
+        first = -1000.0 * number - start
+        store.scores(record.identity).add(make.scores(ids[start : start + rows], first=first))
+    return record
+
+
+def test_every_row_gets_its_own_scores_whatever_the_order_and_the_files(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(100)
+    order = np.random.default_rng(0).permutation(100)[:70]
+    pairs = FakeShards(ids[order], rows=30)
+    records = [stored(store, make, ids, number, rows=17 + number) for number in range(3)]
+    joined = join(pairs, store, records, tmp_path / "run" / "scores")  # type: ignore[arg-type]
+    assert joined.aliases == ["a", "b", "c"]
+    assert (joined.names, joined.rows, joined.num_pairs) == (pairs.names, [30, 30, 10], 70)
+    for shard, places in enumerate((order[:30], order[30:60], order[60:])):
+        table = joined.table(shard)
+        assert table["pair_id"].to_pylist() == [one.tobytes() for one in ids[places]]
+        expected = -1000.0 * np.arange(3)[None] - places[:, None]
+        np.testing.assert_array_equal(matrix(table, "ref_chosen_logps"), expected)
+        np.testing.assert_array_equal(matrix(table, "ref_rejected_logps"), expected - 0.5)
+        assert (matrix(table, "ref_chosen_tokens") == 7).all()
+        assert table["reasons"].to_pylist() == [[None] * 3] * len(places)
+
+
+def test_a_permanently_missing_score_is_nan_with_its_reason_and_counted(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(4)
+    whole = stored(store, make, ids, 0)
+    part = stored(store, make, ids[:3], 1)
+    store.scores(part.identity).add(make.missing(ids[3:], "beyond_context"))
+    joined = join(FakeShards(ids, 4), store, [whole, part], tmp_path / "scores")  # type: ignore[arg-type]
+    table = joined.table(0, ["ref_chosen_logps", "reasons"])
+    assert np.isnan(matrix(table, "ref_chosen_logps")).tolist() == [[False] * 2] * 3 + [
+        [False, True]
+    ]
+    assert table["reasons"].to_pylist()[3] == [None, "beyond_context"]
+    assert [reference.missing for reference in joined.references] == [{}, {"beyond_context": 1}]
+
+
+def test_of_two_rows_the_join_takes_the_one_that_every_reader_takes(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(2)
+    record = store.record(make.record())
+    scores = store.scores(record.identity)
+    scores.add(make.scores(ids, first=-10.0))
+    scores.add(make.scores(ids[:1], first=-20.0))
+    joined = join(FakeShards(ids, 2), store, [record], tmp_path / "scores")  # type: ignore[arg-type]
+    kept = dict(zip(*scores.read(["pair_id", "chosen_logp"]).to_pydict().values()))
+    assert matrix(joined.table(0), "ref_chosen_logps")[:, 0].tolist() == [
+        kept[one.tobytes()] for one in ids
+    ]
+
+
+def test_unscored_pairs_are_refused_with_the_line_to_run_and_nothing_is_written(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(10)
+    records = [stored(store, make, ids[: 10 - 2 * number], number) for number in range(3)]
+    with pytest.raises(UserError) as caught:
+        join(FakeShards(ids, 4), store, records, tmp_path / "scores", refs_config="my refs.yaml")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"pairs: pairs not yet scored in {store.root}: 2 for b, 4 for c; run: mrpo precompute "
+        f"--pairs pairs --refs b,c --refs-config 'my refs.yaml' --store {store.root}"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+def test_a_damaged_score_file_never_reaches_training(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(10)
+    record = stored(store, make, ids, 0)
+    path = next(Path(store.root).glob("*/scores/*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        join(FakeShards(ids, 4), store, [record], tmp_path / "scores")  # type: ignore[arg-type]
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_join_replaces_an_earlier_one_and_the_store_is_not_needed_again(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(6)
+    records = [stored(store, make, ids, number) for number in range(2)]
+    out = tmp_path / "scores"
+    join(FakeShards(ids, 2), store, records, out)  # type: ignore[arg-type]
+    join(FakeShards(ids, 4), store, records[1:], out)  # type: ignore[arg-type]
+    Path(store.root).rename(tmp_path / "away")
+    joined = JoinedScores(out)
+    assert (joined.aliases, joined.rows) == (["b"], [4, 2])
+    assert joined.references[0].identity == records[1].identity
+    assert sorted(path.name for path in out.iterdir()) == [
+        "joined.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+    path = out / joined.names[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged"):
+        joined.table(1)
+
+
+def test_joined_scores_that_are_not_there_say_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no joined scores"):
+        JoinedScores(tmp_path)
+
+
+def test_the_manifest_names_the_references_and_no_machine(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(3)
+    record = stored(store, make, ids, 0)
+    join(FakeShards(ids, 3), store, [record], tmp_path / "scores")  # type: ignore[arg-type]
+    manifest = (tmp_path / "scores" / "joined.json").read_text()
+    assert json.loads(manifest)["references"][0]["identity"] == record.identity
+    assert str(tmp_path) not in manifest
