@@ -11,47 +11,29 @@ scored for one data set is scored for all. A store is a local path or an fsspec 
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
-from .digests import identity_of
 from .references import ReferenceSpec, check_alias
 from .store_files import open_files
+from .store_records import ReferenceRecord, from_json, merged, to_json
 from .store_schema import SCORE_SCHEMA
 from .store_scores import ReferenceScores
 
-__all__ = ["SCORE_SCHEMA", "ReferenceRecord", "ReferenceScores", "Store"]
+__all__ = ["SCORE_SCHEMA", "ReferenceRecord", "ReferenceScores", "Store", "open_store"]
 
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceRecord:
-    """One identity under one alias, as `reference.json` keeps it."""
-
-    alias: str
-    entry: Mapping[str, Any]  # ReferenceSpec.entry(): what refs.yaml said
-    inputs: Mapping[str, Any]  # what the identity is a digest of
-    resolved_commit: str | None = None  # of a Hub model
-    runs: tuple[Mapping[str, Any], ...] = ()  # engine, versions, machine, date: kept, not keyed
-    created: str = ""  # when the identity was first recorded, UTC
-    recorded: str = ""  # when it was last recorded under this alias and entry, UTC
-
-    @property
-    def identity(self) -> str:
-        return identity_of(self.inputs)
-
-    @property
-    def imported(self) -> bool:
-        """Whether others computed the scores, and they were brought in by `mrpo store import`."""
-        return "imported" in self.inputs
+def open_store(given: str | None) -> Store:
+    """The store of a command's --store, else of $MRPO_STORE, else the folder `store`."""
+    return Store(given or os.environ.get("MRPO_STORE") or "store")
 
 
 class Store:
@@ -70,7 +52,7 @@ class Store:
 
     def references(self) -> list[ReferenceRecord]:
         """Every alias of every identity, the most recently recorded last."""
-        records = [record for name in self.identities() for record in self._read(name)]
+        records = [record for name in self.identities() for record in self.names_of(name)]
         return sorted(records, key=lambda record: (record.recorded, record.identity))
 
     def record(self, record: ReferenceRecord) -> ReferenceRecord:
@@ -81,36 +63,15 @@ class Store:
         """
         check_alias(record.alias)
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        earlier = self._read(record.identity)
-        same = _named(earlier, record.alias, record.entry)
-        names = [
-            {"alias": other.alias, "entry": dict(other.entry), "recorded": other.recorded}
-            for other in earlier
-            if other is not same
-        ]
-        names.append({"alias": record.alias, "entry": dict(record.entry), "recorded": now})
-        created = earlier[0].created if earlier else now
-        runs = [*(earlier[0].runs if earlier else ()), *record.runs]
-        content = {
-            "identity": record.identity,
-            "inputs": record.inputs,
-            "resolved_commit": record.resolved_commit,
-            "created": created,
-            "names": names,
-            "runs": runs,
-        }
-        content["digest"] = identity_of(content)
-        data = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.files.write(f"{record.identity}/{RECORD}", data.encode())
-        return ReferenceRecord(
-            alias=record.alias,
-            entry=record.entry,
-            inputs=record.inputs,
-            resolved_commit=record.resolved_commit,
-            runs=tuple(runs),
-            created=created,
-            recorded=now,
-        )
+        new = replace(record, created=now, recorded=now)
+        return next(kept for kept in self.merge([new]) if kept.recorded == now)
+
+    def merge(self, records: Sequence[ReferenceRecord]) -> list[ReferenceRecord]:
+        """Write the names of one identity, as they are, beside those it has; returns all."""
+        identity = records[0].identity
+        kept = merged(self.names_of(identity), records)
+        self.files.write(f"{identity}/{RECORD}", to_json(kept))
+        return kept
 
     def resolve(
         self, alias: str, specs: Mapping[str, ReferenceSpec] | None = None
@@ -170,41 +131,16 @@ class Store:
         return [
             name
             for name in self.identities()
-            if RECORD in self.files.names(name) and not self._read(name)
+            if RECORD in self.files.names(name) and not self.names_of(name)
         ]
 
-    def _read(self, identity: str) -> list[ReferenceRecord]:
+    def names_of(self, identity: str) -> list[ReferenceRecord]:
         """The record of an identity, once for each of its names; empty where there is none.
 
         A damaged one counts as none: `precompute` finds the identity again by computing it, and
         its scores are untouched.
         """
         try:
-            content = json.loads(self.files.read(f"{identity}/{RECORD}"))
-            digest = content.pop("digest")
-        except (FileNotFoundError, ValueError, AttributeError, KeyError):
+            return from_json(identity, self.files.read(f"{identity}/{RECORD}"))
+        except FileNotFoundError:
             return []
-        if digest != identity_of(content) or content["identity"] != identity:
-            return []
-        records = [
-            ReferenceRecord(
-                alias=name["alias"],
-                entry=name["entry"],
-                inputs=content["inputs"],
-                resolved_commit=content["resolved_commit"],
-                runs=tuple(content["runs"]),
-                created=content["created"],
-                recorded=name["recorded"],
-            )
-            for name in content["names"]
-        ]
-        return [record for record in records if record.identity == identity]
-
-
-def _named(
-    records: list[ReferenceRecord], alias: str, entry: Mapping[str, Any]
-) -> ReferenceRecord | None:
-    for record in records:
-        if record.alias == alias and record.entry == entry:
-            return record
-    return None
