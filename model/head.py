@@ -52,7 +52,7 @@ def token_logps(
 ) -> Tensor:
     """hidden [R, D], weight [V, D], bias [V] or None, targets [R] -> log-probs [R] in nats.
 
-    The product is computed in the autocast dtype if there is one, all behind it in float32 at least.
+    The product is computed in the autocast dtype if there is one, the rest in float32 at least.
     """
     device = hidden.device.type
     dtype = weight.dtype

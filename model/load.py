@@ -17,9 +17,47 @@ from ..errors import UserError
 from .attention import FLEX, SDPA
 
 Attention = Literal["sdpa", "flex_attention"]
+REGISTERED: dict[Attention, str] = {"sdpa": SDPA, "flex_attention": FLEX}
 
 PACKABLE = frozenset(
-    "gemma2 gemma3_text granite llama mistral olmo2 phi3 qwen2 qwen3 smollm3".split()
+    {
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+        "vaultgemma",
+    }
 )
 
 
@@ -30,17 +68,28 @@ def load_model(
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     attn: Attention | None = None,
-) -> PreTrainedModel:
-    """The model in eval mode, with an attention that packed rows can use.
+    adapter: str | Path | None = None,
+) -> nn.Module:
+    """The causal LM in eval mode without dropout, with an attention that packed rows can use.
 
-    `attn` is by default FlexAttention on a GPU and sdpa elsewhere. Raises `UserError` for a dtype
-    that torch does not have.
+    `attn` is by default FlexAttention on a GPU and sdpa elsewhere; `adapter` is a PEFT adapter to
+    put on top, and then a `PeftModel` is returned. Raises `UserError` for a dtype that torch does
+    not have and for a model that is not there or is no causal LM.
     """
-    kind = getattr(torch, dtype, None) if dtype != "auto" else dtype
-    if dtype != "auto" and not isinstance(kind, torch.dtype):
-        raise UserError(f"dtype {dtype!r} is not one of torch's; use float32, bfloat16 or float16")
-    model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
-    set_attention(model, attn or default_attention(device))
+    kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise UserError(f"dtype {dtype!r} is unknown; use float32, bfloat16, float16 or auto")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
+        remove_dropout(model)
+        set_attention(model, attn or default_attention(device))
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model {path} could not be loaded: {reason}") from error
     return model.to(device).eval()
 
 
@@ -50,15 +99,51 @@ def default_attention(device: torch.device | str) -> Attention:
 
 def packs(config: PretrainedConfig) -> bool:
     """Whether rows of this architecture may hold several pairs with shared prompts."""
-    return config.get_text_config().model_type in PACKABLE
+    config = config.get_text_config()
+    causal = not getattr(config, "use_bidirectional_attention", False)
+    return config.model_type in PACKABLE and causal
 
 
-def set_attention(model: PreTrainedModel, attn: Attention) -> None:
-    """Replace the attention of a packable architecture; others keep transformers' choice."""
-    if packs(model.config):
-        model.set_attn_implementation(FLEX if attn == "flex_attention" else SDPA)
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """The longest row, in tokens, whose rotary frequencies are those of every shorter one.
+
+    Two kinds of rotary embedding choose their frequencies by the longest position in the batch:
+    beyond this length a sequence has to be computed by itself. None for all other kinds.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(r, dict) for r in rope.values()) else [rope]
+    limits = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, without a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def set_attention(lm: PreTrainedModel, attn: Attention) -> None:
+    """Set a packable architecture's attention; never eager, which would add a boolean mask.
+
+    Others keep transformers' choice, except where that is the sdpa which leaves out a softcap.
+    """
+    softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
+    if packs(lm.config):
+        lm.set_attn_implementation(REGISTERED[attn])
+    elif softcap is not None and lm.config._attn_implementation == "sdpa":
+        lm.set_attn_implementation(SDPA)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: a policy is compared with scores that were made without."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            # Architectures keep the rates of functional dropout in attributes of this kind.
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -6,6 +6,7 @@ forward of the root module, so the head is used nowhere else.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import FLEX, SDPA, PackedMasks
 from .head import KEEP_BYTES, LogitRule, token_logps
-from .load import causal_lm, default_attention, packs, set_attention
-from .packing import Batch, pack, plan_padded, plan_rows, unpacked
+from .load import causal_lm, default_attention, packs, rope_limit, set_attention
+from .packing import PADDING, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
 
 if TYPE_CHECKING:
     from ..data.rendering import RenderedPair
+
+logger = logging.getLogger(__name__)
 
 FLEX_BLOCK = 128  # tokens; rows of whole blocks keep the number of compiled shapes small
 
@@ -39,21 +42,38 @@ class SequenceLogps(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.keep_bytes = keep_bytes
         self.packs = packs(self.lm.config)
+        self.rope_limit = rope_limit(self.lm.config)
         if self.lm.config._attn_implementation not in (SDPA, FLEX):
             set_attention(self.lm, default_attention(self.lm.device))
+        if not self.packs:
+            logger.warning(
+                "%s is not known to pack: one response a row, prompts computed twice",
+                self.lm.config.get_text_config().model_type,
+            )
 
     @property
     def lm(self) -> nn.Module:
         """The causal LM itself, without a PEFT wrapper."""
         return causal_lm(self.model)
 
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The blocks of the decoder, each of which FSDP2 may shard by itself."""
+        count = self.lm.config.get_text_config().num_hidden_layers
+        modules = self.lm.get_decoder().modules()
+        return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count)
+
     def plan(self, pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
         """Which pairs go through one forward together, at most `max_tokens` tokens each time."""
-        return (plan_rows if self.packs else plan_padded)(pairs, max_tokens)
+        alone, together = [], []
+        for index, pair in enumerate(pairs):
+            (alone if self._beyond_rope_limit(pair) else together).append(index)
+        plan = (plan_rows if self.packs else plan_padded)([pairs[i] for i in together], max_tokens)
+        return [[i] for i in alone] + [[together[i] for i in row] for row in plan]
 
     def collate(self, pairs: Sequence[RenderedPair], device: torch.device | str) -> Batch:
         """The pairs as one batch of the kind that the architecture takes."""
-        if not self.packs:
+        if not self.packs or any(self._beyond_rope_limit(pair) for pair in pairs):
             return unpacked(pairs, device)
         flex = self.lm.config._attn_implementation == FLEX
         return pack(pairs, device, multiple=FLEX_BLOCK if flex else 1)
@@ -77,6 +97,10 @@ class SequenceLogps(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         """The decoder's last hidden states [B, L, D]."""
         decoder = self.lm.get_decoder()
+        if self.rope_limit is not None:
+            _forget_longest(decoder)
+        if batch.spans is None and self.rope_limit and batch.input_ids.shape[1] > self.rope_limit:
+            return _row_by_row(decoder, batch)
         if batch.spans is None:
             # Causal attention never looks at padding on the right, so no mask is needed.
             return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -89,10 +113,13 @@ class SequenceLogps(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
+    def _beyond_rope_limit(self, pair: RenderedPair) -> bool:
+        return self.rope_limit is not None and padded_tokens(pair) > self.rope_limit
+
     def _through_module(
         self, head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule
     ) -> Tensor:
-        """An adapter on the head has a forward of its own: chunks of it, computed again backward."""
+        """An adapter on the head has a forward of its own: in chunks, computed again backward."""
 
         def logps(rows: Tensor, picks: Tensor) -> Tensor:
             logits = head(rows)
@@ -101,6 +128,24 @@ class SequenceLogps(nn.Module):
 
         parts = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens))
         return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
+
+
+def _row_by_row(decoder: nn.Module, batch: Batch) -> Tensor:
+    """Hidden states of rows computed one at a time, without their padding."""
+    width, rows = batch.input_ids.shape[1], []
+    for ids, pair in zip(batch.input_ids, batch.pair):
+        _forget_longest(decoder)
+        length = int((pair != PADDING).sum())
+        hidden = decoder(input_ids=ids[None, :length], use_cache=False).last_hidden_state
+        rows.append(nn.functional.pad(hidden, (0, 0, 0, width - length)))
+    return torch.cat(rows)
+
+
+def _forget_longest(decoder: nn.Module) -> None:
+    """Dynamic rotary embeddings keep the frequencies of the longest sequence seen so far."""
+    for module in decoder.modules():
+        if hasattr(module, "max_seq_len_cached"):
+            module.max_seq_len_cached = 0
 
 
 def logit_rule(lm: nn.Module) -> LogitRule:
