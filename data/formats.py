@@ -86,7 +86,7 @@ class PairReader:
         prompt = _turns(row, self._columns.prompt or "prompt")
         chosen = _turns(row, self._columns.chosen)
         rejected = _turns(row, self._columns.rejected)
-        if chosen is None or rejected is None:
+        if not chosen or not rejected:
             raise Unusable("empty_response")
         if isinstance(chosen, str) != isinstance(rejected, str):
             raise Broken(self._columns.rejected, "must be text or messages as the chosen one is")
@@ -106,6 +106,8 @@ class PairReader:
     ) -> tuple[Turns, Turns, Turns]:
         """Prompt, chosen and rejected, with what the two responses share in the prompt."""
         if isinstance(chosen, str) and isinstance(rejected, str):
+            if not chosen.strip() or not rejected.strip():
+                raise Unusable("empty_response")
             if isinstance(prompt, list):
                 return prompt, _assistant(chosen), _assistant(rejected)
             dialogues = [_whole_text(prompt, text) for text in (chosen, rejected)]
@@ -152,8 +154,6 @@ def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """
     if chosen == rejected:
         raise Unusable("responses_equal")
-    if not chosen.strip() or not rejected.strip():
-        raise Unusable("empty_response")
     end = _common_length(chosen, rejected)
     if end == min(len(chosen), len(rejected)):
         end -= 1  # one text goes on where the other ends: leave it something to answer
@@ -203,6 +203,8 @@ def _whole_text(prompt: str | None, text: str) -> str:
 
 def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
     """The prompt column and the messages that both responses begin with, as one prompt."""
+    if not prompt:
+        return shared
     if isinstance(prompt, str):
         if not shared:
             return _user(prompt)
@@ -210,7 +212,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
         if not asked or asked[-1].get("content", "").strip() != prompt.strip():
             raise Unusable("prompt_mismatch")
         return shared
-    if not prompt or shared[: len(prompt)] == prompt:
+    if shared[: len(prompt)] == prompt:
         return shared
     if not shared or prompt[-len(shared) :] == shared:
         return prompt

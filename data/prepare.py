@@ -109,7 +109,7 @@ class _Preparation:
         duplicates = self._reasons.pop(DUPLICATE, 0)
         unusable = self._reasons.total()
         if self._writer.num_pairs == 0:
-            left = f"no pair is left of {rows:,} rows ({_counts(self._reasons)})"
+            left = f"no pair is left of {rows:,} rows (dropped: {_counts(self._reasons)})"
             raise UserError(
                 f"{self._config.source}: {left if rows else 'there are no rows'}; "
                 "at least one pair is needed"
@@ -189,7 +189,7 @@ def _identify(pair: Pair) -> bytes:
 
 
 def _counts(reasons: Counter[str] | dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())) or "none"
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
 
 
 def _summary(shards: PairShards) -> str:
@@ -199,11 +199,13 @@ def _summary(shards: PairShards) -> str:
     parts = f"{len(shards.names):,} shard{'s' if len(shards.names) > 1 else ''}"
     kept = f"{shards.num_pairs:,} pairs of {shards.kind} in {parts}"
     gone = f"{manifest['duplicates']:,} duplicates, {sum(dropped.values()):,} unusable"
+    if dropped:
+        gone += f" ({_counts(dropped)})"
     return "\n".join(
         [
             f"rows    {manifest['rows']:,}",
             f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation",
-            f"dropped {gone} ({_counts(dropped)}), listed in {shards.path / DROPPED}",
+            f"dropped {gone}; see {shards.path / DROPPED}",
             f"pairs   {shards.path}",
         ]
     )

@@ -28,9 +28,10 @@ def staged(out: Path) -> Iterator[Path]:
 
     Raises `UserError` where `out` cannot be a folder or holds something other than pairs.
     """
-    _refuse_foreign(out)
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    missing: list[Path] = []
     try:
+        _refuse_foreign(out)
+        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob(f"{_STAGE}*"):
             shutil.rmtree(leftover)
