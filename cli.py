@@ -23,7 +23,7 @@ from mrpo.settings import Setting, build, options, settings_of
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
     "inspect": ("data.config:InspectConfig", "data.inspect:inspect"),
-    "refs": ("precompute.config:RefsConfig", "precompute.refs:refs"),
+    "refs": ("precompute.refs_config:RefsConfig", "precompute.refs:refs"),
     "precompute": ("precompute.config:PrecomputeConfig", "precompute.run:precompute"),
     "train": ("train.config:TrainConfig", "train.run:train"),
     "export": ("train.export_config:ExportConfig", "train.export:export"),
