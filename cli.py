@@ -91,7 +91,8 @@ def _command(config: type, function: str) -> Callable[..., int]:
             if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
         }
         file = given.pop("config", None)
-        return _load(function)(build(config, given, file)) or 0
+        result = _load(function)(build(config, given, file))
+        return result if isinstance(result, int) else 0  # `prepare` returns what it made
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
