@@ -92,11 +92,12 @@ def fit_weights(
         )
     margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
     scale = np.sqrt(np.mean(margins**2)) or 1.0
-    scaled = margins / scale
-    ones = np.ones(len(scaled))
-    full = _non_negative_logistic(scaled, ones, np.zeros(scaled.shape[1]))
+    scaled = np.ascontiguousarray(margins.T / scale)
+    zeros, ones = np.zeros(len(scaled)), np.ones(len(prompts))
+    full = _non_negative_logistic(scaled, ones, zeros)
+    # Started from zero like the full fit: from its result, a fold would see its own labels.
     fold = _fold_of(prompts, folds)
-    fold_fits = [_non_negative_logistic(scaled, ones * (fold != f), full) for f in range(folds)]
+    fold_fits = [_non_negative_logistic(scaled, ones * (fold != f), zeros) for f in range(folds)]
     intervals: np.ndarray | None = None
     drop: tuple[int, ...] = ()
     if bootstrap:
@@ -105,7 +106,7 @@ def fit_weights(
         weights=_sum_to_one(full),
         coefficients=full / scale,
         fold_weights=np.stack([_sum_to_one(fit) for fit in fold_fits]),
-        pairs=len(scaled),
+        pairs=len(prompts),
         intervals=intervals,
         drop=drop,
     )
@@ -117,44 +118,46 @@ def _non_negative_logistic(
     """argmin over w ≥ 0 of Σ_i c_i log(1 + exp(−w·D_i)) / Σ_i c_i + RIDGE/2 |w|².
 
     Projected Newton (Bertsekas 1982): coordinates held at 0 take a gradient step, the others a
-    Newton step; both are projected, and halved until the objective falls. [N, K], [N], [K] -> [K].
+    Newton step; both are projected, and halved until the objective falls. [K, N], [N], [K] -> [K].
     """
     total = counts.sum()
     if total == 0:
         return np.zeros_like(start)
+    shares = counts / total
 
     def objective(w: np.ndarray, logits: np.ndarray) -> float:
-        return counts @ np.logaddexp(0, -logits) / total + RIDGE / 2 * w @ w
+        softplus = np.maximum(-logits, 0) + np.log1p(np.exp(-np.abs(logits)))
+        return shares @ softplus + RIDGE / 2 * w @ w
 
-    w, logits = start, margins @ start
+    w, logits = start, start @ margins
+    value = objective(w, logits)
     for _ in range(100):
         wrong = 0.5 - 0.5 * np.tanh(logits / 2)  # sigmoid(−logits), without overflow
-        gradient = RIDGE * w - (counts * wrong) @ margins / total
-        projected = w - np.maximum(w - gradient, 0)
-        if np.abs(projected).max() < 1e-9:
+        gradient = RIDGE * w - margins @ (shares * wrong)
+        distance = np.abs(w - np.maximum(w - gradient, 0)).max()
+        if distance < 1e-9:
             break
-        held = (w <= min(1e-3, np.abs(projected).max())) & (gradient > 0)
-        curvature = counts * wrong * (1 - wrong) / total
-        hessian = margins.T @ (margins * curvature[:, None]) + RIDGE * np.eye(len(w))
+        free = np.flatnonzero((w > min(1e-3, distance)) | (gradient <= 0))
+        curvature = shares * wrong * (1 - wrong)
+        hessian = (margins * curvature) @ margins.T + RIDGE * np.eye(len(w))
         step = -gradient
-        free = np.flatnonzero(~held)
         step[free] = np.linalg.solve(hessian[np.ix_(free, free)], step[free])
-        now, size = objective(w, logits), 1.0
+        size = 1.0
         while True:
             candidate = np.maximum(w + size * step, 0)
-            candidate_logits = margins @ candidate
-            falls_by = 1e-4 * gradient @ (w - candidate)
-            if objective(candidate, candidate_logits) <= now - falls_by or size < 1e-8:
+            logits = candidate @ margins
+            reached = objective(candidate, logits)
+            if reached <= value + 1e-4 * gradient @ (candidate - w) or size < 1e-8:
                 break
             size /= 2
-        w, logits = candidate, candidate_logits
+        w, value = candidate, reached
     return w
 
 
 def _bootstrap(
     margins: np.ndarray, prompts: np.ndarray, full: np.ndarray, resamples: int, seed: int
 ) -> np.ndarray:
-    """[B, K] coefficients, each fitted to as many prompts drawn with replacement."""
+    """[B, K] coefficients of margins [K, N], each fitted to as many prompts drawn anew."""
     rng = np.random.default_rng(seed)
     distinct, prompt_of = np.unique(prompts, return_inverse=True)
     fits = []
