@@ -1,9 +1,9 @@
-"""Settings of `mrpo prepare`: its flags, YAML keys and defaults. Standard library only."""
+"""Settings of `prepare` and `inspect`: flags, YAML keys and defaults. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ..settings import Arg
 
@@ -44,3 +44,23 @@ class PrepareConfig:
     strict: Annotated[bool, "stop at the first row that cannot be used"] = False
     allow_dropped: Annotated[bool, "go on when more than 5 % of the rows cannot be used"] = False
     shard_pairs: Annotated[int, "pairs in a shard"] = 8192
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectConfig:
+    """Show a pair as a reference sees it: its template's text, and which of it is scored.
+
+    The scored span and the end of turn are coloured, or between brackets where there is no
+    colour. No weights are loaded.
+
+    Example: `mrpo inspect --ref llama --row 7 --tokens`
+    """
+
+    ref: Annotated[str, "alias of the reference, or several as a,b,c"]
+    row: Annotated[int, "row of the pair in the data set, from 0"] = 0
+    pairs: Annotated[str, "folder of pairs as `mrpo prepare` writes it"] = "pairs"
+    refs_config: Annotated[str, "the file that says what an alias is"] = "configs/refs.yaml"
+    tokens: Annotated[bool, "list the tokens too: id, piece and part"] = False
+    color: Annotated[
+        Literal["auto", "always", "never"], "auto: on a terminal, unless NO_COLOR is set"
+    ] = "auto"

@@ -451,7 +451,13 @@ FAMILIES = [
         "</s>",
         scored=lambda content: " " + content,
     ),
-    Family("alpaca", lambda: byte_level(GPT2_SPLIT, ("<|endoftext|>",)), ALPACA, None),
+    Family(
+        "alpaca",
+        lambda: byte_level(GPT2_SPLIT, ("<|endoftext|>",)),
+        ALPACA,
+        None,
+        system=False,
+    ),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 

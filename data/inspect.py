@@ -1,0 +1,147 @@
+"""`mrpo inspect`: a pair as a reference sees it, down to the token.
+
+Prints the text that the reference's chat template makes of each branch, with the scored span, the
+end of turn and a token across the boundary marked, and on request every token with its id.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .pairs import Pair
+from .references import ReferenceSpec, load_refs, select_refs
+from .rendering import ExplainedSequence, Refusal, Renderer
+from .shards import PairShards
+
+if TYPE_CHECKING:
+    from .config import InspectConfig
+
+# Part of a sequence -> ANSI colour, and the brackets that stand for it without colour.
+LOOKS = {
+    "prompt": ("2", "", ""),
+    "boundary": ("1;33", "<<", ">>"),
+    "response": ("32", "[[", "]]"),
+    "end": ("1;35", "{{", "}}"),
+}
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print the pair for each reference named."""
+    specs = select_refs(load_refs(config.refs_config), config.ref)
+    pair = _pair_at(PairShards(config.pairs), config.row)
+    color = config.color == "always" or (
+        config.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    )
+    print(f"row {config.row} of {config.pairs}: pair {pair.id.hex()}, {pair.split}, {pair.source}")
+    for spec in specs:
+        renderer = Renderer.load(
+            spec.model_folder or spec.model,
+            revision=spec.revision,
+            chat_template=spec.chat_template,
+            chat_template_kwargs=spec.chat_template_kwargs,
+        )
+        for line in describe(spec, renderer, pair, tokens=config.tokens, color=color):
+            print(line)
+
+
+def describe(
+    spec: ReferenceSpec, renderer: Renderer, pair: Pair, *, tokens: bool, color: bool
+) -> Iterator[str]:
+    """The lines that show one pair to one reference's eyes."""
+    yield f"\n{spec.alias} ({spec.model}): {_end_of_turn(renderer, pair)}"
+    explained = renderer.explain(pair)
+    if isinstance(explained, Refusal):
+        yield f"not scored, {explained.reason}: {explained.detail}"
+        return
+    names = ("prompt", "boundary", "response", "end")
+    yield "marked: " + ", ".join(
+        _paint(name, name.replace("end", "end of turn"), color) for name in names
+    )
+    for name, branch in zip(("chosen", "rejected"), explained):
+        sequence = branch.sequence
+        scored, end = len(sequence.token_ids) - sequence.start, sequence.end_start
+        yield (
+            f"\n{name}: {sequence.start} tokens before it, {scored} scored, "
+            f"{len(sequence.token_ids) - end} of them end of turn"
+            + (", the first across the boundary" if sequence.boundary else "")
+        )
+        yield marked_text(branch, color)
+        if tokens:
+            yield from _token_lines(branch, color)
+
+
+def marked_text(branch: ExplainedSequence, color: bool) -> str:
+    """The whole text of a branch with its parts marked; control characters are escaped."""
+    text, sequence = branch.rendered.text, branch.sequence
+    prompt_end, content_end = branch.rendered.prompt_end, branch.rendered.content_end
+    first, first_end = branch.spans[sequence.start]
+    parts = [("prompt", text[:prompt_end])]
+    if sequence.boundary:
+        parts = [("prompt", text[:first]), ("boundary", text[first:first_end])]
+        prompt_end = first_end
+    parts += [("response", text[prompt_end:content_end])]
+    parts += [("end", text[max(prompt_end, content_end) :])]
+    if branch.spans[0] == (0, 0):  # BOS and EOS that plain text was given
+        parts.insert(0, ("prompt", branch.tokens[0]))
+    if branch.spans[-1] == (len(text), len(text)):
+        parts.append(("end", branch.tokens[-1]))
+    return "".join(_paint(name, _visible(part), color) for name, part in parts if part)
+
+
+def _token_lines(branch: ExplainedSequence, color: bool) -> Iterator[str]:
+    sequence = branch.sequence
+    for index, token_id in enumerate(sequence.token_ids):
+        begin, end = branch.spans[index]
+        part = "prompt" if index < sequence.start else "response"
+        if index == sequence.start and sequence.boundary:
+            part = "boundary"
+        elif index >= sequence.end_start:
+            part = "end"
+        piece, under = (
+            _visible(text, newline="")
+            for text in (branch.tokens[index], branch.rendered.text[begin:end])
+        )
+        line = f"{index:>6} {token_id:>7}  {part:<9} {piece:<20} '{under}'"
+        yield _paint(part, line, color, brackets=False)
+
+
+def _pair_at(pairs: PairShards, row: int) -> Pair:
+    if not 0 <= row < pairs.num_pairs:
+        raise UserError(
+            f"--row {row}: {pairs.path} has rows 0 to {pairs.num_pairs - 1}; name one of them"
+        )
+    shard = 0
+    while row >= pairs.rows[shard]:
+        row -= pairs.rows[shard]
+        shard += 1
+    return pairs.pairs(shard, [row])[0]
+
+
+def _end_of_turn(renderer: Renderer, pair: Pair) -> str:
+    if not pair.is_chat:
+        warning = ", though the model has a chat template" if renderer.has_chat_template else ""
+        return f"plain text{warning}; it ends with {renderer.tokenizer.eos_token!r}"
+    if renderer.end_of_turn is None:
+        return "its chat template has no special token at the end of a turn"
+    return f"its chat template ends a turn with {renderer.end_of_turn!r}"
+
+
+def _visible(text: str, newline: str = "\n") -> str:
+    """The text with line breaks shown and control characters escaped."""
+    shown = (
+        "↵" + newline if char == "\n" else char if char.isprintable() else repr(char)[1:-1]
+        for char in text
+    )
+    return "".join(shown)
+
+
+def _paint(part: str, text: str, color: bool, brackets: bool = True) -> str:
+    code, opening, closing = LOOKS[part]
+    if not color:
+        return f"{opening}{text}{closing}" if brackets else text
+    # Line by line: a pager resets colours at the end of each.
+    return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
