@@ -1,1 +1,1 @@
-"""Stage one: score the missing pairs of every reference. The only folder that imports vLLM or Ray."""
+"""Stage one: score every reference's missing pairs. The only folder that imports vLLM or Ray."""

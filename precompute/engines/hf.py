@@ -1,0 +1,127 @@
+"""Engine hf: transformers on a GPU or the CPU, the prompt of a pair computed once in a packed row.
+
+Rows are filled up to a token budget; the head runs on response positions only, in chunks
+(`model/`). Architectures that can't share a row run one response a row. Out of memory halves the
+budget and goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ...data.rendering import RenderedPair
+from ...errors import UserError
+from ...model.load import causal_lm, load_model, packs
+from ...model.logps import SequenceLogps, split_by_sequence
+from ...model.packing import Batch, pack, plan_padded, plan_rows, unpacked
+from .base import EngineSettings, Progress, ScoredPair, adapter_folder
+
+# Tokens of a row. On a CPU dense masks make long rows slower; a GPU wants them to be filled.
+ROW_TOKENS = {"cpu": 1536, "cuda": 16384}
+# Row lengths on a GPU are multiples of this, so that FlexAttention compiles for few shapes.
+ROW_MULTIPLE = {"cpu": 1, "cuda": 1024}
+
+
+class HfEngine:
+    """A reference as a transformers model in this process."""
+
+    limit: int | None = None
+
+    def __init__(self, settings: EngineSettings) -> None:
+        if settings.quantization is not None:
+            raise UserError(
+                f"reference {settings.alias}: quantization {settings.quantization!r} is vLLM's; "
+                "use --engine vllm or server, or a model that is stored quantized"
+            )
+        self._kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self._autocast = settings.autocast
+        self.max_tokens = settings.max_tokens or ROW_TOKENS[self._kind]
+        model = load_model(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=self._kind,
+            adapter=None if settings.adapter is None else adapter_folder(settings),
+        )
+        self._packed = packs(causal_lm(model).config)
+        self._scorer = SequenceLogps(model).eval()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        cuda = self._kind == "cuda"
+        return {
+            "engine": "hf",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "route": "packed" if self._packed else "one response a row",
+            "max_tokens": self.max_tokens,
+        }
+
+    def score(
+        self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
+    ) -> list[ScoredPair]:
+        scored: dict[int, ScoredPair] = {}
+        rows = self._plan(pairs, range(len(pairs)))
+        # The next row is packed while the GPU computes this one; only `_collect` waits for it.
+        under_way: tuple[list[int], Batch, Tensor] | None = None
+        while rows or under_way:
+            launched = None
+            if rows:
+                try:
+                    launched = (rows[0], *self._launch([pairs[i] for i in rows[0]]))
+                except torch.OutOfMemoryError:
+                    launched = None
+                else:
+                    del rows[0]
+            if under_way is not None:
+                scored |= _collect(*under_way)
+                progress(len(under_way[0]))
+            elif launched is None:
+                # Nothing else holds memory now, so the row itself is too long.
+                self._halve(rows[0])
+                rows = self._plan(pairs, [i for i in range(len(pairs)) if i not in scored])
+            under_way = launched
+        return [scored[index] for index in range(len(pairs))]
+
+    def close(self) -> None:
+        del self._scorer
+
+    def _plan(self, pairs: Sequence[RenderedPair], indices: Sequence[int]) -> list[list[int]]:
+        plan = plan_rows if self._packed else plan_padded
+        rows = plan([pairs[i] for i in indices], self.max_tokens)
+        return [[indices[place] for place in row] for row in rows]
+
+    @torch.inference_mode()
+    def _launch(self, pairs: Sequence[RenderedPair]) -> tuple[Batch, Tensor]:
+        if self._packed:
+            batch = pack(pairs, self._kind, multiple=ROW_MULTIPLE[self._kind])
+        else:
+            batch = unpacked(pairs, self._kind)
+        with torch.autocast(self._kind, torch.bfloat16, enabled=self._autocast):
+            return batch, self._scorer(batch)
+
+    def _halve(self, row: list[int]) -> None:
+        """Make room after an out-of-memory; a pair that does not even fit alone is the end."""
+        if len(row) == 1:
+            raise UserError(
+                f"one pair does not fit into the memory of {self.facts['device']}; use a larger "
+                "device, --engine vllm, or leave long pairs out with --max-model-len"
+            )
+        self.max_tokens //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"out of memory: rows of {self.max_tokens} tokens from here on", file=sys.stderr)
+
+
+def _collect(row: list[int], batch: Batch, logps: Tensor) -> dict[int, ScoredPair]:
+    """The finished row's log-probs by index of the pair; waits for the device."""
+    parts = [part.numpy() for part in split_by_sequence(logps.cpu(), batch)]
+    return {index: ScoredPair(*parts[2 * i : 2 * i + 2]) for i, index in enumerate(row)}

@@ -1,0 +1,82 @@
+"""How a pair becomes requests to vLLM, and the rows that come back a pair again.
+
+vLLM gives the log-prob of token i from the row of token i - 1, and computes no row of a token that
+it finds in its prefix cache. The rejected response follows the chosen one and finds the blocks of
+their common tokens there, so that the prompt is computed once:
+
+    chosen     p p p p p p p p | a b c d e
+    rejected   p p p p p p p p | a b f g       common: up to b
+               [ cached blocks    ]  ^ first: log-probs of a and b are those of the chosen response
+
+The cache must end before the row that predicts the token at `first`, else that row is missing
+(the V2 runner leaves it out, the V1 runner returns uninitialised memory). Blocks are whole, so
+this fails only where the common tokens end with a block; such a request does not read the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...model.packing import padded_tokens
+from .base import Logps, ScoredPair
+
+if TYPE_CHECKING:
+    from ...data.rendering import RenderedPair
+
+CHOSEN, REJECTED = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One branch of a pair; asks for the log-probs of `token_ids[first:]`."""
+
+    pair: int  # index into the pairs that are scored together
+    branch: int
+    token_ids: list[int]
+    first: int
+    read_cache: bool
+
+    @property
+    def num_logps(self) -> int:
+        return len(self.token_ids) - self.first
+
+
+def plan_requests(pairs: Sequence[RenderedPair], block: int) -> list[Request]:
+    """Requests in the order to send them: longest pair first, each chosen response directly
+    followed by its rejected one, while the common blocks are still cached.
+
+    `block` is the cache's block size in tokens, or a divisor of it.
+    """
+    requests = []
+    for index in sorted(range(len(pairs)), key=lambda i: (-padded_tokens(pairs[i]), i)):
+        chosen, rejected = pairs[index].chosen, pairs[index].rejected
+        requests.append(Request(index, CHOSEN, chosen.token_ids, chosen.start, True))
+        common = common_tokens(chosen.token_ids, rejected.token_ids)
+        first = rejected.start
+        if chosen.start == rejected.start:
+            first = max(first, common)
+        if first < len(rejected.token_ids):
+            cached = common // block * block
+            requests.append(Request(index, REJECTED, rejected.token_ids, first, cached < first))
+    return requests
+
+
+def scored_pair(pair: RenderedPair, chosen: Logps, rejected: Logps | None) -> ScoredPair:
+    """The pair's log-probs from its requests'; what both begin with comes from the chosen one."""
+    wanted = len(pair.rejected.token_ids) - pair.rejected.start
+    own = np.empty(0, np.float32) if rejected is None else rejected
+    return ScoredPair(chosen, np.concatenate([chosen[: wanted - len(own)], own]))
+
+
+def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for a, b in zip(one, other):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,181 @@
+"""Engine server: a vLLM server that is already running, asked for prompt log-probs over HTTP.
+
+`/v1/completions` takes token ids and gives `prompt_logprobs`; it never reads the prefix cache for
+them. A server started with `--enable-scale-out` also has `/inference/v1/generate`, which may: then
+the prompt is computed once per pair here too. Each pair has a cache salt of its own, so that no
+other traffic decides what a request finds cached.
+
+Before anything is scored, the server must show that it serves the model named in refs.yaml, with
+its tokenizer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import secrets
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import UserError
+from .base import EngineSettings, Logps, Progress, ScoredPair
+from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
+
+if TYPE_CHECKING:
+    from ...data.rendering import RenderedPair
+
+BLOCK = 8  # every block size of vLLM is a multiple of it, and the server does not tell its own
+ATTEMPTS = 8
+FIRST_WAIT = 0.5  # seconds before the second attempt, doubled for each one after
+TIMEOUT = 600.0  # seconds for one request, its time in the server's queue included
+CLAMPED = -9999.0  # JSON has no infinity: the server writes this for it
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
+SHARING, PLAIN = "/inference/v1/generate", "/v1/completions"
+
+
+class ServerEngine:
+    """A reference behind a vLLM server's URL. `$VLLM_API_KEY` is sent where it is set."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        assert settings.server is not None
+        self._settings = settings
+        self._url = settings.server.rstrip("/").removesuffix("/v1")
+        self._served = self._find_model()
+        self.limit: int | None = (
+            int(self._served["max_model_len"]) - 1
+        )  # it must have room for an answer
+        self._check_tokenizer()
+        shares = settings.share_prompts and SHARING in self._call("/openapi.json")["paths"]
+        self._route = SHARING if shares else PLAIN
+        self._version = self._call("/version").get("version")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "engine": "server",
+            "vllm": self._version,
+            "route": self._route,
+            "concurrency": self._settings.concurrency,
+        }
+
+    def score(
+        self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
+    ) -> list[ScoredPair]:
+        plans: dict[int, list[Request]] = {}
+        for request in plan_requests(pairs, BLOCK):
+            plans.setdefault(request.pair, []).append(request)
+        scored: dict[int, ScoredPair] = {}
+        pool = ThreadPoolExecutor(self._settings.concurrency)
+        try:
+            under_way = {
+                pool.submit(self._score, pairs[index], plan): index for index, plan in plans.items()
+            }
+            for future in as_completed(under_way):
+                scored[under_way[future]] = future.result()
+                progress(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [scored[index] for index in range(len(pairs))]
+
+    def close(self) -> None:
+        return None
+
+    def _score(self, pair: RenderedPair, plan: Sequence[Request]) -> ScoredPair:
+        """One pair, the rejected response after the chosen one, whose blocks it shares."""
+        salt = secrets.token_hex(16)
+        parts = {request.branch: self._logps(request, salt) for request in plan}
+        return scored_pair(pair, parts[CHOSEN], parts.get(REJECTED))
+
+    def _logps(self, request: Request, salt: str) -> Logps:
+        common = {"model": self._served["id"], "cache_salt": salt}
+        if self._route == PLAIN:
+            body = {"prompt": request.token_ids, "max_tokens": 1, "prompt_logprobs": 0, **common}
+            rows = self._call(PLAIN, body)["choices"][0]["prompt_logprobs"]
+        else:
+            sampling = {
+                "max_tokens": 1,
+                "prompt_logprobs": 0,
+                "detokenize": False,
+                "skip_reading_prefix_cache": not request.read_cache,
+            }
+            body = {"token_ids": request.token_ids, "sampling_params": sampling, **common}
+            rows = self._call(SHARING, body)["prompt_logprobs"]
+        # The last row is that of the last token; rows from the cache may be left out in front.
+        if len(rows) - 1 < request.num_logps:
+            assert request.read_cache, "the server left out rows that no cache held"
+            return self._logps(replace(request, read_cache=False), salt)
+        wanted = zip(rows[-request.num_logps :], request.token_ids[request.first :])
+        logps = np.array([row[str(token)]["logprob"] for row, token in wanted], dtype=np.float32)
+        logps[logps <= CLAMPED] = -np.inf
+        return logps
+
+    def _find_model(self) -> dict[str, Any]:
+        """The served model or adapter that refs.yaml names."""
+        models = self._call("/v1/models")["data"]
+        wanted = self._settings.adapter or self._settings.model
+        for model in models:
+            if any(_same(str(model.get(key)), wanted) for key in ("id", "root")):
+                base = next((m for m in models if m["id"] == model.get("parent")), model)
+                return {**model, "max_model_len": base["max_model_len"]}
+        served = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
+        raise UserError(
+            f"reference {self._settings.alias}: {self._url} serves {served}, not {wanted}; start "
+            "the server with that model, or correct --server or refs.yaml"
+        )
+
+    def _check_tokenizer(self) -> None:
+        for text, token_ids in self._settings.probes.items():
+            body = {"model": self._served["id"], "prompt": text, "add_special_tokens": False}
+            if self._call("/tokenize", body)["tokens"] != token_ids:
+                raise UserError(
+                    f"reference {self._settings.alias}: {self._url} tokenizes {text[:20]!r} unlike "
+                    f"{self._settings.model}; start the server with that model's own tokenizer"
+                )
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to a GET, or to a POST of `body`; tries again with growing pauses."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._call_once(path, body)
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.read()[:300].decode(errors='replace')}"
+                if error.code not in RETRIED:
+                    raise UserError(f"{self._url}{path} answers {reason}") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(error) or type(error).__name__
+            wait = FIRST_WAIT * 2**attempt
+            if attempt < ATTEMPTS - 1:
+                print(f"{path}: {reason}; again in {wait:g} s", file=sys.stderr, flush=True)
+                time.sleep(wait)
+        raise UserError(
+            f"{self._url}{path} failed {ATTEMPTS} times, last with: {reason}; is the server up?"
+        )
+
+    def _call_once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            content = json.load(answer)
+        assert isinstance(content, dict), content
+        return content
+
+
+def _same(served: str, wanted: str) -> bool:
+    """Whether two names mean one model: equal, or paths to one folder."""
+    folders = Path(served), Path(wanted)
+    if all(folder.is_dir() for folder in folders):
+        return folders[0].resolve() == folders[1].resolve()
+    return served == wanted

@@ -1,0 +1,215 @@
+"""What scoring will take, before any weights are loaded: every missing pair rendered for every
+reference, refusals counted, tokens, time and disk estimated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from ..data.rendering import Renderer
+from ..data.shards import PairShards
+from ..data.store import ReferenceScores
+from ..model.packing import packed_tokens, padded_tokens
+from .identity import ResolvedReference
+from .scoring import sort_out
+
+POOL_PAIRS = 20_000  # renderings from which further processes are worth their start
+ROW_BYTES = 120  # of a pair in a score file, measured; token log-probs come on top
+EFFICIENCY = 0.4  # of the device's matrix rate that scoring reaches
+
+
+@dataclass(slots=True)
+class Survey:
+    """What one reference has to do for the pairs that the store lacks; sums add up."""
+
+    todo: int = 0  # pairs to score
+    tokens: int = 0  # to compute, a prompt once for both responses
+    scored_tokens: int = 0  # of the responses
+    longest: int = 0  # tokens of the longest sequence to score
+    over_limit: int = 0  # pairs that --max-model-len leaves out
+    refused: Counter[str] = field(default_factory=Counter)  # permanent reasons
+
+    def add(self, other: Survey) -> None:
+        self.todo += other.todo
+        self.tokens += other.tokens
+        self.scored_tokens += other.scored_tokens
+        self.longest = max(self.longest, other.longest)
+        self.over_limit += other.over_limit
+        self.refused.update(other.refused)
+
+    @property
+    def missing(self) -> int:
+        """Pairs without a row in the store."""
+        return self.todo + self.over_limit + self.refused.total()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A shard's missing pairs under one reference."""
+
+    reference: int
+    pairs: str
+    shard: int
+    places: list[int]
+    renderer: tuple[Any, ...]
+    context: int | None
+    limit: int | None
+
+
+def survey(
+    references: Sequence[ResolvedReference],
+    contexts: Sequence[int | None],
+    scores: Sequence[ReferenceScores],
+    pairs: PairShards,
+    limit: int | None,
+) -> list[Survey]:
+    """Render every missing pair for every reference, on all cores where there are many."""
+    tasks = [
+        _Task(number, str(pairs.path), shard, places, _renderer_key(reference), context, limit)
+        for number, (reference, context) in enumerate(zip(references, contexts))
+        for shard, places in _missing(pairs, scores[number])
+    ]
+    surveys = [Survey() for _ in references]
+    work = sum(len(task.places) for task in tasks)
+    processes = min(os.cpu_count() or 1, 32, len(tasks)) if work > POOL_PAIRS else 1
+    with (
+        ProcessPoolExecutor(processes, get_context("spawn"))
+        if processes > 1
+        else nullcontext() as pool
+    ):
+        results: Iterable[Survey] = (pool.map if pool else map)(_survey_shard, tasks)
+        for task, result in zip(tasks, results):
+            surveys[task.reference].add(result)
+    return surveys
+
+
+def renderer_of(reference: ResolvedReference) -> Renderer:
+    """The reference's renderer, loaded once in this process."""
+    return _renderer(*_renderer_key(reference))
+
+
+def model_context(reference: ResolvedReference) -> int | None:
+    """Tokens of the longest sequence that the model's configuration allows; None: no limit."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(reference.model, revision=reference.revision)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def estimated_seconds(
+    reference: ResolvedReference, tokens: int, runs: Sequence[Mapping[str, Any]], engine: str
+) -> float | None:
+    """Scoring time by this reference's last run on this engine, else by counting operations.
+
+    None where neither can tell: a server's machine is unknown.
+    """
+    for run in reversed(runs):
+        if run.get("engine") == engine and run.get("tokens_per_second"):
+            return tokens / float(run["tokens_per_second"])
+    if engine == "server":
+        return None
+    operations = 2 * _num_parameters(reference.model, reference.revision) * tokens
+    return operations / (EFFICIENCY * _matrix_rate())
+
+
+@cache
+def _num_parameters(model_name: str, revision: str | None) -> int:
+    """Counted on a model without memory, so that no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_name, revision=revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def estimated_bytes(survey: Survey, keep_token_logps: bool) -> int:
+    """Of the score files."""
+    rows = survey.todo + survey.refused.total()
+    return ROW_BYTES * rows + 4 * survey.scored_tokens * keep_token_logps
+
+
+@cache
+def _matrix_rate() -> float:
+    """Floating-point operations a second of a matrix product on the device.
+
+    A GPU is measured in a process of its own: a CUDA context here would hold memory for good.
+    """
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        return _measure("cpu", 512)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_measure, "cuda", 8192).result()
+
+
+def _measure(device: str, size: int) -> float:
+    import torch
+
+    kind = torch.float32 if device == "cpu" else torch.bfloat16
+    matrix = torch.ones(size, size, dtype=kind, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _missing(pairs: PairShards, scores: ReferenceScores) -> Iterator[tuple[int, list[int]]]:
+    for shard in range(len(pairs.names)):
+        places = np.flatnonzero(scores.missing(pairs.pair_ids(shard))).tolist()
+        if places:
+            yield shard, places
+
+
+def _survey_shard(task: _Task) -> Survey:
+    shards = _shards(task.pairs)
+    rendered = _renderer(*task.renderer).render_many(shards.pairs(task.shard, task.places))
+    ids = shards.pair_ids(task.shard)[task.places]
+    rows = sort_out(ids, rendered, task.context, task.limit)
+    counted = Survey(over_limit=rows.over_limit)
+    counted.refused.update(row["reason"] for row in rows.refused)
+    for pair in rows.pairs:
+        counted.todo += 1
+        counted.tokens += packed_tokens(pair)
+        counted.longest = max(counted.longest, padded_tokens(pair))
+        for branch in (pair.chosen, pair.rejected):
+            counted.scored_tokens += len(branch.token_ids) - branch.start
+    return counted
+
+
+def _renderer_key(reference: ResolvedReference) -> tuple[Any, ...]:
+    spec = reference.spec
+    arguments = json.dumps(dict(spec.chat_template_kwargs))
+    return reference.model, reference.revision, spec.chat_template, arguments
+
+
+@cache
+def _renderer(
+    model: str, revision: str | None, chat_template: str | None, chat_template_kwargs: str
+) -> Renderer:
+    return Renderer.load(
+        model,
+        revision=revision,
+        chat_template=chat_template,
+        chat_template_kwargs=json.loads(chat_template_kwargs),
+    )
+
+
+@cache
+def _shards(path: str) -> PairShards:
+    return PairShards(path)

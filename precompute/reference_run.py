@@ -1,0 +1,138 @@
+"""One reference's scoring as its parent runs it: workers started, heard, replaced, summed up.
+
+With `--data-parallel-size` several workers hold copies of the reference on GPUs of their own and
+share the shards through the store's leases. A worker that ran out of memory is replaced by one
+that computes fewer tokens at once; any other failure is told at the end, and costs no other
+reference anything.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from tqdm import tqdm
+
+from .process import Event, WorkerProcess
+from .worker import Job
+
+SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold the model
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of one reference."""
+
+    pairs: int = 0  # scored
+    over_limit: int = 0  # left out by a limit of this run or of its engine
+    tokens: int = 0  # computed for them
+    seconds: float = 0.0  # from the first engine's readiness to the last shard's end
+    facts: dict[str, Any] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)  # of the user's
+    crashes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+
+class ReferenceRun:
+    """Runs a job on every group of devices; `devices` are groups for CUDA_VISIBLE_DEVICES."""
+
+    def __init__(self, job: Job, devices: Sequence[str | None], todo: int, logs: Path) -> None:
+        self._job = job
+        self._logs = logs
+        self._queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = SimpleQueue()
+        self._outcome = Outcome()
+        self._ready: float | None = None
+        self._ahead: dict[WorkerProcess, int] = {}  # pairs told before their shard was
+        self._batch: dict[WorkerProcess, int] = {}  # tokens that a worker computes at once
+        self._bar = tqdm(
+            total=todo, desc=job.settings.alias, unit=" pairs", unit_scale=True, disable=None
+        )
+        self._devices = devices
+
+    def run(self) -> Outcome:
+        """Blocks until no worker is left. An interrupt ends them all at once."""
+        workers = {self._start(self._job, seat): seat for seat in range(len(self._devices))}
+        try:
+            with self._bar:
+                self._bar.set_postfix_str("loading")
+                while workers:
+                    worker, event = self._queue.get()
+                    if event is not None:
+                        self._hear(worker, event)
+                        continue
+                    seat = workers.pop(worker)
+                    if (smaller := self._after(worker)) is not None:
+                        workers[self._start(smaller, seat)] = seat
+        finally:
+            for worker in workers:
+                worker.stop()
+        return self._outcome
+
+    def _start(self, job: Job, seat: int) -> WorkerProcess:
+        name = job.settings.alias if len(self._devices) == 1 else f"{job.settings.alias}-{seat}"
+        environment = _environment(self._devices[seat], len(self._devices))
+        return WorkerProcess(job, self._queue, self._logs / f"{name}.log", environment)
+
+    def _hear(self, worker: WorkerProcess, event: Event) -> None:
+        kind = event["event"]
+        if kind in ("ready", "done"):
+            self._outcome.facts = dict(event["facts"])
+            self._batch[worker] = event["facts"].get("max_tokens", 0)
+            self._ready = self._ready or time.monotonic()
+            self._bar.set_postfix_str("")
+        elif kind == "progress":
+            self._bar.update(event["pairs"])
+            self._ahead[worker] = self._ahead.get(worker, 0) + event["pairs"]
+        elif kind == "shard":
+            self._bar.update(event["pairs"] - self._ahead.pop(worker, 0))
+            self._outcome.pairs += event["pairs"]
+            self._outcome.tokens += event["tokens"]
+            self._outcome.over_limit += event["over_limit"]
+            assert self._ready is not None
+            self._outcome.seconds = time.monotonic() - self._ready
+        elif kind == "waiting":
+            self._bar.set_postfix_str(f"waiting for {event['shards']} shards of another process")
+        elif kind == "error":
+            worker.error = event["text"]
+
+    def _after(self, worker: WorkerProcess) -> Job | None:
+        """What to do when a worker has ended: the job to start in its place, if any."""
+        if worker.error is not None:
+            self._outcome.mistakes.append(worker.error)
+        elif worker.exit_code == 0:
+            return None
+        elif worker.ran_out_of_memory and (job := self._smaller(worker)) is not None:
+            self._bar.update(-self._ahead.pop(worker, 0))
+            tokens = job.settings.max_tokens
+            self._bar.write(
+                f"{job.settings.alias}: out of memory; going on with {tokens} tokens at once",
+                file=sys.stderr,
+            )
+            return job
+        else:
+            self._outcome.crashes.append(worker.why_it_failed())
+        return None
+
+    def _smaller(self, worker: WorkerProcess) -> Job | None:
+        batch = self._batch.get(worker) or worker.job.settings.max_tokens or 0
+        if batch // 2 < SMALLEST_BATCH:
+            return None
+        return replace(worker.job, settings=replace(worker.job.settings, max_tokens=batch // 2))
+
+
+def _environment(devices: str | None, workers: int) -> dict[str, str]:
+    if devices is not None:
+        return {"CUDA_VISIBLE_DEVICES": devices}
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        return {"OMP_NUM_THREADS": str(threads)}
+    return {}
