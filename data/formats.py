@@ -53,6 +53,10 @@ class Columns:
     source: str | None = None
 
     @property
+    def flags(self) -> str:
+        return COLUMN_FLAGS
+
+    @property
     def required(self) -> list[str]:
         named = [self.prompt, self.chosen, self.rejected, self.source]
         return [name for name in named if name is not None]
@@ -212,7 +216,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
         if not asked or asked[-1].get("content", "").strip() != prompt.strip():
             raise Unusable("prompt_mismatch")
         return shared
-    if shared[: len(prompt)] == prompt:
+    if prompt in (shared[: len(prompt)], shared[-len(prompt) :]):
         return shared
     if not shared or prompt[-len(shared) :] == shared:
         return prompt
