@@ -9,9 +9,8 @@ reference, is refused, and so are normalized log-probs, which TRL's loss would n
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from ..data.join import join
 from ..data.pairs import Pair
 from ..data.references import load_refs
 from ..data.shards import PairShards
-from ..data.store import Store
+from ..data.store import open_store
 from ..errors import UserError
 from ..settings import write_resolved
 from .export_config import ExportConfig
-from .methods import named_references, parse_method
+from .methods import aliases_of, parse_method
 from .objective import SEPARATE, Method
 from .rows import ScoredPairs
 
@@ -37,10 +36,9 @@ SPLITS = ("train", "validation")
 def export(config: ExportConfig) -> Path:
     """Write the folder; returns it. It appears complete or not at all."""
     pairs = PairShards(config.pairs)
-    method, aliases = _method(config)
-    store = Store(config.store or os.environ.get("MRPO_STORE") or "store")
-    specs = load_refs(config.refs_config)
-    records = [store.resolve(alias, specs) for alias in aliases]
+    method = _method(config)
+    store, specs = open_store(config.store), load_refs(config.refs_config)
+    records = [store.resolve(alias, specs) for alias in method.references]
     out = _free(Path(config.out))
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -67,30 +65,35 @@ def export(config: ExportConfig) -> Path:
     return out
 
 
-def _method(config: ExportConfig) -> tuple[Method, list[str]]:
-    """The method and the aliases whose scores it takes, the base first."""
-    aliases = [alias.strip() for alias in (config.refs or "").split(",") if alias.strip()]
-    aliases = aliases or list(named_references(config.method))
-    method = parse_method(
-        config.method,
-        aliases,
-        reference_kind=config.reference_kind,
-        weighting=config.weighting,
-        weights=config.weights,
-        epsilon=config.epsilon,
-    )
+def _method(config: ExportConfig) -> Method:
+    """The method over the references that it uses, and no others."""
+
+    def parsed(aliases: Sequence[str]) -> Method:
+        return parse_method(
+            config.method,
+            aliases,
+            reference_kind=config.reference_kind,
+            weighting=config.weighting,
+            weights=config.weights,
+            epsilon=config.epsilon,
+        )
+
+    method = parsed(parsed(aliases_of(config.refs, config.method)).references)
     if method.kind == SEPARATE:
         raise UserError(
             f"method {config.method!r} averages losses and has no virtual reference to export; "
             "export mrpo or geometric, or train it here with `mrpo train`"
         )
-    return method, aliases
+    return method
 
 
 def _free(out: Path) -> Path:
-    """The folder itself if it is not there, or is an export that may be replaced."""
-    if out.exists() and not (out / RESOLVED).is_file():
-        raise UserError(f"--out {out} exists and is not an earlier export; name another folder")
+    """The folder itself if it can be written, or is an earlier export to be replaced."""
+    first = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not first.is_dir():
+        raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
+    if out.exists() and any(out.iterdir()) and not (out / RESOLVED).is_file():
+        raise UserError(f"--out {out} is neither empty nor an earlier export; name another folder")
     return out
 
 

@@ -16,7 +16,7 @@ from .objective import SEPARATE, Method
 from .virtual import KINDS
 from .weightings import WEIGHTINGS, fixed_weights
 
-__all__ = ["METHODS", "Method", "named_references", "parse_method"]
+__all__ = ["METHODS", "Method", "aliases_of", "named_references", "parse_method"]
 
 METHODS: dict[str, dict[str, Any]] = {
     "mrpo": {"kind": "harmonic", "weighting": "arwc", "epsilon": 0.1},
@@ -106,6 +106,23 @@ def named_references(text: str) -> tuple[str, ...]:
     (('llama', 'qwen'), ())
     """
     return _split(text)[1]
+
+
+def aliases_of(refs: str | None, method: str) -> list[str]:
+    """The aliases of a comma-separated list, the base first; without one those a method names.
+
+    >>> aliases_of("llama, qwen", "mrpo"), aliases_of(None, "dpo:qwen")
+    (['llama', 'qwen'], ['qwen'])
+    """
+    aliases = [alias.strip() for alias in (refs or "").split(",") if alias.strip()]
+    aliases = aliases or list(named_references(method))
+    if not aliases:
+        raise UserError(
+            f"no references: give --refs, or name them in --method {method}:alias/alias"
+        )
+    if len(set(aliases)) < len(aliases):
+        raise UserError(f"--refs {refs}: a reference stands there twice; name each once")
+    return aliases
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...], str]:
