@@ -2,7 +2,7 @@
 
 Each tokenizer is of its family's kind (pre-tokenizer, normaliser, special tokens and how they
 treat the white space beside them), trained on a few lines; `real_sentencepiece` is Mistral's own.
-The templates follow each family's published format in our own words.
+The templates are in `family_templates.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -28,7 +29,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mrpo.data.rendering import Renderer
+from mrpo.data.pairs import Pair
+from mrpo.data.rendering import Refusal, RenderedPair, Renderer
+from mrpo.data.rendering_tokenizer import with_offsets
+from mrpo.tests.data import family_templates as templates
 
 CORPUS = [
     "What is the capital of France? The capital of France is Paris. Paris is the answer.",
@@ -50,182 +54,6 @@ TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-LLAMA2 = """
-{%- if messages[0].role == 'system' %}
-    {%- set system = '<<SYS>>\\n' ~ messages[0].content ~ '\\n<</SYS>>\\n\\n' %}
-    {%- set turns = messages[1:] %}
-{%- else %}
-    {%- set system = '' %}
-    {%- set turns = messages %}
-{%- endif %}
-{%- for turn in turns %}
-    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('roles must alternate user/assistant/user/assistant') }}
-    {%- endif %}
-    {%- if turn.role == 'user' %}
-        {{- bos_token ~ '[INST] ' ~ (system if loop.first else '') }}
-        {{- turn.content.strip() ~ ' [/INST]' }}
-    {%- else %}
-        {{- ' ' ~ turn.content.strip() ~ ' ' ~ eos_token }}
-    {%- endif %}
-{%- endfor %}"""
-
-LLAMA3 = """
-{{- bos_token }}
-{%- if messages[0].role == 'system' %}
-    {%- set system = messages[0].content | trim %}
-    {%- set turns = messages[1:] %}
-{%- else %}
-    {%- set system = '' %}
-    {%- set turns = messages %}
-{%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
-{%- if tools %}{{- 'Environment: ipython\\n' }}{%- endif %}
-{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' ~ strftime_now('%d %b %Y') ~ '\\n\\n' }}
-{%- for tool in tools or [] %}{{- tool | tojson ~ '\\n\\n' }}{%- endfor %}
-{{- system ~ '<|eot_id|>' }}
-{%- for turn in turns %}
-    {%- if turn.tool_calls %}
-        {%- set call = turn.tool_calls[0].function %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' ~ call.name ~ '", ' }}
-        {{- '"parameters": ' ~ call.arguments | tojson ~ '}' }}
-        {{- '<|eom_id|>' if call.name == 'python' else '<|eot_id|>' }}
-    {%- else %}
-        {%- set role = 'ipython' if turn.role == 'tool' else turn.role %}
-        {{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}
-        {{- turn.content | trim ~ '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}"""
-
-# Version 3 with SentencePiece writes spaces around the control tokens, the Tekken one none.
-MISTRAL = """
-{%- if messages[0].role == 'system' %}
-    {%- set system = messages[0].content ~ '\\n\\n' %}
-    {%- set turns = messages[1:] %}
-{%- else %}
-    {%- set system = '' %}
-    {%- set turns = messages %}
-{%- endif %}
-{%- set last = (turns | selectattr('role', 'equalto', 'user') | list)[-1] %}
-{{- bos_token }}
-{%- for turn in turns %}
-    {%- if turn.role == 'user' %}
-        {%- if turn is sameas last and tools %}
-            {{- '[AVAILABLE_TOOLS]SPACE' ~ tools | tojson ~ '[/AVAILABLE_TOOLS]' }}
-        {%- endif %}
-        {{- '[INST]SPACE' ~ (system if turn is sameas last else '') ~ turn.content ~ '[/INST]' }}
-    {%- elif turn.role == 'tool' %}
-        {{- '[TOOL_RESULTS]SPACE{"content": ' ~ turn.content ~ '}[/TOOL_RESULTS]' }}
-    {%- elif turn.tool_calls %}
-        {{- '[TOOL_CALLS]SPACE' ~ turn.tool_calls | map(attribute='function') | list | tojson }}
-        {{- eos_token }}
-    {%- elif turn.role == 'assistant' %}
-        {{- 'SPACE' ~ turn.content ~ eos_token }}
-    {%- else %}
-        {{- raise_exception('only user, assistant and tool roles follow the system message') }}
-    {%- endif %}
-{%- endfor %}"""
-
-QWEN25 = """
-{%- set given = messages[0].role == 'system' %}
-{{- '<|im_start|>system\\n' }}
-{{- messages[0].content if given else 'You are Qwen, created by Alibaba Cloud.' }}
-{%- if tools %}
-    {{- '\\n\\n# Tools\\n\\n<tools>' }}
-    {%- for tool in tools %}{{- '\\n' ~ tool | tojson }}{%- endfor %}
-    {{- '\\n</tools>' }}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- for turn in (messages[1:] if given else messages) %}
-    {%- if turn.tool_calls %}
-        {{- '<|im_start|>assistant' }}
-        {%- if turn.content %}{{- '\\n' ~ turn.content }}{%- endif %}
-        {%- for call in turn.tool_calls %}
-            {{- '\\n<tool_call>\\n' ~ call.function | tojson ~ '\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif turn.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' ~ turn.content ~ '\\n</tool_response>' }}
-        {{- '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' ~ turn.role ~ '\\n' ~ turn.content ~ '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-
-# Earlier turns lose their thoughts; the last one has a think block even if it is empty.
-QWEN3 = """
-{%- set found = namespace(last_query=-1) %}
-{%- for turn in messages %}
-    {%- if turn.role == 'user' %}{%- set found.last_query = loop.index0 %}{%- endif %}
-{%- endfor %}
-{%- for turn in messages %}
-    {%- if turn.role == 'assistant' %}
-        {%- set content = turn.content %}
-        {%- set thoughts = turn.reasoning_content or '' %}
-        {%- if '</think>' in content and not thoughts %}
-            {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > found.last_query and (loop.last or thoughts) %}
-            {{- '<think>\\n' ~ thoughts.strip('\\n') ~ '\\n</think>\\n\\n' }}
-            {{- content.lstrip('\\n') }}
-        {%- else %}
-            {{- content }}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' ~ turn.role ~ '\\n' ~ turn.content ~ '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and not enable_thinking %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-
-GEMMA = """
-{{- bos_token }}
-{%- for turn in messages %}
-    {%- if turn.role == 'system' %}{{- raise_exception('system role not supported') }}{%- endif %}
-    {%- set role = 'model' if turn.role == 'assistant' else turn.role %}
-    {{- '<start_of_turn>' ~ role ~ '\\n' ~ turn.content | trim ~ '<end_of_turn>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"""
-
-# Its control tokens swallow the white space behind them; a conversation ends with EOS as well.
-PHI3 = """
-{%- for turn in messages %}
-    {{- '<|' ~ turn.role ~ '|>\\n' ~ turn.content ~ '<|end|>\\n' }}
-{%- endfor %}
-{{- '<|assistant|>\\n' if add_generation_prompt else eos_token }}"""
-
-PHI4 = """
-{%- for turn in messages %}
-    {{- '<|im_start|>' ~ turn.role ~ '<|im_sep|>' ~ turn.content ~ '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant<|im_sep|>' }}{%- endif %}"""
-
-# The prompt ends in a space, which most tokenizers join to the answer's first word.
-VICUNA = """
-{%- for turn in messages %}
-    {%- if turn.role == 'user' %}{{- 'USER: ' ~ turn.content ~ ' ASSISTANT: ' }}
-    {%- else %}{{- turn.content ~ eos_token }}{%- endif %}
-{%- endfor %}"""
-
-# No special token ends a turn; the headings are ordinary text.
-ALPACA = """
-{%- for turn in messages %}
-    {{- '### ' ~ ('Instruction' if turn.role == 'user' else 'Response') ~ ':\\n' }}
-    {{- turn.content ~ '\\n\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '### Response:\\n' }}{%- endif %}"""
 
 
 @dataclass(frozen=True)
@@ -320,7 +148,7 @@ def real_sentencepiece(version: str) -> PreTrainedTokenizerFast:
         shutil.copy(source, Path(folder) / "tokenizer.model")
         Path(folder, "config.json").write_text('{"model_type": "llama"}')
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings))
-        tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
+        tokenizer = with_offsets(AutoTokenizer.from_pretrained(folder, mistral_format=False))
     raw = tokenizer.backend_tokenizer
     if version == "v1":
         raw.pre_tokenizer = None
@@ -366,40 +194,40 @@ FAMILIES = [
     Family(
         "llama2",
         lambda: sentencepiece_like(("<s>", "</s>"), kind="legacy"),
-        LLAMA2,
+        templates.LLAMA2,
         " </s>",
         scored=lambda content: " " + content.strip(),
     ),
     Family(
         "llama3",
         lambda: byte_level(LLAMA3_SPLIT, (*_LLAMA3_TOKENS, "<|eot_id|>"), bos="<|begin_of_text|>"),
-        LLAMA3,
+        templates.LLAMA3,
         "<|eot_id|>",
         scored=str.strip,
     ),
     Family(
         "mistral",
         lambda: sentencepiece_like(_MISTRAL_TOKENS, kind="metaspace"),
-        MISTRAL.replace("SPACE", " "),
+        templates.MISTRAL.replace("SPACE", " "),
         "</s>",
         scored=lambda content: " " + content,
     ),
     Family(
         "mistral-tekken",
         lambda: byte_level(TEKKEN_SPLIT, _MISTRAL_TOKENS, bos="<s>"),
-        MISTRAL.replace("SPACE", ""),
+        templates.MISTRAL.replace("SPACE", ""),
         "</s>",
     ),
     Family(
         "qwen2.5",
         lambda: byte_level(QWEN_SPLIT, _CHATML, nfc=True),
-        QWEN25,
+        templates.QWEN25,
         "<|im_end|>",
     ),
     Family(
         "qwen3",
         lambda: byte_level(QWEN_SPLIT, _CHATML, nfc=True),
-        QWEN3,
+        templates.QWEN3,
         "<|im_end|>",
         scored=_qwen_scored,
     ),
@@ -408,7 +236,7 @@ FAMILIES = [
         lambda: sentencepiece_like(
             ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"), kind="none"
         ),
-        GEMMA,
+        templates.GEMMA,
         "<end_of_turn>",
         scored=str.strip,
         system=False,
@@ -420,41 +248,41 @@ FAMILIES = [
             kind="legacy",
             strips=("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
         ),
-        PHI3,
+        templates.PHI3,
         "<|end|>",
     ),
     Family(
         "phi4",
         lambda: byte_level(GPT2_SPLIT, _PHI4_TOKENS, trim=True),
-        PHI4,
+        templates.PHI4,
         "<|im_end|>",
         untrimmed=lambda: byte_level(GPT2_SPLIT, _PHI4_TOKENS),
     ),
     Family(
         "vicuna",
         lambda: byte_level(GPT2_SPLIT, ("<s>", "</s>"), bos="<s>"),
-        VICUNA,
+        templates.VICUNA,
         "</s>",
         system=False,
     ),
     Family(
         "llama2-real",
         lambda: real_sentencepiece("v1"),
-        LLAMA2,
+        templates.LLAMA2,
         " </s>",
         scored=lambda content: " " + content.strip(),
     ),
     Family(
         "mistral-real",
         lambda: real_sentencepiece("v3"),
-        MISTRAL.replace("SPACE", " "),
+        templates.MISTRAL.replace("SPACE", " "),
         "</s>",
         scored=lambda content: " " + content,
     ),
     Family(
         "alpaca",
         lambda: byte_level(GPT2_SPLIT, ("<|endoftext|>",)),
-        ALPACA,
+        templates.ALPACA,
         None,
         system=False,
     ),
@@ -462,5 +290,35 @@ FAMILIES = [
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
-def message(role: str, content: str, **fields: object) -> dict[str, object]:
-    return {"role": role, "content": content, **fields}
+def message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def pair_of(prompt: list[dict[str, Any]], chosen: str, rejected: str, **more: Any) -> Pair:
+    return Pair(prompt, [message("assistant", chosen)], [message("assistant", rejected)], **more)
+
+
+def ask(chosen: str = "Yes.", rejected: str = "No.", **more: Any) -> Pair:
+    """One question with two answers."""
+    return pair_of([message("user", "Is it?")], chosen, rejected, **more)
+
+
+def rendered(renderer: Renderer, pair: Pair) -> RenderedPair:
+    result = renderer.render(pair)
+    assert isinstance(result, RenderedPair), result
+    return result
+
+
+def split(renderer: Renderer, pair: Pair) -> tuple[str, str, str]:
+    """The chosen branch's text: prompt, scored content, end of turn."""
+    texts = renderer.texts(pair)
+    assert not isinstance(texts, Refusal), texts
+    chosen = texts[0]
+    at, end = chosen.prompt_end, chosen.content_end
+    return chosen.text[:at], chosen.text[at:end], chosen.text[end:]
+
+
+def decode(renderer: Renderer, ids: list[int]) -> str:
+    text = renderer.tokenizer.decode(ids)
+    assert isinstance(text, str)
+    return text

@@ -13,7 +13,7 @@ from mrpo.data.config import InspectConfig, PrepareConfig
 from mrpo.data.inspect import inspect
 from mrpo.data.prepare import prepare
 from mrpo.errors import UserError
-from mrpo.tests.data.families import GEMMA, VICUNA
+from mrpo.tests.data.family_templates import GEMMA, VICUNA
 
 
 def chat(prompt: str, chosen: str, rejected: str, system: str | None = None) -> dict[str, Any]:
