@@ -1,1 +1,1 @@
-"""A causal language model: loading it, packing pairs that share a prompt, per-sequence log-probs."""
+"""A causal language model: loading it, packing pairs that share a prompt, token log-probs."""

@@ -32,7 +32,10 @@ class PackedMasks:
     def __init__(self, batch: Batch) -> None:
         assert batch.spans is not None, "the batch is not packed"
         self.batch = batch
-        self.spans = batch.spans
+        self.spans = list(batch.spans)
+        length, filled = batch.input_ids.shape[1], batch.spans[-1][1] if batch.spans else 0
+        if filled < length:
+            self.spans.append((filled, length))  # padding sees itself
         self._blocks: dict[int | None, BlockMask] = {}
         self._dense: dict[int | None, list[Tensor]] = {}
 
@@ -43,7 +46,7 @@ class PackedMasks:
         return self._blocks[window]
 
     def dense(self, window: int | None) -> list[Tensor]:
-        """The boolean mask [1, 1, l, l] of each pair by itself."""
+        """The boolean mask [1, 1, l, l] of each span: the pairs by themselves, and the padding."""
         if window not in self._dense:
             self._dense[window] = [dense_mask(self.batch, window, *span) for span in self.spans]
         return self._dense[window]

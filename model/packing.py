@@ -103,7 +103,10 @@ def plan_padded(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int
 def pack(
     pairs: Sequence[RenderedPair], device: torch.device | str = "cpu", *, multiple: int = 1
 ) -> Batch:
-    """One packed row of all the pairs, padded to a multiple of `multiple` tokens."""
+    """One packed row of all the pairs, padded to a multiple of `multiple` tokens.
+
+    Of no pairs, a row of padding: a process without work must still join its group's forward.
+    """
     row = _Columns()
     spans = []
     for index, pair in enumerate(pairs):
@@ -118,15 +121,17 @@ def pack(
             opener = before - 1 if sequence.start > shared else start + shared - 1
             row.score(sequence, 2 * index + branch - 1, opener, before)
         spans.append((start, len(row.ids)))
-    padding = -len(row.ids) % multiple
+    padding = -len(row.ids) % multiple if pairs else multiple
     row.add([0] * padding, 0, PADDING, SHARED)
     return row.batch((1, len(row.ids)), tuple(spans), device)
 
 
 def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") -> Batch:
-    """One response a row with the prompt before it, padded on the right."""
+    """One response a row with the prompt before it, padded on the right; of no pairs, as `pack`."""
     rows = _Columns()
-    width = max(padded_tokens(pair) for pair in pairs)
+    width = max((padded_tokens(pair) for pair in pairs), default=1)
+    if not pairs:
+        rows.add([0], 0, PADDING, SHARED)
     for index, pair in enumerate(pairs):
         for branch, sequence in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
             start = len(rows.ids)
@@ -135,7 +140,7 @@ def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") 
             rows.add([0] * (width - length), length, PADDING, branch)
             first = start + sequence.start
             rows.score(sequence, 2 * index + branch - 1, first - 1, first)
-    return rows.batch((2 * len(pairs), width), None, device)
+    return rows.batch((-1, width), None, device)
 
 
 class _Columns:
@@ -177,8 +182,8 @@ class _Columns:
         spans: tuple[tuple[int, int], ...] | None,
         device: torch.device | str,
     ) -> Batch:
-        def column(values: list[int] | list[bool]) -> Tensor:
-            return torch.tensor(values).to(device, non_blocking=True)
+        def column(values: list[int] | list[bool], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
         return Batch(
             input_ids=column(self.ids).view(shape),
@@ -188,7 +193,7 @@ class _Columns:
             predict=column(self.predict),
             targets=column(self.targets),
             sequence=column(self.sequences),
-            tail=column(self.tail),
+            tail=column(self.tail, torch.bool),
             counts=tuple(self.counts),
             spans=spans,
         )

@@ -1,0 +1,106 @@
+"""Loading a model: what is refused, what is taken out, which attention is set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mrpo.errors import UserError
+from mrpo.model.attention import FLEX, SDPA
+from mrpo.model.load import load_model, packs, rope_limit
+from mrpo.model.logps import SequenceLogps
+
+
+def test_loaded_model_is_ready_to_score(tiny_references: dict[str, Path]) -> None:
+    for folder in tiny_references.values():
+        model = load_model(folder, dtype="bfloat16")
+        assert model.config._attn_implementation == SDPA
+        assert model.dtype == torch.bfloat16
+        assert not model.training
+    assert load_model(folder, attn="flex_attention").config._attn_implementation == FLEX
+
+
+def test_own_attention_leaves_no_trace_in_a_saved_model(
+    tiny_references: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_model(tiny_references["llama"])
+    model.save_pretrained(tmp_path)
+    assert "mrpo" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    assert again.config._attn_implementation == "sdpa"
+    assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_loaded_model_generates_as_transformers_does(tiny_references: dict[str, Path]) -> None:
+    ids = torch.arange(5, 15).view(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    folder = tiny_references["mistral"]
+    for model in (plain := AutoModelForCausalLM.from_pretrained(folder), load_model(folder)):
+        model.generation_config.eos_token_id = None
+        got = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        if model is plain:
+            expected = got
+    assert torch.equal(got, expected)
+
+
+def test_dropout_is_taken_out(tiny_lm: Callable[..., nn.Module], tmp_path: Path) -> None:
+    rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5, "n_head": 4}
+    for name, lm in {
+        "gpt2": tiny_lm("gpt2", n_embd=32, n_layer=2, n_positions=64, **rates),
+        "llama": tiny_lm("llama", attention_dropout=0.5),
+        "starcoder2": tiny_lm("starcoder2", residual_dropout=0.5, embedding_dropout=0.5),
+    }.items():
+        lm.save_pretrained(tmp_path / name)
+        model = load_model(tmp_path / name).train()
+        ids = torch.arange(20)[None]
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_adapter_is_put_on_top(tiny_references: dict[str, Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(load_model(tiny_references["llama"]), config)
+    adapted.save_pretrained(tmp_path)
+    model = load_model(tiny_references["llama"], adapter=tmp_path)
+    ids = torch.arange(12)[None]
+    assert torch.allclose(model(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+    assert SequenceLogps(model).packs
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", "Tensor"])
+def test_unknown_dtype_is_refused(dtype: str, tiny_references: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=f"dtype '{dtype}' is unknown; use float32"):
+        load_model(tiny_references["llama"], dtype=dtype)
+
+
+def test_folder_without_a_causal_lm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"model {tmp_path} could not be loaded"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(UserError, match="could not be loaded") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_embedding_models_with_attention_both_ways_do_not_pack(
+    tiny_lm: Callable[..., nn.Module],
+) -> None:
+    assert packs(tiny_lm("gemma3_text").config)
+    assert not packs(tiny_lm("gemma3_text", use_bidirectional_attention=True).config)
+
+
+def test_rope_limit_is_for_rotary_kinds_that_look_at_the_length(
+    tiny_lm: Callable[..., nn.Module],
+) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    assert rope_limit(tiny_lm("llama").config) is None
+    assert rope_limit(tiny_lm("llama", rope_parameters=yarn).config) is None
+    assert rope_limit(tiny_lm("gpt2", n_embd=32, n_head=4).config) is None
+    assert rope_limit(tiny_lm("gemma3_text").config) is None

@@ -1,0 +1,231 @@
+"""The one forward of both stages: every kind of row, adapter, precision and checkpointing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mrpo.data.rendering import RenderedPair
+from mrpo.model.logps import SequenceLogps, split_by_sequence, sum_by_sequence
+from mrpo.model.packing import Batch, pack, unpacked
+
+Lm = Callable[..., nn.Module]
+
+
+def one_at_a_time(lm: nn.Module, pairs: list[RenderedPair]) -> Tensor:
+    """Token log-probs [R] through transformers' own forward, eager and one sequence a batch."""
+    lm.set_attn_implementation("eager")
+    logps = []
+    for pair in pairs:
+        for sequence in (pair.chosen, pair.rejected):
+            ids = torch.tensor([sequence.token_ids])
+            with torch.no_grad():
+                table = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            picks = ids[0, sequence.start :, None]
+            logps.append(table[sequence.start - 1 : -1].gather(1, picks)[:, 0])
+    return torch.cat(logps)
+
+
+def test_padded_rows_equal_packed_rows(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+    expected = one_at_a_time(tiny_lm("mistral", sliding_window=4), pairs)
+    logps = SequenceLogps(tiny_lm("mistral", sliding_window=4))
+    with torch.no_grad():
+        assert torch.allclose(logps(pack(pairs)), expected, atol=1e-5)
+        assert torch.allclose(logps(unpacked(pairs)), expected, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_neighbours(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+    logps = SequenceLogps(tiny_lm("llama"))
+    with torch.no_grad():
+        together = sum_by_sequence(logps(pack(pairs)), pack(pairs)).view(-1, 2)
+        order = list(range(len(pairs)))
+        random.Random(1).shuffle(order)
+        batch = pack([pairs[index] for index in order])
+        shuffled = sum_by_sequence(logps(batch), batch).view(-1, 2)
+        alone = [sum_by_sequence(logps(pack([pair])), pack([pair])) for pair in pairs]
+    assert torch.allclose(shuffled, together[order], atol=1e-4)
+    assert torch.allclose(torch.stack(alone), together, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("bloom", {"n_head": 4}),  # ALiBi
+        ("mamba", {"state_size": 4}),  # state spaces
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # attention sinks
+        ("qwen3_5_text", {"num_hidden_layers": 4}),  # linear attention
+    ],
+)
+def test_other_architectures_run_one_response_a_row_and_say_so(
+    model_type: str,
+    changes: dict[str, int],
+    tiny_lm: Lm,
+    pairs: list[RenderedPair],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = one_at_a_time(tiny_lm(model_type, **changes), pairs)
+    logps = SequenceLogps(tiny_lm(model_type, **changes))
+    assert not logps.packs
+    assert f"{model_type} is not known to pack" in caplog.text
+    with torch.no_grad():
+        for row in logps.plan(pairs, 200):
+            batch = logps.collate([pairs[index] for index in row], "cpu")
+            assert batch.spans is None
+            got = split_by_sequence(logps(batch), batch)
+            wanted = split_by_sequence(expected, unpacked(pairs))
+            for place, index in enumerate(row):
+                for branch in (0, 1):
+                    ours, theirs = got[2 * place + branch], wanted[2 * index + branch]
+                    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+LONGROPE = {
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+    },
+}
+DYNAMIC = {
+    "max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
+def test_frequencies_that_depend_on_length_are_those_of_each_sequence(
+    model_type: str, changes: dict[str, object], tiny_lm: Lm, pairs: list[RenderedPair]
+) -> None:
+    logps = SequenceLogps(tiny_lm(model_type, **changes))
+    assert logps.rope_limit == 16
+    wanted = []
+    for pair in pairs:
+        # A fresh model each time: transformers' own remembers the longest sequence it has seen.
+        for branch in (pair.chosen, pair.rejected):
+            both = one_at_a_time(tiny_lm(model_type, **changes), [RenderedPair(branch, branch, 1)])
+            wanted.append(both[: len(both) // 2].sum())
+    lengths = [len(s.token_ids) for pair in pairs for s in (pair.chosen, pair.rejected)]
+    assert min(lengths) <= 16 < max(lengths)
+    rows = logps.plan(pairs, 120)
+    assert sorted(index for row in rows for index in row) == list(range(len(pairs)))
+    with torch.no_grad():
+        for row in rows:
+            batch = logps.collate([pairs[index] for index in row], "cpu")
+            sums = sum_by_sequence(logps(batch), batch).view(-1, 2)
+            expected = torch.stack(wanted).view(-1, 2)[row]
+            assert torch.allclose(sums, expected.double(), atol=1e-4)
+
+
+def test_tail_and_sums(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+    logps, batch = SequenceLogps(tiny_lm("llama")), pack(pairs)
+    with torch.no_grad():
+        values = logps(batch)
+    sums = sum_by_sequence(values, batch)
+    ends = sum_by_sequence(values * batch.tail, batch)
+    assert sums.dtype == torch.float64
+    parts = split_by_sequence(values, batch)
+    for number, part in enumerate(parts):
+        sequence = (pairs[number // 2].chosen, pairs[number // 2].rejected)[number % 2]
+        tail = len(sequence.token_ids) - sequence.end_start
+        assert sums[number].item() == pytest.approx(part.double().sum().item(), abs=1e-12)
+        expected = part[len(part) - tail :].double().sum().item()
+        assert ends[number].item() == pytest.approx(expected, abs=1e-12)
+    assert sum_by_sequence(logps(batch), batch).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [pack, unpacked])
+def test_batch_of_no_pairs_has_zero_gradients(
+    make: Callable[[list[RenderedPair]], Batch], tiny_lm: Lm
+) -> None:
+    logps = SequenceLogps(tiny_lm("llama"))
+    batch = make([])
+    values = logps(batch)
+    assert values.shape == (0,)
+    sum_by_sequence(values, batch).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in logps.parameters())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_lora_policy(targets: str | list[str], tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    policy = peft.get_peft_model(tiny_lm("llama"), config).eval()
+    logps, batch = SequenceLogps(policy, chunk_tokens=16), pack(pairs)
+    values = logps(batch)
+    merged = peft.get_peft_model(tiny_lm("llama"), config)
+    merged.load_state_dict(policy.state_dict())
+    expected = one_at_a_time(merged.merge_and_unload(), pairs)
+    assert torch.allclose(values, expected, atol=1e-4)
+    values.sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+def test_activation_checkpointing_changes_nothing(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+    batch, gradients = pack(pairs), []
+    for checkpointing in (False, True):
+        lm = tiny_lm("gemma2", sliding_window=4).train()
+        calls = count_calls(lm.get_decoder().layers[0].mlp)
+        if checkpointing:
+            lm.gradient_checkpointing_enable()
+        SequenceLogps(lm)(batch).sum().backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append({name: p.grad for name, p in lm.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def count_calls(module: nn.Module) -> list[None]:
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
+def test_bfloat16_autocast_is_near_float32(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+    logps, batch = SequenceLogps(tiny_lm("qwen3")), pack(pairs)
+    exact = logps(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = logps(batch)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().mean() < 0.1
+    rough.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in logps.parameters())
+
+
+def test_multimodal_wrapper_scores_text_through_its_decoder(
+    tiny_lm: Lm, pairs: list[RenderedPair]
+) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = tiny_lm("gemma3_text", sliding_window=4, layer_types=["sliding_attention"] * 2)
+    lm = tiny_lm(
+        "gemma3",
+        text_config=text.config.to_dict(),
+        vision_config={**vision, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    logps = SequenceLogps(lm)
+    assert logps.packs
+    with torch.no_grad():
+        got = logps(pack(pairs))
+    assert torch.allclose(got, one_at_a_time(lm, pairs), atol=1e-4)
+
+
+def test_replaced_neighbour_leaves_a_score_bit_for_bit(
+    tiny_lm: Lm, pairs: list[RenderedPair]
+) -> None:
+    logps = SequenceLogps(tiny_lm("llama"))
+    other = replace(pairs[1], rejected=replace(pairs[1].rejected))
+    other.rejected.token_ids[-1] += 1
+    with torch.no_grad():
+        before = logps(pack(pairs[:2]))
+        after = logps(pack([pairs[0], other]))
+    mine = pack(pairs[:2]).sequence < 2
+    assert torch.equal(before[mine], after[mine])
