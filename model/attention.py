@@ -113,7 +113,7 @@ def flex_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: BlockMask | Tensor | None,
+    attention_mask: BlockMask | Tensor,
     sliding_window: int | None = None,
     packed: PackedMasks | None = None,
     **kwargs: Any,

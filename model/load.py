@@ -7,7 +7,7 @@ forward. Any other architecture runs one response a row.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ def load_model(
     if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise UserError(f"dtype {dtype!r} is unknown; use float32, bfloat16, float16 or auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
         remove_dropout(model)
         set_attention(model, attn or default_attention(device))
         if adapter is not None:
@@ -123,7 +123,8 @@ def rope_limit(config: PretrainedConfig) -> int | None:
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, without a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
 
 
 def set_attention(lm: PreTrainedModel, attn: Attention) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from .attention import FLEX, SDPA, PackedMasks
 from .head import KEEP_BYTES, LogitRule, token_logps
@@ -52,7 +53,7 @@ class SequenceLogps(nn.Module):
             )
 
     @property
-    def lm(self) -> nn.Module:
+    def lm(self) -> PreTrainedModel:
         """The causal LM itself, without a PEFT wrapper."""
         return causal_lm(self.model)
 
@@ -65,7 +66,8 @@ class SequenceLogps(nn.Module):
 
     def plan(self, pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
         """Which pairs go through one forward together, at most `max_tokens` tokens each time."""
-        alone, together = [], []
+        alone: list[int] = []
+        together: list[int] = []
         for index, pair in enumerate(pairs):
             (alone if self._beyond_rope_limit(pair) else together).append(index)
         plan = (plan_rows if self.packs else plan_padded)([pairs[i] for i in together], max_tokens)
@@ -145,10 +147,10 @@ def _forget_longest(decoder: nn.Module) -> None:
     """Dynamic rotary embeddings keep the frequencies of the longest sequence seen so far."""
     for module in decoder.modules():
         if hasattr(module, "max_seq_len_cached"):
-            module.max_seq_len_cached = 0
+            vars(module)["max_seq_len_cached"] = 0
 
 
-def logit_rule(lm: nn.Module) -> LogitRule:
+def logit_rule(lm: PreTrainedModel) -> LogitRule:
     """What the architecture does behind its head, from the config."""
     config = lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
