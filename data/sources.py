@@ -16,16 +16,29 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from .formats import COLUMN_FLAGS, Columns
 
 Row = tuple[int, dict[str, Any]]
-Reader = Callable[[str, Columns], Iterator[Row]]
+
+
+class Wanted(Protocol):
+    """Which columns to read: `formats.Columns`, or others that stand beside a pair's."""
+
+    @property
+    def required(self) -> list[str]: ...
+    @property
+    def optional(self) -> list[str]: ...
+    @property
+    def flags(self) -> str:
+        """How the user names them, for messages."""
+
+
+Reader = Callable[[str, Wanted], Iterator[Row]]
 
 BATCH_ROWS = 1024
 
@@ -41,7 +54,7 @@ class Source:
     unit: str  # what a row's number counts, for messages: "line" or "row"
     reader: Reader
 
-    def rows(self, columns: Columns) -> Iterator[Row]:
+    def rows(self, columns: Wanted) -> Iterator[Row]:
         """Row numbers and fields; of tables only the columns that matter. Raises `UserError`."""
         return self.reader(self.given, columns)
 
@@ -76,7 +89,7 @@ def _open_source(given: str) -> Source:
     )
 
 
-def _read_jsonl(given: str, columns: Columns) -> Iterator[Row]:
+def _read_jsonl(given: str, columns: Wanted) -> Iterator[Row]:
     for number, line in enumerate(_lines(given), 1):
         if not line.strip():
             continue
@@ -85,7 +98,7 @@ def _read_jsonl(given: str, columns: Columns) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{where} is not JSON: {error.msg} at column {error.colno}; "
+                f"{where} is not JSON: {error.msg} at column {error.pos + 1}; "
                 "each line must be one object"
             ) from None
         except (RecursionError, ValueError):
@@ -95,7 +108,7 @@ def _read_jsonl(given: str, columns: Columns) -> Iterator[Row]:
         yield number, row
 
 
-def _read_csv(given: str, columns: Columns) -> Iterator[Row]:
+def _read_csv(given: str, columns: Wanted) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     rows = _csv_rows(given)
     header = next(rows, (0, []))[1]
@@ -121,7 +134,7 @@ def _csv_rows(given: str) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{given}, row {number} is not CSV: {error}") from None
 
 
-def _read_parquet(given: str, columns: Columns) -> Iterator[Row]:
+def _read_parquet(given: str, columns: Wanted) -> Iterator[Row]:
     try:
         with pq.ParquetFile(given) as file:
             names = _wanted(given, columns, file.schema_arrow.names)
@@ -131,7 +144,7 @@ def _read_parquet(given: str, columns: Columns) -> Iterator[Row]:
         raise UserError(f"{given} cannot be read as Parquet: {_one_line(error)}") from None
 
 
-def _read_hub(given: str, columns: Columns) -> Iterator[Row]:
+def _read_hub(given: str, columns: Wanted) -> Iterator[Row]:
     import datasets
 
     match = _HUB.fullmatch(given)
@@ -152,13 +165,13 @@ _READERS: dict[str, Reader] = {
 }
 
 
-def _wanted(given: str, columns: Columns, there: list[str]) -> list[str]:
+def _wanted(given: str, columns: Wanted, there: list[str]) -> list[str]:
     """The columns to read; raises `UserError` where a required one is missing."""
     for name in columns.required:
         if name not in there:
             raise UserError(
                 f"{given}: column {name!r} is missing; there are {', '.join(there) or 'none'}; "
-                f"{COLUMN_FLAGS}"
+                f"{columns.flags}"
             )
         if there.count(name) > 1:
             raise UserError(f"{given}: column {name!r} stands there {there.count(name)} times")

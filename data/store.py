@@ -33,7 +33,13 @@ RECORD = "reference.json"
 
 def open_store(given: str | None) -> Store:
     """The store of a command's --store, else of $MRPO_STORE, else the folder `store`."""
-    return Store(given or os.environ.get("MRPO_STORE") or "store")
+    root = given or os.environ.get("MRPO_STORE") or "store"
+    if root.startswith("hf://"):
+        raise UserError(
+            f"--store {root}: each write there is a commit; work in another store, and copy with "
+            "`mrpo store push` and `mrpo store pull`"
+        )
+    return Store(root)
 
 
 class Store:

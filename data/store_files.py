@@ -1,8 +1,7 @@
-"""Where the store's bytes live: a local folder, or any fsspec URL (s3://, gs://, memory://).
+"""Where the store's bytes live: a folder on a disk; `store_remote.py` has object storage.
 
-A write is all or nothing in both. Locally: a temporary file, fsync, rename, fsync of the folder.
-On object storage: one put, which appears whole or not at all. Names are those of content, so a
-repeated write changes nothing.
+A write is all or nothing, and durable: a temporary file, fsync, rename, fsync of the folder. Names
+are those of content, so a repeated write changes nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import contextlib
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -29,8 +28,11 @@ class Files(Protocol):
     root: str
     is_local: bool
 
-    def names(self, folder: str) -> dict[str, int]:
-        """Names of the files in a folder with their sizes in bytes; empty where there is none."""
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder; empty where there is none."""
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The same with their sizes in bytes."""
 
     def folders(self) -> list[str]:
         """Names of the folders directly under the root."""
@@ -43,6 +45,9 @@ class Files(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Put a whole file there, durably; on any error nothing of it remains."""
+
+    def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
+        """Put many files there, each whole or not at all."""
 
     def rename(self, name: str, new: str) -> None:
         """Rename a file, replacing what has the new name."""
@@ -73,13 +78,15 @@ def open_files(root: str | Path) -> Files:
         return LocalFiles(Path(rest).expanduser())
     import fsspec
 
+    from .store_remote import HubFiles, RemoteFiles
+
     try:
         system, path = fsspec.url_to_fs(text)
     except ImportError as error:
         raise UserError(f"--store {text}: {error}; install it, or use a local folder") from None
     except ValueError as error:
         raise UserError(f"--store {text}: {error}; use a path, s3:// or gs://") from None
-    return RemoteFiles(system, path, text)
+    return (HubFiles if scheme == "hf" else RemoteFiles)(system, path, text)
 
 
 class LocalFiles:
@@ -95,12 +102,16 @@ class LocalFiles:
             problem = "is a file" if existing == folder else f"is below a file, {existing}"
             raise UserError(f"--store {folder}: {problem}; a store is a folder")
 
-    def names(self, folder: str) -> dict[str, int]:
+    def names(self, folder: str) -> list[str]:
         try:
             with os.scandir(self.folder / folder) as entries:
-                return {e.name: e.stat().st_size for e in entries if e.is_file()}
+                return [entry.name for entry in entries if entry.is_file()]
         except FileNotFoundError:
-            return {}
+            return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        names = self.names(folder)
+        return {name: os.stat(self.folder / folder / name).st_size for name in names}
 
     def folders(self) -> list[str]:
         try:
@@ -130,12 +141,27 @@ class LocalFiles:
             raise
         _sync_folder(path.parent)
 
+    def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
+        for name, data in files:
+            self.write(name, data)
+
     def rename(self, name: str, new: str) -> None:
         os.replace(self.folder / name, self.folder / new)
         _sync_folder((self.folder / new).parent)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
+
+    def modified(self, name: str) -> float:
+        """When a file was last written, seconds since 1970."""
+        return (self.folder / name).stat().st_mtime
+
+    def remove_empty_folders(self) -> None:
+        """Delete folders under the root that hold nothing."""
+        for folder, _, _ in os.walk(self.folder, topdown=False):
+            if folder != str(self.folder):
+                with contextlib.suppress(OSError):  # holds something, or is being filled now
+                    os.rmdir(folder)
 
     @contextlib.contextmanager
     def lease(self, name: str) -> Iterator[bool]:
@@ -152,59 +178,6 @@ class LocalFiles:
                     path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
-
-
-class RemoteFiles:
-    """Files behind fsspec. A put appears whole or not at all; one driver writes, so no leases."""
-
-    is_local = False
-
-    def __init__(self, system: Any, path: str, url: str) -> None:
-        self.system, self.path, self.root = system, path.rstrip("/"), url.rstrip("/")
-
-    def names(self, folder: str) -> dict[str, int]:
-        return {
-            _last(entry["name"]): int(entry["size"] or 0)
-            for entry in self._entries(folder)
-            if entry["type"] == "file"
-        }
-
-    def folders(self) -> list[str]:
-        return sorted(_last(e["name"]) for e in self._entries("") if e["type"] == "directory")
-
-    def read(self, name: str) -> bytes:
-        return bytes(self.system.cat_file(self._at(name)))
-
-    def open(self, name: str) -> pa.NativeFile:
-        return pa.BufferReader(self.read(name))
-
-    def write(self, name: str, data: bytes) -> None:
-        self.system.pipe_file(self._at(name), data)
-
-    def rename(self, name: str, new: str) -> None:
-        self.system.mv(self._at(name), self._at(new))
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.system.rm_file(self._at(name))
-
-    @contextlib.contextmanager
-    def lease(self, name: str) -> Iterator[bool]:
-        yield True
-
-    def _at(self, name: str) -> str:
-        return f"{self.path}/{name}" if name else self.path
-
-    def _entries(self, folder: str) -> list[dict[str, Any]]:
-        self.system.invalidate_cache()
-        try:
-            return list(self.system.ls(self._at(folder), detail=True))
-        except FileNotFoundError:
-            return []
-
-
-def _last(name: str) -> str:
-    return PurePosixPath(name.rstrip("/")).name
 
 
 def _make_folder(folder: Path) -> None:

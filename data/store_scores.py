@@ -41,8 +41,12 @@ class ReferenceScores:
         """The score files in the order that decides between two rows for a pair."""
         return sorted(name for name in self._files.names(self._folder) if is_score_file(name))
 
+    def set_aside(self) -> list[str]:
+        """Names of damaged files that `check` has renamed."""
+        return [name for name in self._files.names(self._folder) if name.endswith(BAD)]
+
     def num_bytes(self) -> int:
-        sizes = self._files.names(self._folder)
+        sizes = self._files.sizes(self._folder)
         return sum(size for name, size in sizes.items() if is_score_file(name))
 
     def num_rows(self) -> int:
@@ -56,14 +60,18 @@ class ReferenceScores:
 
     def pair_ids(self) -> IdArray:
         """Every pair with a row, scored or permanently missing, once: [n] of 16 bytes."""
-        parts = _parallel(self._ids, self.names())
+        parts = _parallel(self.ids_of, self.names())
         ids = np.concatenate(parts) if parts else np.empty(0, ID_DTYPE)
         return ids[IdIndex(ids).firsts()]
 
-    def missing(self, ids: IdArray) -> np.ndarray:
-        """Which of the pairs have no row yet, [n] bool. Files that appear are read once."""
-        new = [name for name in self.names() if name not in self._known.names]
-        self._known.add(new, _parallel(self._ids, new))
+    def missing(self, ids: IdArray, *, refresh: bool = True) -> np.ndarray:
+        """Which of the pairs have no row yet, [n] bool.
+
+        `refresh` looks for files that appeared since the last call; each is read once.
+        """
+        if refresh:
+            new = [name for name in self.names() if name not in self._known.names]
+            self._known.add(new, _parallel(self.ids_of, new))
         return ~self._known.contains(ids)
 
     def add(self, table: pa.Table) -> str:
@@ -96,10 +104,14 @@ class ReferenceScores:
         Raises `UserError` at a damaged file.
         """
         for name in self.names():
-            data = self._files.read(f"{self._folder}/{name}")
+            data = self.read_file(name)
             if not intact(name, data):
                 raise UserError(self._damage(name))
             yield read_columns(pa.BufferReader(data), columns)
+
+    def read_file(self, name: str) -> bytes:
+        """A score file as it is, unchecked."""
+        return self._files.read(f"{self._folder}/{name}")
 
     def damaged(self) -> list[str]:
         """Files whose bytes are not those that their name says; changes nothing."""
@@ -107,7 +119,7 @@ class ReferenceScores:
 
         def damaged(name: str) -> bool:
             try:
-                return not intact(name, self._files.read(f"{self._folder}/{name}"))
+                return not intact(name, self.read_file(name))
             except OSError:  # a bad sector: as lost as a flipped bit
                 return True
 
@@ -129,7 +141,8 @@ class ReferenceScores:
         assert re.fullmatch(r"[0-9a-f]{32}", unit), unit
         return self._files.lease(f"{self._leases}/{unit}")
 
-    def _ids(self, name: str) -> IdArray:
+    def ids_of(self, name: str) -> IdArray:
+        """The pairs of one file."""
         with self._open(name) as file:
             return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
 

@@ -1,0 +1,108 @@
+"""`mrpo store status` and `verify`; the other commands stand in files of their own.
+
+status reads footers only; verify reads every byte and changes none. Both print one line for each
+reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from .import_scores import import_scores
+from .shards import PairShards
+from .store import ReferenceRecord, ReferenceScores, Store, open_store
+from .store_common import readable_size, require, selected
+from .store_config import StatusConfig, VerifyConfig
+from .store_gc import gc
+from .store_transfer import pull, push
+
+__all__ = ["gc", "import_scores", "pull", "push", "status", "verify"]
+
+# Scores a sample of a reference's stored pairs again and prints how they compare; whether they do.
+Rescore = Callable[[Store, ReferenceRecord, VerifyConfig], bool]
+
+
+def status(config: StatusConfig) -> None:
+    """Print every reference with its rows, size, date and engine, the last recorded first."""
+    store = open_store(config.store)
+    shards = PairShards(config.pairs) if config.pairs else None
+    lines = [["reference", "identity", "rows", "size", "recorded", "engine", "model"]]
+    if shards is not None:
+        lines[0].append(f"missing of {shards.num_pairs:,}")
+    total, asides = 0, 0
+    for identity in store.identities():
+        scores = store.scores(identity)
+        total += scores.num_bytes()
+        asides += len(scores.set_aside())
+        names = store.names_of(identity)
+        line = _describe(identity, names, scores)
+        if shards is not None:
+            line.append(f"{_missing(scores, shards):,}")
+        lines.append(line)
+    newest_first = sorted(lines[1:], key=lambda line: line[4], reverse=True)
+    print(*_columns([lines[0], *newest_first]), sep="\n")
+    if asides:
+        print(f"{asides} damaged files are set aside as .bad; `mrpo store gc` removes them")
+    print(f"store   {store.root} ({len(lines) - 1} references, {readable_size(total)})")
+
+
+def verify(config: VerifyConfig, rescore: Rescore | None = None) -> int:
+    """Check every digest; 1 where anything is damaged or a rescored sample differs, else 0."""
+    store = open_store(config.store)
+    require(store)
+    identities = selected(store, config.refs)
+    damaged = files = 0
+    broken = set(store.damaged_records())
+    for identity in identities:
+        scores = store.scores(identity)
+        files += len(scores.names())
+        for name in scores.damaged():
+            damaged += 1
+            print(f"damaged {store.root}/{identity}/scores/{name}")
+        if identity in broken:
+            damaged += 1
+            print(f"damaged {store.root}/{identity}/reference.json")
+    print(f"checked {files:,} score files of {len(identities)} references: {damaged} damaged")
+    if damaged:
+        print("`mrpo precompute` sets damaged files aside and scores their rows again")
+    differs = False
+    if config.rescore:
+        assert rescore is not None, "scoring belongs to precompute"
+        for identity in identities:
+            for record in store.names_of(identity)[-1:]:
+                differs |= not (record.imported or rescore(store, record, config))
+    print(f"store   {store.root}")
+    return int(damaged > 0 or differs)
+
+
+def _describe(identity: str, names: list[ReferenceRecord], scores: ReferenceScores) -> list[str]:
+    if not names:
+        return ["(no record)", identity[:12], f"{scores.num_rows():,}", "", "", "", ""]
+    newest = names[-1]
+    run = newest.runs[-1] if newest.runs else {}
+    model = str(newest.entry.get("model", newest.entry.get("imported", "")))
+    commit = newest.resolved_commit
+    return [
+        ",".join(dict.fromkeys(record.alias for record in names)),
+        identity[:12],
+        f"{scores.num_rows():,}",
+        readable_size(scores.num_bytes()),
+        newest.recorded[:16].replace("T", " "),
+        "imported" if newest.imported else str(run.get("engine", "")),
+        f"{model}@{commit[:7]}" if commit else model,
+    ]
+
+
+def _missing(scores: ReferenceScores, shards: PairShards) -> int:
+    first = scores.missing(shards.pair_ids(0))
+    rest = (
+        scores.missing(shards.pair_ids(shard), refresh=False)
+        for shard in range(1, len(shards.names))
+    )
+    return int(first.sum()) + sum(int(missing.sum()) for missing in rest)
+
+
+def _columns(lines: list[list[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
