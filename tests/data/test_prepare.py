@@ -1,0 +1,499 @@
+"""`mrpo prepare` as promised: what stays when data grows, and faults that leave nothing behind."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrpo.data import prepare as prepare_module
+from mrpo.data.config import PrepareConfig
+from mrpo.data.pairs import Pair
+from mrpo.data.prepare import is_validation, prepare
+from mrpo.data.shards import PairShards
+from mrpo.errors import UserError
+
+Row = dict[str, Any]
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
+TEXT_ROWS = st.lists(
+    st.tuples(WORDS, WORDS, WORDS).filter(lambda row: row[1] != row[2]), min_size=1, max_size=6
+)
+
+
+def text_rows(count: int, start: int = 0) -> list[Row]:
+    return [
+        {"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 2}"}
+        for i in range(start, start + count)
+    ]
+
+
+def chat_row(prompt: str, chosen: str, rejected: str) -> Row:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(source: Path | str, out: Path, **options: Any) -> PairShards:
+    return prepare(PrepareConfig(source=str(source), out=str(out), **options))
+
+
+def all_pairs(shards: PairShards) -> list[Pair]:
+    return [pair for number in range(len(shards.names)) for pair in shards.pairs(number)]
+
+
+def all_ids(shards: PairShards) -> list[bytes]:
+    return [bytes(one) for number in range(len(shards.names)) for one in shards.pair_ids(number)]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def dropped(shards: PairShards) -> list[tuple[int, str]]:
+    lines = [json.loads(line) for line in (shards.path / "dropped.jsonl").open()]
+    return [(line["row"], line["reason"]) for line in lines]
+
+
+# Formats
+
+
+def to_jsonl(path: Path, rows: list[Row]) -> Path:
+    return write(path.with_suffix(".jsonl"), rows)
+
+
+def to_jsonl_gz(path: Path, rows: list[Row]) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    out = path.with_suffix(".jsonl.gz")
+    out.write_bytes(gzip.compress(text.encode()))
+    return out
+
+
+def to_csv(path: Path, rows: list[Row]) -> Path:
+    """Messages as JSON, the only way they fit into a cell."""
+    out = path.with_suffix(".csv")
+    with out.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerow(rows[0])
+        for row in rows:
+            cells = row.values()
+            writer.writerow([one if isinstance(one, str) else json.dumps(one) for one in cells])
+    return out
+
+
+def to_parquet(path: Path, rows: list[Row]) -> Path:
+    out = path.with_suffix(".parquet")
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(TEXT_ROWS, st.booleans())
+def test_a_pair_has_the_same_id_in_every_format(
+    texts: list[tuple[str, str, str]], chat: bool
+) -> None:
+    rows = [
+        chat_row(*row) if chat else dict(zip(("prompt", "chosen", "rejected"), row))
+        for row in texts
+    ]
+    expected = list(dict.fromkeys(Pair(**row).id for row in rows))
+    with tempfile.TemporaryDirectory() as folder:
+        for write_format in (to_jsonl, to_jsonl_gz, to_csv, to_parquet):
+            source = write_format(Path(folder) / "rows", rows)
+            assert all_ids(run(source, Path(folder) / "pairs")) == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(12)), st.integers(1, 12))
+def test_ids_and_splits_depend_on_nothing_but_the_pair(order: list[int], shard_pairs: int) -> None:
+    rows = text_rows(12)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        first = run(write(root / "a.jsonl", rows), root / "a", validation_fraction=0.4)
+        shuffled = write(root / "b.jsonl", [rows[i] for i in order])
+        second = run(shuffled, root / "b", validation_fraction=0.4, shard_pairs=shard_pairs)
+        splits = [{pair.id: pair.split for pair in all_pairs(one)} for one in (first, second)]
+        assert splits[0] == splits[1]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_implicit_and_the_explicit_prompt_are_the_same_pair(tmp_path: Path, chat: bool) -> None:
+    if chat:
+        explicit = chat_row("q", "a", "b")
+        both = {name: explicit["prompt"] + explicit[name] for name in ("chosen", "rejected")}
+    else:
+        explicit = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+        both = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    first = run(write(tmp_path / "a.jsonl", [explicit]), tmp_path / "a")
+    assert all_ids(run(write(tmp_path / "b.jsonl", [both]), tmp_path / "b")) == all_ids(first)
+
+
+# What stays when data grows
+
+
+def test_more_rows_leave_full_shards_and_splits_as_they_are(tmp_path: Path) -> None:
+    options = {"shard_pairs": 10, "validation_fraction": 0.3}
+    source = tmp_path / "rows.jsonl"
+    few = run(write(source, text_rows(35)), tmp_path / "few", **options)
+    grown = text_rows(35) + text_rows(5, 30) + text_rows(40, 100)  # some come again
+    more = run(write(source, grown), tmp_path / "more", **options)
+    assert few.rows == [10, 10, 10, 5]
+    assert more.rows == [10] * 7 + [5]
+    for name in few.names[:3]:
+        assert (few.path / name).read_bytes() == (more.path / name).read_bytes()
+    splits = {pair.id: pair.split for pair in all_pairs(more)}
+    assert all(splits[pair.id] == pair.split for pair in all_pairs(few))
+
+
+def test_preparing_again_into_the_same_folder_replaces_the_shards(tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    source = write(tmp_path / "rows.jsonl", text_rows(35))
+    first = contents(run(source, out, shard_pairs=10).path)
+    assert contents(run(source, out, shard_pairs=10).path) == first
+    write(source, text_rows(12))
+    (out / "notes.txt").write_text("mine")
+    second = contents(run(source, out, shard_pairs=10).path)
+    assert second["part-00000.parquet"] == first["part-00000.parquet"]
+    assert sorted(second) == [
+        "dropped.jsonl",
+        "manifest.json",
+        "notes.txt",
+        "part-00000.parquet",
+        "part-00001.parquet",
+        "prepare.yaml",
+    ]
+
+
+def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", text_rows(35))
+    expected = contents(run(source, tmp_path / "pairs", shard_pairs=10).path)
+    (tmp_path / "pairs" / "manifest.json").unlink()  # killed while the files took their places
+    (tmp_path / "pairs" / ".preparing-x").mkdir()  # killed before
+    (tmp_path / "pairs" / ".preparing-x" / "part-00000.parquet").touch()
+    with pytest.raises(UserError, match="no prepared pairs"):
+        PairShards(tmp_path / "pairs")
+    assert contents(run(source, tmp_path / "pairs", shard_pairs=10).path) == expected
+
+
+# The split
+
+
+def test_a_prompt_never_stands_on_both_sides(tmp_path: Path) -> None:
+    rows = [chat_row(f"q{i % 40}", f"a{i}", f"b{i}") for i in range(200)]
+    rows[50:60] = [row | {"tools": [{"name": "t"}]} for row in rows[50:60]]
+    shards = run(write(tmp_path / "x.jsonl", rows), tmp_path / "x", validation_fraction=0.5)
+    sides: dict[str, set[str]] = {}
+    for pair in all_pairs(shards):
+        sides.setdefault(str(pair.prompt), set()).add(pair.split)
+    assert all(len(side) == 1 for side in sides.values())
+    counts = {"train": 0, "validation": 0}
+    for pair in all_pairs(shards):
+        counts[pair.split] += 1
+    assert shards.manifest["splits"] == counts
+    assert min(counts.values()) > 0
+
+
+@given(WORDS, st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_fraction_only_adds_prompts(prompt: str, one: float, other: float) -> None:
+    smaller, larger = sorted((one, other))
+    assert is_validation(prompt, larger) or not is_validation(prompt, smaller)
+    assert not is_validation(prompt, 0)
+
+
+def test_the_fraction_is_that_of_the_prompts() -> None:
+    held_out = sum(is_validation(f"prompt {i}", 0.2) for i in range(10_000))
+    assert abs(held_out - 2000) < 5 * (10_000 * 0.2 * 0.8) ** 0.5
+
+
+# What is dropped
+
+
+def test_duplicates_are_dropped_and_counted_and_the_order_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_ROWS", 3)
+    rows = text_rows(6)
+    source = write(tmp_path / "a.jsonl", [rows[0], rows[1], rows[0], *rows, rows[2] | {"x": 1}])
+    other = write(tmp_path / "b.jsonl", [rows[5], *text_rows(2, 50)])
+    shards = run(f"{source},{other}", tmp_path / "pairs")
+    assert [pair.prompt for pair in all_pairs(shards)] == [
+        row["prompt"] for row in rows + text_rows(2, 50)
+    ]
+    assert shards.manifest["duplicates"] == 5
+    assert shards.manifest["dropped"] == {}
+    assert dropped(shards) == [(row, "duplicate") for row in (3, 4, 5, 10, 1)]
+
+
+def test_unusable_rows_are_counted_by_reason_and_listed(tmp_path: Path) -> None:
+    rows = text_rows(60)
+    rows[4]["rejected"] = " "
+    rows[7]["rejected"] = rows[7]["chosen"]
+    rows[9]["chosen"] = "half \ud83d"
+    shards = run(write(tmp_path / "x.jsonl", rows), tmp_path / "x")
+    assert shards.manifest["rows"] == 60
+    assert shards.num_pairs == 57
+    assert shards.manifest["dropped"] == {
+        "empty_response": 1,
+        "not_unicode": 1,
+        "responses_equal": 1,
+    }
+    assert dropped(shards) == [(5, "empty_response"), (8, "responses_equal"), (10, "not_unicode")]
+
+
+def test_more_than_five_percent_unusable_needs_a_flag(tmp_path: Path) -> None:
+    rows = text_rows(100)
+    for row in rows[10:15]:
+        row["chosen"] = ""
+    source = write(tmp_path / "x.jsonl", rows)
+    assert run(source, tmp_path / "x").num_pairs == 95
+    rows[20]["chosen"] = rows[20]["rejected"]
+    write(source, rows)
+    before = contents(tmp_path)
+    with pytest.raises(
+        UserError,
+        match=r"6 of 100 rows \(6\.0%\) cannot be used \(empty_response 5, responses_equal 1; "
+        r"the first is .*x\.jsonl, line 11\); more than 5% needs --allow-dropped",
+    ):
+        run(source, tmp_path / "x")
+    assert contents(tmp_path) == before
+    assert run(source, tmp_path / "x", allow_dropped=True).num_pairs == 94
+
+
+# Sources, columns, kinds
+
+
+def test_several_sources_keep_their_names(tmp_path: Path) -> None:
+    first = to_csv(tmp_path / "first", text_rows(2))
+    rows = [text_rows(1, 10)[0] | {"source": "web"}, text_rows(1, 11)[0] | {"source": None}]
+    second = to_parquet(tmp_path / "second", rows)
+    shards = run(f"{first},{second}", tmp_path / "pairs")
+    assert [pair.source for pair in all_pairs(shards)] == ["first", "first", "web", "second"]
+    assert shards.manifest["sources"] == [
+        {"given": str(first), "name": "first", "rows": 2},
+        {"given": str(second), "name": "second", "rows": 2},
+    ]
+
+
+def test_other_column_names_are_given_by_flags(tmp_path: Path) -> None:
+    rows = [{"q": "2+2?", "right": "4", "wrong": "5", "set": "sums"}]
+    columns = {"prompt_column": "q", "chosen_column": "right", "rejected_column": "wrong"}
+    for write_format in (to_jsonl, to_csv, to_parquet):
+        source = write_format(tmp_path / "rows", rows)
+        shards = run(source, tmp_path / "pairs", source_column="set", **columns)
+        assert all_pairs(shards) == [Pair("2+2?", "4", "5", source="sums")]
+
+
+def test_tools_and_template_arguments_survive_every_format(tmp_path: Path) -> None:
+    tools = [{"name": "add", "parameters": {"x": {"type": "integer"}}}]
+    rows = [chat_row("q1", "a", "b") | {"tools": tools, "chat_template_kwargs": {"think": True}}]
+    rows += [chat_row("q2", "a", "b") | {"tools": [{"name": "now"}], "chat_template_kwargs": {}}]
+    rows += [chat_row("q3", "a", "b") | {"tools": None, "chat_template_kwargs": None}]
+    expected = [
+        Pair(**rows[0], source="rows"),
+        Pair(**(rows[1] | {"chat_template_kwargs": None}), source="rows"),
+        Pair(**rows[2], source="rows"),
+    ]
+    for write_format in (to_jsonl, to_parquet):
+        assert all_pairs(run(write_format(tmp_path / "rows", rows), tmp_path / "pairs")) == expected
+
+
+def test_text_and_messages_do_not_mix_unless_text_is_wrapped(tmp_path: Path) -> None:
+    text = write(tmp_path / "text.jsonl", text_rows(3))
+    chat = write(tmp_path / "chat.jsonl", [chat_row("q", "a", "b")])
+    with pytest.raises(
+        UserError,
+        match=r"chat\.jsonl, line 1 holds messages, but the first pair \(.*text\.jsonl, line 1\) "
+        r"text; prepare them apart, or --chat",
+    ):
+        run(f"{text},{chat}", tmp_path / "pairs")
+    shards = run(f"{text},{chat}", tmp_path / "pairs", chat=True)
+    assert shards.kind == "messages"
+    assert shards.num_pairs == 4
+
+
+# Faults
+
+
+def broken_line(folder: Path) -> dict[str, Any]:
+    source = write(folder / "rows.jsonl", text_rows(30))
+    with source.open("a") as file:
+        file.write('{"prompt": \n')
+    return {"source": source}
+
+
+def missing_column(folder: Path) -> dict[str, Any]:
+    return {"source": to_csv(folder / "rows", [{"prompt": "q", "chosen": "a"}])}
+
+
+def unknown_role(folder: Path) -> dict[str, Any]:
+    rows = [chat_row(f"q{i}", "a", "b") for i in range(30)]
+    rows[29]["chosen"][0]["role"] = "bot"
+    return {"source": write(folder / "rows.jsonl", rows)}
+
+
+def one_unusable(folder: Path) -> dict[str, Any]:
+    rows = [*text_rows(30), {"prompt": "q", "chosen": "a", "rejected": "a"}]
+    return {"source": write(folder / "rows.jsonl", rows), "strict": True}
+
+
+def mostly_unusable(folder: Path) -> dict[str, Any]:
+    rows = text_rows(30)
+    for row in rows[25:]:
+        row["chosen"] = ""
+    return {"source": write(folder / "rows.jsonl", rows)}
+
+
+def no_pair_left(folder: Path) -> dict[str, Any]:
+    rows = [row | {"chosen": ""} for row in text_rows(3)]
+    return {"source": write(folder / "rows.jsonl", rows), "allow_dropped": True}
+
+
+def no_rows(folder: Path) -> dict[str, Any]:
+    return {"source": write(folder / "rows.jsonl", [])}
+
+
+def second_source_missing(folder: Path) -> dict[str, Any]:
+    return {"source": f"{write(folder / 'rows.jsonl', text_rows(3))},{folder / 'gone.csv'}"}
+
+
+def mixed_kinds(folder: Path) -> dict[str, Any]:
+    rows = [*text_rows(30), chat_row("q", "a", "b")]
+    return {"source": write(folder / "rows.jsonl", rows)}
+
+
+def bad_fraction(folder: Path) -> dict[str, Any]:
+    return {"source": write(folder / "rows.jsonl", text_rows(3)), "validation_fraction": 1.0}
+
+
+def bad_shard(folder: Path) -> dict[str, Any]:
+    return {"source": write(folder / "rows.jsonl", text_rows(3)), "shard_pairs": 0}
+
+
+FAULTS: list[tuple[Callable[[Path], dict[str, Any]], str]] = [
+    (broken_line, r"rows\.jsonl, line 31 is not JSON: .* at column 13; each line must be one"),
+    (missing_column, r"rows\.csv: column 'rejected' is missing; there are prompt, chosen; name"),
+    (unknown_role, r"rows\.jsonl, line 30, field 'chosen\[0\]\.role' is 'bot'; a role is one of"),
+    (
+        one_unusable,
+        r"rows\.jsonl, line 31 cannot be used: responses_equal \(.*\); without --strict",
+    ),
+    (mostly_unusable, r"5 of 30 rows \(16\.7%\) cannot be used .* needs --allow-dropped"),
+    (no_pair_left, r"no pair is left of 3 rows \(dropped: empty_response 3\); at least one"),
+    (no_rows, r"rows\.jsonl: there are no rows; at least one pair is needed"),
+    (second_source_missing, r"gone\.csv: no such file"),
+    (mixed_kinds, r"rows\.jsonl, line 31 holds messages, but the first pair .* text"),
+    (bad_fraction, r"--validation-fraction 1\.0 must be at least 0 and below 1"),
+    (bad_shard, r"--shard-pairs 0 must be between 1 and"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_a_fault_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, fault: Callable[[Path], dict[str, Any]], message: str
+) -> None:
+    options = {"shard_pairs": 10} | fault(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        run(out=tmp_path / "new" / "folders" / "pairs", **options)
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+    (tmp_path / "good").mkdir()
+    kept = run(write(tmp_path / "good" / "g.jsonl", text_rows(12)), tmp_path / "good" / "pairs")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(out=kept.path, **options)
+    assert contents(tmp_path) == before
+
+
+def test_an_interrupt_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "rows.jsonl", text_rows(30))
+    before = contents(tmp_path)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "write_resolved", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "new" / "pairs")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["rows.jsonl", "rows.jsonl/pairs", "rows.jsonl/a/b"])
+def test_a_path_at_or_below_a_file_is_no_output(tmp_path: Path, out: str) -> None:
+    source = write(tmp_path / "rows.jsonl", text_rows(3))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"--out .*: .*rows\.jsonl is a file; name a folder"):
+        run(source, tmp_path / out)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_other_things_is_no_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", text_rows(3))
+    with pytest.raises(UserError, match="holds other files; name a new folder"):
+        run(source, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert run(source, tmp_path / "empty").num_pairs == 3
+
+
+# What is told, and what it costs
+
+
+def test_the_summary_and_the_settings_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*text_rows(30), text_rows(1)[0], {"prompt": "q", "chosen": "a", "rejected": ""}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    shards = run(source, tmp_path / "pairs", validation_fraction=0.2, shard_pairs=20)
+    train, held_out = (shards.manifest["splits"][name] for name in ("train", "validation"))
+    assert capsys.readouterr().out.splitlines() == [
+        "rows    32",
+        f"kept    30 pairs of text in 2 shards: {train} train, {held_out} validation",
+        f"dropped 1 duplicates, 1 unusable (empty_response 1); see {tmp_path}/pairs/dropped.jsonl",
+        f"pairs   {tmp_path}/pairs",
+    ]
+    assert "shard_pairs: 20" in (tmp_path / "pairs" / "prepare.yaml").read_text()
+    assert shards.manifest["options"]["validation_fraction"] == 0.2
+
+
+PEAK_MEMORY = r"""
+import re, sys
+from mrpo.data.config import PrepareConfig
+from mrpo.data.prepare import prepare
+prepare(PrepareConfig(source=sys.argv[1], out=sys.argv[2], shard_pairs=1000))
+print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    peaks = []
+    for count in (4_000, 40_000):
+        source = write(tmp_path / f"{count}.jsonl", text_rows(count))
+        command = [sys.executable, "-c", PEAK_MEMORY, str(source), str(tmp_path / str(count))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    # MB. The ids of 36,000 more pairs are 0.6; holding the pairs would be 30 and more.
+    assert peaks[1] - peaks[0] < 15
