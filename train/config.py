@@ -12,6 +12,13 @@ from typing import Annotated, Literal
 from ..errors import UserError
 
 
+POSITIVE = (
+    "learning_rate", "num_train_epochs", "max_steps", "batch_pairs", "max_length", "max_tokens",
+    "lora_rank", "lora_alpha", "logging_steps", "eval_steps", "eval_pairs", "save_steps",
+    "save_total_limit",
+)  # fmt: skip
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Train a policy on preference pairs and the references' cached scores.
@@ -24,8 +31,12 @@ class TrainConfig:
     """
 
     output_dir: Annotated[str, "Folder of the run: settings, log, scores, checkpoints, model/."]
-    pairs: Annotated[str | None, "Folder of pairs as `mrpo prepare` writes it."] = None
-    data: Annotated[str | None, "Instead of --pairs: a source that is prepared first."] = None
+    pairs: Annotated[
+        str | None, "Folder of pairs as `mrpo prepare` writes it; by default `pairs`."
+    ] = None
+    data: Annotated[
+        str | None, "A source to prepare into that folder first, as `mrpo prepare` takes it."
+    ] = None
     refs: Annotated[
         str | None, "Aliases in order, the base first. By default those that --method names."
     ] = None
@@ -52,12 +63,16 @@ class TrainConfig:
         float | Literal["none"] | None,
         "Clipping (CTRO) around the base, or none. By default the method's, 0.1 for mrpo.",
     ] = None
+    adaptive_epsilon: Annotated[
+        bool, "Split epsilon between chosen and rejected as the authors' code does."
+    ] = True
     normalize: Annotated[
         Literal["none", "token", "byte"], "Divide log-probs by the response's length."
     ] = "none"
     loss_type: Annotated[str, "sigmoid (DPO's), hinge, ipo, ..."] = "sigmoid"
     beta: Annotated[float, "Strength of the tie to the references."] = 0.1
     label_smoothing: Annotated[float, "Assumed share of flipped labels."] = 0.0
+    sft_weight: Annotated[float, "Weight of a likelihood term of the chosen response."] = 0.0
 
     learning_rate: Annotated[float, "Peak learning rate."] = 1e-5
     lr_scheduler_type: Annotated[
@@ -85,7 +100,7 @@ class TrainConfig:
         float, "Refuse when a larger share of pairs lacks a reference's score for good."
     ] = 0.05
     lora_rank: Annotated[int | None, "Train a LoRA adapter of this rank, not all weights."] = None
-    lora_alpha: Annotated[float | None, "LoRA's scale. By default twice the rank."] = None
+    lora_alpha: Annotated[int | None, "LoRA's scale. By default twice the rank."] = None
     lora_dropout: Annotated[float, "Dropout before the LoRA matrices."] = 0.0
     lora_target_modules: Annotated[str, "Layers that get LoRA, by comma."] = "all-linear"
     bf16: Annotated[
@@ -108,10 +123,7 @@ class TrainConfig:
     run_name: Annotated[str | None, "Name in the trackers. By default the output folder's."] = None
 
     def __post_init__(self) -> None:
-        positive = ("beta", "learning_rate", "batch_pairs", "eval_pairs", "logging_steps")
-        positive += ("eval_steps", "save_steps", "save_total_limit", "num_train_epochs")
-        optional = ("max_steps", "max_length", "lora_rank", "lora_alpha", "max_tokens")
-        for name in positive + optional:
+        for name in POSITIVE:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -119,9 +131,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be in [0, 1]")
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "sft_weight", "seed"):
             value = getattr(self, name)
             if not value >= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more")
-        if self.pairs is None and self.data is None:
-            raise UserError("no pairs: give --pairs DIR, or --data SOURCE to prepare them first")

@@ -1,0 +1,121 @@
+"""A small run's inputs: pairs on disk, three tiny references and their scores in a store."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+from mrpo.data.config import PrepareConfig
+from mrpo.data.ids import ids_to_arrow
+from mrpo.data.prepare import prepare
+from mrpo.data.references import load_refs
+from mrpo.data.rendering import Renderer
+from mrpo.data.shards import PairShards
+from mrpo.data.store import ReferenceRecord, Store
+from mrpo.data.store_schema import SCORE_SCHEMA
+from mrpo.model.load import load_model
+from mrpo.model.logps import SequenceLogps, sum_by_sequence
+from mrpo.train.config import TrainConfig
+
+WORDS = "Paris is the capital of France and she sells eggs for two dollars thank you".split()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders of a run, and settings that name them."""
+
+    root: Path
+    references: dict[str, Path]
+
+    def settings(self, output_dir: Path, **changes: Any) -> dict[str, Any]:
+        """Settings of a short run on the CPU; `changes` win."""
+        given: dict[str, Any] = {
+            "output_dir": str(output_dir),
+            "pairs": str(self.root / "pairs"),
+            "refs": "llama,mistral,qwen",
+            "refs_config": str(self.root / "refs.yaml"),
+            "store": str(self.root / "store"),
+            "device": "cpu",
+            "batch_pairs": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 4,
+            "save_steps": 2,
+        }
+        return given | changes
+
+    def config(self, output_dir: Path, **changes: Any) -> TrainConfig:
+        return TrainConfig(**self.settings(output_dir, **changes))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str, Path]) -> Inputs:
+    """48 chat pairs in two shards, a quarter held out, scored by all three references."""
+    root = tmp_path_factory.mktemp("inputs")
+    rng = random.Random(0)
+    lines = [json.dumps(_pair(rng, number)) for number in range(48)]
+    (root / "pairs.jsonl").write_text("\n".join(lines))
+    pairs = prepare(
+        PrepareConfig(
+            source=str(root / "pairs.jsonl"),
+            out=str(root / "pairs"),
+            shard_pairs=30,
+            validation_fraction=0.25,
+        )
+    )
+    entries = {alias: {"model": str(folder)} for alias, folder in tiny_references.items()}
+    (root / "refs.yaml").write_text(yaml.safe_dump(entries))
+    specs = load_refs(root / "refs.yaml")
+    store = Store(root / "store")
+    for alias, folder in tiny_references.items():
+        record = ReferenceRecord(
+            alias=alias,
+            entry=specs[alias].entry(),
+            inputs={"dtype": "float32", "model": {"files": alias}},
+        )
+        store.record(record)
+        for shard in range(len(pairs.names)):
+            store.scores(record.identity).add(_scores(folder, pairs, shard))
+    return Inputs(root, tiny_references)
+
+
+def _pair(rng: random.Random, number: int) -> dict[str, Any]:
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    return {
+        "prompt": [{"role": "user", "content": f"{number} {text(1, 12)}"}],
+        "chosen": [{"role": "assistant", "content": text(1, 8) + " yes"}],
+        "rejected": [{"role": "assistant", "content": text(1, 8) + " no"}],
+    }
+
+
+def _scores(folder: Path, pairs: PairShards, shard: int) -> pa.Table:
+    """What the reference says of a shard, one response a row, straight from its forward."""
+    policy, renderer = SequenceLogps(load_model(folder)), Renderer.load(folder)
+    rendered = renderer.render_many(pairs.pairs(shard))
+    batch = policy.collate(rendered, "cpu")
+    with torch.no_grad():
+        logps = sum_by_sequence(policy(batch), batch)
+    columns = dict.fromkeys(SCORE_SCHEMA.names) | {
+        "pair_id": ids_to_arrow(pairs.pair_ids(shard)),
+        "chosen_logp": logps[0::2].tolist(),
+        "rejected_logp": logps[1::2].tolist(),
+        "chosen_tokens": list(batch.counts[0::2]),
+        "rejected_tokens": list(batch.counts[1::2]),
+        "prompt_tokens": [one.chosen.start for one in rendered],
+        "chosen_boundary": [one.chosen.boundary for one in rendered],
+        "rejected_boundary": [one.rejected.boundary for one in rendered],
+    }
+    columns = {
+        name: pa.nulls(len(rendered), SCORE_SCHEMA.field(name).type) if column is None else column
+        for name, column in columns.items()
+    }
+    return pa.table(columns)

@@ -1,0 +1,112 @@
+"""Pairs through the policy: which lie in which micro-batch, and what is measured of them.
+
+Used by the training step and by the held-out evaluation alike. All ranks compute the same plan
+for the whole batch and each takes its share of the micro-batches; a rank that is left without one
+runs one that counts 0, because FSDP2 needs the same number of forwards everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.rendering import RenderedPair
+from ..model.logps import SequenceLogps, sum_by_sequence
+from .distributed import Ranks
+from .objective import Method, PairLosses
+from .scores import ReferenceTargets
+
+MEASURES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class PairLogps(NamedTuple):
+    """The policy's log-probs of N pairs, [N] each: sums in nats, and the tokens they run over."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    computed_tokens: int  # what the decoder went through: a shared prompt once, padding included
+
+
+@dataclass(frozen=True, slots=True)
+class PairForward:
+    """The policy on its devices."""
+
+    policy: SequenceLogps
+    ranks: Ranks
+    autocast: bool  # bfloat16 over float32 weights
+
+    def __call__(self, pairs: Sequence[RenderedPair]) -> PairLogps:
+        """Log-probs of the pairs in one micro-batch. Gradients flow where they are enabled."""
+        device = self.ranks.device
+        batch = self.policy.collate(pairs, device)
+        with torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext():
+            token_logps = self.policy(batch)
+        logps = sum_by_sequence(token_logps, batch)
+        counts = torch.tensor(batch.counts).to(device, non_blocking=True)
+        return PairLogps(logps[0::2], logps[1::2], counts[0::2], counts[1::2], batch.num_tokens)
+
+    def shares(
+        self, pairs: Sequence[RenderedPair], max_tokens: int
+    ) -> list[tuple[list[int], float]]:
+        """This rank's micro-batches of a batch: indices of pairs, and 1 or 0 for what they count.
+
+        As many as the token budget needs, the tokens spread evenly over them; the same number on
+        every rank. A pair longer than the budget gets a micro-batch of its own.
+        """
+        plan, world = self.policy.plan, self.ranks.world
+        rounds = -(-len(plan(pairs, max_tokens)) // world)
+        low, high = 1, max_tokens  # in search of the smallest budget that needs no more rounds
+        while low < high:
+            middle = (low + high) // 2
+            if len(plan(pairs, middle)) <= rounds * world:
+                high = middle
+            else:
+                low = middle + 1
+        rows = plan(pairs, high)
+        places = range(self.ranks.rank, rounds * world, world)
+        return [(rows[at], 1.0) if at < len(rows) else (rows[-1], 0.0) for at in places]
+
+
+def pair_losses(method: Method, logps: PairLogps, targets: ReferenceTargets) -> PairLosses:
+    """The method's loss and rewards of the pairs, [N] each."""
+    return method.loss(
+        logps.chosen, logps.rejected, targets, logps.chosen_tokens, logps.rejected_tokens
+    )
+
+
+def measures(losses: PairLosses, logps: PairLogps) -> Tensor:
+    """Sums over the pairs of what is logged, in the order of `MEASURES`."""
+    chosen, rejected = losses.chosen_rewards, losses.rejected_rewards
+    columns = (
+        losses.loss.detach(),
+        chosen,
+        rejected,
+        chosen > rejected,
+        chosen - rejected,
+        logps.chosen.detach(),
+        logps.rejected.detach(),
+    )
+    return torch.stack([column.to(chosen.dtype) for column in columns]).sum(1)
+
+
+def select(targets: ReferenceTargets, rows: Sequence[int]) -> ReferenceTargets:
+    """The targets of some of the pairs."""
+    index = list(rows)
+    return ReferenceTargets(
+        **{field.name: getattr(targets, field.name)[index] for field in fields(targets)}
+    )

@@ -1,0 +1,168 @@
+"""The training loop, in view: one optimizer step, and what happens between two steps.
+
+    for each batch of --batch-pairs pairs, the same whatever the number of devices:
+        the policy's log-probs of both responses, prompts shared, a few packed rows at a time
+        the loss of each pair against the references' cached targets, divided by the batch's pairs
+        the gradient clipped, a stop if it is not finite, one AdamW update
+
+What a step changes is `Run.state`, the policy and the optimizer; a checkpoint of these three goes
+on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from ..errors import UserError
+from . import checkpoint
+from .budget import TokenBudget, is_out_of_memory
+from .checkpoint import TrainState
+from .config import TrainConfig
+from .forward import MEASURES, PairForward, measures, pair_losses, select
+from .held_out import HeldOut
+from .logs import RunLog
+from .meter import Meter
+from .objective import Method
+from .schedule import learning_rate
+from .signals import StopSignal
+from .stream import PairStream, Prefetch, StepBatch
+
+
+@dataclass(slots=True)
+class Run:
+    """All that the loop works with; `run.py` puts it together."""
+
+    config: TrainConfig
+    settings: dict[str, Any]  # those that make the numbers; checkpoints keep them
+    forward: PairForward
+    method: Method
+    parameters: list[nn.Parameter]
+    optimizer: optim.Optimizer
+    stream: PairStream
+    held_out: HeldOut
+    budget: TokenBudget
+    state: TrainState
+    total_steps: int
+    log: RunLog
+    meter: Meter
+    checkpoints: Path
+
+
+def train_steps(run: Run) -> bool:
+    """All steps from `run.state` to the end; False if SIGTERM ended them early, with all saved."""
+    config, state = run.config, run.state
+    ready = Prefetch(run.stream.batches(state.position, state.dropped))
+    with closing(ready), StopSignal() as stop:
+        batch = run.meter.wait_for(ready)
+        while batch is not None and state.step < run.total_steps:
+            values = optimizer_step(run, batch)
+            batch = run.meter.wait_for(ready)
+            last = batch is None or state.step == run.total_steps
+            if last or state.step % config.logging_steps == 0:
+                run.log.write(state.step, values | run.meter.line())
+            asked = run.forward.ranks.any(stop.asked)
+            save = last or asked or state.step % config.save_steps == 0
+            accuracy = None
+            if state.step % config.eval_steps == 0 or (save and not asked):
+                accuracy = evaluate(run)
+            if save:
+                save_checkpoint(run, accuracy)
+            if asked and not last:
+                return False
+    return True
+
+
+def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
+    """One update of the policy from one batch, and what only this step knows of it.
+
+    Raises `UserError` before an update that is not finite.
+    """
+    state, optimizer = run.state, run.optimizer
+    rate = learning_rate(run.config, state.step, run.total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+    backward(run, batch)
+    norm = nn.utils.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf)
+    grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"step {state.step + 1}: the gradient's norm is {grad_norm}, so nothing was updated; "
+            f"lower --learning-rate, or look at the batch of pair {batch.ids[0].hex()}"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    state.step += 1
+    state.pairs += len(batch)
+    state.position, state.dropped = batch.position, batch.dropped
+    state.max_tokens = run.budget.tokens
+    meter = run.meter
+    run.log.show(state.step, meter.loss, meter.accuracy, meter.tokens_per_second)
+    epoch = run.stream.epochs_before(state.position)
+    return {"epoch": epoch, "grad_norm": grad_norm, "learning_rate": rate}
+
+
+def backward(run: Run, batch: StepBatch) -> None:
+    """Gradients of the batch's mean loss, in micro-batches; with half the budget if memory ends.
+
+    FSDP2 averages gradients over the ranks, hence the factor of their number.
+    """
+    ranks, forward, budget = run.forward.ranks, run.forward, run.budget
+    while True:
+        # A function of the step alone: resumed or repeated, dropout falls as it would have.
+        seed = (run.config.seed << 32) + run.state.step * ranks.world + ranks.rank
+        torch.manual_seed(seed)
+        run.optimizer.zero_grad(set_to_none=True)
+        budget.watch(ranks)
+        shares = forward.shares(batch.pairs, budget.tokens)
+        sums, tokens, full = torch.zeros(len(MEASURES), device=ranks.device), [], False
+        try:
+            for rows, counts in shares:
+                logps = forward([batch.pairs[row] for row in rows])
+                losses = pair_losses(run.method, logps, select(batch.targets, rows))
+                (losses.loss.sum() * (counts * ranks.world / len(batch))).backward()
+                sums += measures(losses, logps) * counts
+                tokens.append(logps.computed_tokens * counts)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        if not ranks.any(full):
+            break
+        budget.halve(max(len(rows) for rows, _ in shares))
+    if len(shares) > 1 and run.optimizer.state:
+        budget.grow(ranks, int(max(tokens)))
+    run.meter.add(batch, ranks.sum(torch.tensor([*sums.tolist(), sum(tokens)])).tolist())
+
+
+def evaluate(run: Run) -> float | None:
+    """Log the policy's figures on held-out pairs; their accuracy, None where there are none."""
+    with run.meter.paused():
+        values = run.held_out.evaluate(run.state.step, run.budget.tokens)
+    if values:
+        run.log.write(run.state.step, values)
+    return values.get("eval_rewards/accuracies")
+
+
+def save_checkpoint(run: Run, accuracy: float | None) -> None:
+    """Save the run as it stands behind the step in `run.state`."""
+    with run.meter.paused():
+        checkpoint.save(
+            run.checkpoints,
+            run.forward.policy,
+            run.optimizer,
+            run.state,
+            run.forward.ranks,
+            settings=run.settings,
+            accuracy=accuracy,
+            log_bytes=run.log.sync(),
+            keep=run.config.save_total_limit,
+        )

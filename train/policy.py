@@ -1,0 +1,206 @@
+"""The policy: where it starts from, how it is loaded, sharded and written.
+
+Loading is the last of a run's preparations. Weights are float32 masters, or under LoRA a frozen
+model with float32 adapters; with several processes FSDP2 shards everything under the one module
+that maps packed pairs to log-probs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, optim
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ..data.references import ReferenceSpec
+from ..errors import UserError
+from ..model.load import load_model
+from ..model.logps import SequenceLogps
+from .config import TrainConfig
+from .distributed import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """The model that training starts from."""
+
+    model: str  # Hub id or folder
+    revision: str | None = None
+    adapter: str | None = None  # merged into the model before training
+    chat_template: str | None = None  # the text of one in place of the model's own
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}@{self.revision}" if self.revision else self.model
+
+
+def policy_source(
+    config: TrainConfig, base: ReferenceSpec | None, commits: Mapping[str, str]
+) -> tuple[PolicySource, bool]:
+    """What --policy names, by default the base's model; and whether it is the base reference.
+
+    Args:
+        base: the base's entry in refs.yaml, None where its scores were imported.
+        commits: of the base's "model" and "adapter" on the Hub, at which they were scored.
+    """
+    template = _template(config.chat_template)
+    if config.policy is None and base is None:
+        raise UserError("the base reference's scores were imported; name a model with --policy")
+    if config.policy is None and config.policy_revision is not None:
+        raise UserError("--policy-revision goes with --policy; name the model it is of")
+    if base is not None and (config.policy is None or _names(config, base)):
+        if base.quantization is not None:
+            raise UserError(
+                f"the base reference {base.alias} is quantized and can't be trained; name the "
+                "model to train with --policy"
+            )
+        source = PolicySource(
+            model=str(base.model_folder or base.model),
+            revision=commits.get("model", base.revision),
+            adapter=base.adapter and str(base.adapter_folder or base.adapter),
+            chat_template=template or base.chat_template,
+            chat_template_kwargs=dict(base.chat_template_kwargs),
+        )
+        return source, template in (None, base.chat_template)
+    assert config.policy is not None
+    folder = Path(config.policy).expanduser()
+    model = str(folder.resolve()) if folder.is_dir() else config.policy
+    adapter_config = folder / "adapter_config.json"
+    if adapter_config.is_file():
+        below = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+        return PolicySource(below, adapter=model, chat_template=template), False
+    return PolicySource(model, config.policy_revision, chat_template=template), False
+
+
+def load_config(source: PolicySource) -> PretrainedConfig:
+    """The architecture, without weights."""
+    try:
+        return AutoConfig.from_pretrained(source.model, revision=source.revision)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"policy {source.name}: no model to load ({first_line}); "
+            "name a Hub id or a model folder with --policy"
+        ) from None
+
+
+def load_policy(
+    source: PolicySource, config: TrainConfig, ranks: Ranks, half: bool
+) -> SequenceLogps:
+    """The policy on its device, in training mode, without dropout but LoRA's own."""
+    rank, alone = config.lora_rank, ranks.world == 1
+    model: Any = load_model(
+        source.model,
+        revision=source.revision,
+        dtype="bfloat16" if rank and half and alone else "float32",
+        device=ranks.device if alone else "cpu",
+        adapter=source.adapter,
+    )
+    if source.adapter is not None:
+        model = model.merge_and_unload()
+    policy = SequenceLogps(_with_lora(model, config, rank) if rank else model)
+    lm: Any = policy.lm
+    layers = policy.decoder_layers
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    if not alone:
+        _shard(policy, layers, ranks, half)
+    return policy.train()
+
+
+def make_optimizer(policy: SequenceLogps, config: TrainConfig) -> optim.AdamW:
+    """AdamW over what is trained; as in TRL, biases and norms do not decay."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def write_model(folder: Path, policy: SequenceLogps, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Write the trained policy as transformers does, in `dtype`, or as a PEFT adapter.
+
+    All ranks give their shards, the first one writes.
+    """
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(policy, options=whole)
+    if not ranks.first:
+        return
+    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    lm: Any = policy.lm
+    if lm is not policy.model:
+        policy.model.save_pretrained(folder, state_dict=weights)
+        return
+    # A model of the same architecture takes the weights as they are, in the dtype to be written.
+    with torch.device("meta"):
+        written: Any = AutoModelForCausalLM.from_config(lm.config, dtype=dtype)
+    written.load_state_dict({name: one.to(dtype) for name, one in weights.items()}, assign=True)
+    written.tie_weights()
+    written.generation_config = lm.generation_config
+    written.save_pretrained(folder)
+
+
+def _with_lora(model: nn.Module, config: TrainConfig, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_target_modules
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=config.lora_alpha or 2 * rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+    )
+    torch.manual_seed(config.seed)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"--lora-target-modules {targets}: {error}") from None
+
+
+def _shard(policy: SequenceLogps, layers: nn.ModuleList, ranks: Ranks, half: bool) -> None:
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    dtype = torch.bfloat16 if half else None
+    how = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*layers, policy):
+        fully_shard(module, mesh=mesh, mp_policy=how)
+
+
+def _names(config: TrainConfig, base: ReferenceSpec) -> bool:
+    """Whether --policy names the base's model, and the base is nothing but that model."""
+    assert config.policy is not None
+    if base.adapter is not None or base.quantization is not None:
+        return False
+    if config.policy_revision not in (None, base.revision):
+        return False
+    folder = Path(config.policy).expanduser().resolve()
+    places = ((start / Path(base.model).expanduser()).resolve() for start in (base.folder, Path()))
+    return config.policy == base.model or (folder.is_dir() and folder in places)
+
+
+def _template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {path}: can't be read ({error})") from None

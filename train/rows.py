@@ -1,0 +1,124 @@
+"""Pairs beside the joined scores, row for row: what a run reads, shard by shard.
+
+`stream.py` decides in which order; this file knows where things stand. Row numbers are those
+within a shard, and the two folders have the same shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+
+import numpy as np
+import pyarrow as pa
+
+from ..data.ids import ids_to_numpy
+from ..data.join import JoinedScores, matrix
+from ..data.pair_table import PAIR_COLUMNS, from_table
+from ..data.pairs import Pair, canonical_json
+from ..data.shards import PairShards
+from ..errors import UserError
+from .objective import Method
+from .scores import PairScores
+from .weightings import FROM_HELD_OUT
+
+Rows = np.ndarray  # [n] int64, row numbers within a shard
+WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")
+SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Some rows of one shard in memory."""
+
+    table: pa.Table  # of the pairs
+    scores: PairScores
+
+    def pairs(self, places: Rows) -> list[Pair]:
+        """The pairs at the given places of the chunk."""
+        return from_table(self.table.take(pa.array(places, pa.int64())))
+
+    def ids(self, places: Rows) -> list[bytes]:
+        """Their ids, 16 bytes each."""
+        return [one.tobytes() for one in ids_to_numpy(self.table["pair_id"])[places]]
+
+
+class ScoredPairs:
+    """A folder of pairs and the scores that were joined to it."""
+
+    def __init__(self, pairs: PairShards, scores: JoinedScores, prompt_numbers: bool) -> None:
+        """`prompt_numbers`: fill `PairScores.prompts`, which takes reading every prompt."""
+        if (pairs.names, pairs.rows) != (scores.names, scores.rows):
+            raise UserError(
+                f"{scores.path} was joined to other pairs than those in {pairs.path}; "
+                "use another --output-dir"
+            )
+        self.pairs, self.joined, self.prompt_numbers = pairs, scores, prompt_numbers
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.pairs.names)
+
+    def scores(self, shard: int) -> tuple[PairScores, np.ndarray]:
+        """The scores of a whole shard, and of each row whether it is held out."""
+        columns = [*SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
+        table = self.pairs.table(shard, list(dict.fromkeys(columns)))
+        held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
+        return self._scores(table, self.joined.table(shard)), held_out
+
+    def chunk(self, shard: int, rows: Rows) -> Chunk:
+        """The given rows of a shard, in the given order."""
+        where = pa.array(rows, pa.int64())
+        table = self.pairs.table(shard).take(where)
+        return Chunk(table, self._scores(table, self.joined.table(shard).take(where)))
+
+    def prepared(self, method: Method) -> Method:
+        """The method with the weights that it takes from the data, if it takes any."""
+        if method.weighting not in WEIGHTINGS_FROM_DATA:
+            return method
+        parts = [self.scores(shard) for shard in range(self.num_shards)]
+        training = stacked([(scores, np.flatnonzero(~held)) for scores, held in parts])
+        held_out = stacked([(scores, np.flatnonzero(held)) for scores, held in parts])
+        return method.prepare(training, held_out)
+
+    def usable(self, method: Method) -> tuple[list[Rows], list[Rows], int]:
+        """The rows of each shard to train on, those held out, and how many can't be used."""
+        training, held_out, unusable = [], [], 0
+        for shard in range(self.num_shards):
+            scores, held = self.scores(shard)
+            usable = method.usable(scores)
+            training.append(np.flatnonzero(usable & ~held))
+            held_out.append(np.flatnonzero(usable & held))
+            unusable += int((~usable).sum())
+        return training, held_out, unusable
+
+    def _scores(self, table: pa.Table, joined: pa.Table) -> PairScores:
+        prompts = np.zeros(len(table), np.int64)
+        if self.prompt_numbers:
+            prompts = np.array([prompt_number(pair) for pair in from_table(table)], np.int64)
+        return PairScores(
+            ref_chosen_logps=matrix(joined, "ref_chosen_logps"),
+            ref_rejected_logps=matrix(joined, "ref_rejected_logps"),
+            ref_chosen_tokens=matrix(joined, "ref_chosen_tokens"),
+            ref_rejected_tokens=matrix(joined, "ref_rejected_tokens"),
+            chosen_bytes=table["chosen_bytes"].to_numpy(),
+            rejected_bytes=table["rejected_bytes"].to_numpy(),
+            prompts=prompts,
+        )
+
+
+def prompt_number(pair: Pair) -> int:
+    """A number below 2**63 that equal prompts share."""
+    digest = sha256(canonical_json(pair.prompt).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def stacked(parts: Sequence[tuple[PairScores, Rows]]) -> PairScores:
+    """The given rows of each part, one after the other."""
+    return PairScores(
+        **{
+            field.name: np.concatenate([getattr(part, field.name)[rows] for part, rows in parts])
+            for field in fields(PairScores)
+        }
+    )

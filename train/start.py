@@ -1,0 +1,161 @@
+"""What a run starts from: found out once, on the first process, before any weights are loaded.
+
+A fresh run resolves its references in the store and joins their scores into `scores/`; one that
+goes on reads those scores and takes the policy's origin from its checkpoint. Neither ever looks
+at a reference's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.config import PrepareConfig
+from ..data.join import JoinedScores, join
+from ..data.prepare import prepare
+from ..data.references import load_refs
+from ..data.shards import PairShards
+from ..data.store import open_store
+from ..errors import UserError
+from .checkpoint import Checkpoint
+from .config import TrainConfig
+from .distributed import Ranks
+from .guards import refuse_missing
+from .logs import check_trackers
+from .methods import named_references, parse_method
+from .objective import Method
+from .plan import Sizes, memory_plan, refuse_what_cannot_fit
+from .policy import PolicySource, load_config, policy_source
+from .resume import MODEL, checkpoint_to_resume, settings_of
+
+SCORES, POLICY = "scores", "policy source"
+PAIRS = "pairs"  # the folder where --pairs names none
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """All that the processes of a run agree on before they load the policy."""
+
+    pairs: PairShards
+    scores: JoinedScores
+    settings: dict[str, Any]
+    source: PolicySource
+    checkpoint: Checkpoint | None
+    finished: bool
+    is_base: bool = False  # the policy is the base reference, freshly loaded
+    exact: bool = False  # and both compute in float32
+
+
+def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
+    """Check all that can be checked; make the folder of the run and its joined scores."""
+    check_trackers(config.report_to)
+    method = method_of(config)
+    folder = Path(config.output_dir)
+    pairs = _pairs(config)
+    settings = settings_of(config, pairs)
+    earlier = checkpoint_to_resume(config, settings)
+    if earlier is None:
+        return _fresh(config, method, pairs, settings, ranks, half)
+    source = PolicySource(**earlier.settings[POLICY])
+    finished = (folder / MODEL).exists()
+    if not finished:
+        _plan(config, source, ranks, half)
+    return Start(pairs, JoinedScores(folder / SCORES), earlier.settings, source, earlier, finished)
+
+
+def aliases_of(config: TrainConfig) -> list[str]:
+    """The references' aliases, the base first: those of --refs, else those the method names."""
+    aliases = [alias.strip() for alias in (config.refs or "").split(",") if alias.strip()]
+    aliases = aliases or list(named_references(config.method))
+    if not aliases:
+        raise UserError(
+            f"no references: give --refs, or name them in --method {config.method}:alias/alias"
+        )
+    if len(set(aliases)) < len(aliases):
+        raise UserError(f"--refs {config.refs}: a reference stands there twice")
+    return aliases
+
+
+def method_of(config: TrainConfig) -> Method:
+    """The method that the settings name; its references are the columns of the joined scores."""
+
+    def parsed(aliases: Sequence[str]) -> Method:
+        return parse_method(
+            config.method,
+            aliases,
+            reference_kind=config.reference_kind,
+            weighting=config.weighting,
+            weights=config.weights,
+            epsilon=config.epsilon,
+            adaptive_epsilon=config.adaptive_epsilon,
+            normalize=config.normalize,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+            sft_weight=config.sft_weight,
+        )
+
+    return parsed(parsed(aliases_of(config)).references)
+
+
+def _fresh(
+    config: TrainConfig,
+    method: Method,
+    pairs: PairShards,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    half: bool,
+) -> Start:
+    store, specs = open_store(config.store), load_refs(config.refs_config)
+    records = [store.resolve(alias, specs) for alias in method.references]
+    first = aliases_of(config)[0]  # the policy starts there, whatever the method uses
+    base = store.resolve(first, specs)
+    parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
+    commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
+    source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
+    _plan(config, source, ranks, half)
+    folder = _made(Path(config.output_dir))
+    scores = join(pairs, store, records, folder / SCORES, refs_config=config.refs_config)
+    refuse_missing(scores, config.max_missing)
+    return Start(
+        pairs,
+        scores,
+        settings | {POLICY: asdict(source)},
+        source,
+        checkpoint=None,
+        finished=False,
+        is_base=is_base and records[0].identity == base.identity,
+        exact=not half and base.inputs["dtype"] == "float32",
+    )
+
+
+def _pairs(config: TrainConfig) -> PairShards:
+    """The folder of pairs, prepared first where --data is given."""
+    folder = config.pairs or PAIRS
+    if config.data is not None:
+        return prepare(PrepareConfig(source=config.data, out=folder))
+    return PairShards(folder)
+
+
+def _plan(config: TrainConfig, source: PolicySource, ranks: Ranks, half: bool) -> None:
+    """Print the memory plan, and refuse what can't fit."""
+    if source.adapter is not None and config.lora_rank is not None:
+        raise UserError(
+            f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
+            "merge it into a model folder first (peft's merge_and_unload)"
+        )
+    sizes = Sizes.of(load_config(source))
+    plan = memory_plan(sizes, config, ranks, half)
+    print(f"memory      {plan}", flush=True)
+    refuse_what_cannot_fit(plan, sizes, config, ranks, half)
+
+
+def _made(folder: Path) -> Path:
+    """The folder of the run, there after this."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror}; name another folder") from None
+    return folder

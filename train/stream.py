@@ -1,0 +1,265 @@
+"""The order of the pairs, and batches of them made ready beside the training step.
+
+    epoch e: the shards in a permuted order, cut into windows of 65,536 rows,
+             each window permuted as a whole
+
+The order is a function of seed and epoch alone, the same on every rank, and a place in it is
+three numbers (`Position`). So a resumed run opens one window and goes on at once, with the very
+next pair. One window of pairs is in memory. Batches run on across epochs; only the run's last one
+may be short. A thread reads, tokenizes and computes the references' targets ahead of the step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+
+from ..data.pairs import Pair
+from ..data.rendering import Refusal, RenderedPair, Renderer
+from ..errors import UserError
+from .objective import Method
+from .rows import Chunk, Rows, ScoredPairs, stacked
+from .scores import PairScores, ReferenceTargets
+
+WINDOW_ROWS = 65_536
+BLOCK_ROWS = 256  # pairs rendered by one call of the tokenizer
+BATCHES_AHEAD = 8
+
+Item = TypeVar("Item")
+
+
+class Position(NamedTuple):
+    """The next row to read: row `row` of window `window` of epoch `epoch`."""
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBatch:
+    """The pairs of one optimizer step, and where the stream stands behind them."""
+
+    pairs: list[RenderedPair]
+    ids: list[bytes]
+    scores: PairScores
+    targets: ReferenceTargets
+    position: Position
+    dropped: dict[str, int]  # pairs up to here that the policy can't take, by reason
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def window(
+    usable: list[Rows], seed: int, epoch: int, number: int, size: int = WINDOW_ROWS
+) -> tuple[list[tuple[int, Rows]], Rows]:
+    """The rows of a window by shard, and the order in which to read them.
+
+    Args:
+        usable: for each shard, the rows to be read.
+        number: which window of the epoch, from 0.
+
+    Returns:
+        [(shard, rows)] in the epoch's order of shards, and a permutation of all these rows put
+        behind each other; both empty behind the last window.
+    """
+    shards = np.random.default_rng((seed, epoch)).permutation(len(usable))
+    start, stop, behind = number * size, (number + 1) * size, 0
+    parts = []
+    for shard in shards:
+        rows = usable[shard]
+        first, last = max(start - behind, 0), min(stop - behind, len(rows))
+        if first < last:
+            parts.append((int(shard), rows[first:last]))
+        behind += len(rows)
+    total = sum(len(rows) for _, rows in parts)
+    # A trailing 0 would leave the generator as it is: windows count from 1 here.
+    return parts, np.random.default_rng((seed, epoch, number + 1)).permutation(total)
+
+
+class PairStream:
+    """Batches of rendered pairs with their targets, from any position to the end."""
+
+    def __init__(
+        self,
+        source: ScoredPairs,
+        usable: list[Rows],
+        renderer: Renderer,
+        method: Method,
+        *,
+        seed: int,
+        batch_pairs: int,
+        total_rows: int,
+        limits: Mapping[str, int],
+        held_out: bool = False,
+        window_rows: int = WINDOW_ROWS,
+    ) -> None:
+        """
+        Args:
+            usable: for each shard, the rows to be read.
+            total_rows: rows to go through, those of all epochs together.
+            limits: tokens that neither sequence of a pair may exceed, by the reason that a pair
+                beyond them is dropped for.
+            held_out: the pairs are not trained on, see `Method.targets`.
+        """
+        self.source, self.usable, self.renderer, self.method = source, usable, renderer, method
+        self.seed, self.batch_pairs, self.held_out = seed, batch_pairs, held_out
+        self.total_rows, self.limits, self.window_rows = total_rows, limits, window_rows
+
+    @property
+    def epoch_rows(self) -> int:
+        return sum(len(rows) for rows in self.usable)
+
+    def epochs_before(self, position: Position) -> float:
+        """How many times the stream has gone through its rows at a position."""
+        rows = position.window * self.window_rows + position.row
+        return position.epoch + rows / self.epoch_rows
+
+    def batches(
+        self, position: Position = START, dropped: Mapping[str, int] | None = None
+    ) -> Iterator[StepBatch]:
+        """The batches from `position` on; `dropped` counts go on from those given.
+
+        Raises `UserError` where not one pair of the whole stream is left.
+        """
+        kept: list[_Example] = []
+        counts, some = Counter(dropped or {}), position != START
+        for example in self._examples(position):
+            if example.after.epoch > 0 and not (kept or some):
+                self._refuse(counts)  # or an endless stream would go on in search of one
+            if isinstance(example.rendered, Refusal):
+                # Pairs are counted once, not once an epoch.
+                counts[example.rendered.reason] += example.after.epoch == 0
+                position = example.after
+                continue
+            if len(kept) == self.batch_pairs:
+                yield self._batch(kept, position, counts)
+                kept, some = [], True
+            kept.append(example)
+            position = example.after
+        if kept:
+            yield self._batch(kept, position, counts)
+        elif not some:
+            self._refuse(counts)
+
+    @staticmethod
+    def _refuse(dropped: Mapping[str, int]) -> NoReturn:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        raise UserError(
+            f"no pair is left that the policy can take ({reasons}); prepare shorter ones, "
+            "raise --max-length, or choose another --policy"
+        )
+
+    def _examples(self, position: Position) -> Iterator[_Example]:
+        epoch, number, row = position
+        left = self.total_rows - epoch * self.epoch_rows - number * self.window_rows - row
+        while left > 0:
+            parts, order = window(self.usable, self.seed, epoch, number, self.window_rows)
+            if not parts:
+                assert number > 0, "a stream of no rows"
+                epoch, number, row = epoch + 1, 0, 0
+                continue
+            chunks = [self.source.chunk(shard, rows) for shard, rows in parts]
+            for start in range(row, len(order), BLOCK_ROWS):
+                block = order[start : start + BLOCK_ROWS][:left]
+                left -= len(block)
+                for offset, (rendered, scores, pair_id) in enumerate(self._block(chunks, block)):
+                    after = Position(epoch, number, start + offset + 1)
+                    yield _Example(after, rendered, scores, pair_id)
+            number, row = number + 1, 0
+
+    def _block(self, chunks: list[Chunk], block: Rows) -> Iterator[_Row]:
+        """Some rows of a window, converted and rendered together, in the window's order."""
+        first = np.cumsum([0, *(len(chunk.scores) for chunk in chunks)])
+        of_chunk = np.searchsorted(first, block, side="right") - 1
+        rows: dict[int, tuple[Pair, tuple[PairScores, Rows], bytes]] = {}
+        for index in np.unique(of_chunk):
+            at = np.flatnonzero(of_chunk == index)
+            places = block[at] - first[index]
+            pairs, ids = chunks[index].pairs(places), chunks[index].ids(places)
+            for where, place, pair, pair_id in zip(at.tolist(), places, pairs, ids):
+                rows[where] = pair, (chunks[index].scores, np.array([place])), pair_id
+        ordered = [rows[where] for where in range(len(block))]
+        shown = self.renderer.render_many([pair for pair, _, _ in ordered])
+        for rendered, (_, scores, pair_id) in zip(shown, ordered):
+            yield self._fitting(rendered), scores, pair_id
+
+    def _fitting(self, rendered: RenderedPair | Refusal) -> RenderedPair | Refusal:
+        if isinstance(rendered, RenderedPair):
+            longest = max(len(rendered.chosen.token_ids), len(rendered.rejected.token_ids))
+            for reason, limit in self.limits.items():
+                if longest > limit:
+                    return Refusal(reason, f"{longest} tokens, above {limit}")
+        return rendered
+
+    def _batch(self, kept: list[_Example], position: Position, dropped: Counter[str]) -> StepBatch:
+        scores = stacked([one.scores for one in kept])
+        return StepBatch(
+            pairs=[one.rendered for one in kept],  # type: ignore[misc]
+            ids=[one.pair_id for one in kept],
+            scores=scores,
+            targets=self.method.targets(scores, self.held_out),
+            position=position,
+            dropped=dict(dropped),
+        )
+
+
+_Row = tuple[RenderedPair | Refusal, tuple[PairScores, Rows], bytes]
+
+
+class _Example(NamedTuple):
+    """One row on its way into a batch."""
+
+    after: Position  # behind it
+    rendered: RenderedPair | Refusal
+    scores: tuple[PairScores, Rows]  # those of its chunk, and which row of them
+    pair_id: bytes
+
+
+class Prefetch(Generic[Item]):
+    """Runs an iterator in a thread, a few items ahead; errors rise where the items are taken."""
+
+    def __init__(self, items: Iterator[Item], ahead: int = BATCHES_AHEAD) -> None:
+        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True)
+        self._thread.start()
+
+    def next(self) -> Item | None:
+        """The next item, waiting for it; None behind the last."""
+        item, error = self._queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Stop the thread; it is not waited for longer than the item in hand takes."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _fill(self, items: Iterator[Item]) -> None:
+        try:
+            for item in items:
+                self._put((item, None))
+                if self._stopped.is_set():
+                    return
+            self._put((None, None))
+        except BaseException as error:
+            self._put((None, error))
+
+    def _put(self, entry: tuple[Item | None, BaseException | None]) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
