@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mrpo import (
 from mrpo.errors import UserError
 from mrpo.train.fitted import fit_weights
 from mrpo.train.losses import sft_loss
-from mrpo.train.methods import METHODS, Method, named_references, parse_method
+from mrpo.train.methods import Method, named_references, parse_method
 from mrpo.train.scores import PairScores, ReferenceTargets
 from mrpo.train.weightings import vaw_weights, vdw_weights
 
@@ -314,9 +313,3 @@ def test_all_that_a_step_needs_is_in_the_targets() -> None:
     batch = method.targets(part)
     for name in ReferenceTargets.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(batch, name), getattr(everything, name)[rows])
-
-
-def test_every_method_has_its_place_in_the_documentation() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "mathematics.md").read_text()
-    for name in METHODS:
-        assert f"`{name}" in text
