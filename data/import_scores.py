@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ..errors import UserError
 from .formats import Columns, PairReader, Unusable
-from .ids import ID_BYTES, IdIndex, ids_from_bytes, ids_to_arrow
+from .ids import ID_BYTES, IdIndex, ids_from_bytes, ids_to_arrow, ids_to_numpy
 from .messages import Broken
 from .references import check_alias
 from .sources import Source, open_sources
@@ -65,11 +65,10 @@ def import_scores(config: ImportConfig) -> None:
         inputs={"imported": {"alias": config.alias, "model": config.model}},
         runs=({"engine": "imported", "source": config.source},),
     )
-    scores, left, kept = store.scores(record.identity), Counter[str](), 0
-    for source in sources:
-        rows = _scored_rows(source, columns, config.chat, left)
-        while batch := list(islice(rows, BATCH_ROWS)):
-            kept += _add(scores, batch, left)
+    scores, left = store.scores(record.identity), Counter[str]()
+    # Everything is read before anything is kept: a wrong row leaves the store as it was.
+    tables = [table for source in sources for table in _tables(source, columns, config.chat, left)]
+    kept = sum(_add(scores, table, left) for table in tables)
     if not kept and not left[ALREADY_THERE]:
         raise UserError(f"{config.source}: no row has a score ({_counts(left)}); nothing imported")
     record = store.record(record)
@@ -87,13 +86,30 @@ def _columns(config: ImportConfig) -> ScoredColumns:
     )
 
 
-Scored = tuple[bytes, list[float], list[int | None]]  # id; log-probs and tokens of both branches
+Scored = tuple[bytes, list[float | None], list[int | None]]  # id; log-probs and tokens of both
 
 
-def _scored_rows(
+def _tables(
+    source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]
+) -> Iterator[pa.Table]:
+    """The rows with a score, in tables of the store's columns; `left` counts the others."""
+    rows = _rows(source, columns, chat, left)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        ids, logps, tokens = zip(*batch)
+        values = dict(zip(("chosen_logp", "rejected_logp"), zip(*logps)))
+        values |= dict(zip(("chosen_tokens", "rejected_tokens"), zip(*tokens)))
+        unknown = [None] * len(batch)
+        arrays = [
+            pa.array(values.get(field.name, unknown), field.type)
+            for field in SCORE_SCHEMA
+            if field.name != ID_COLUMN
+        ]
+        yield pa.table([ids_to_arrow(ids_from_bytes(list(ids))), *arrays], SCORE_SCHEMA.names)
+
+
+def _rows(
     source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]
 ) -> Iterator[Scored]:
-    """The rows with a score; of the others, `left` counts the reasons."""
     pairs = PairReader(columns.pair, source.name, chat) if columns.pair else None
     for number, row in source.rows(columns):
         try:
@@ -107,38 +123,24 @@ def _scored_rows(
             raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
         except Unusable as error:
             left[error.reason] += 1
-            continue
         except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8, and so no id
             left["not_unicode"] += 1
-            continue
-        if None in logps:
-            left[NO_SCORE] += 1
         else:
-            yield identity, [logp for logp in logps if logp is not None], tokens
+            if None in logps:
+                left[NO_SCORE] += 1
+            else:
+                yield identity, logps, tokens
 
 
-def _add(scores: ReferenceScores, rows: list[Scored], left: Counter[str]) -> int:
+def _add(scores: ReferenceScores, table: pa.Table, left: Counter[str]) -> int:
     """Keep the rows that are new; a pair's first row counts, here as in the store."""
-    ids = ids_from_bytes([identity for identity, _, _ in rows])
-    new = scores.missing(ids)
+    ids = ids_to_numpy(table[ID_COLUMN])
     firsts = IdIndex(ids).firsts()
-    chosen = firsts[new[firsts]]
-    left[ALREADY_THERE] += len(rows) - len(chosen)
-    if len(chosen):
-        kept = [rows[place] for place in chosen]
-        values: dict[str, Any] = {
-            "chosen_logp": [logps[0] for _, logps, _ in kept],
-            "rejected_logp": [logps[1] for _, logps, _ in kept],
-            "chosen_tokens": [tokens[0] for _, _, tokens in kept],
-            "rejected_tokens": [tokens[1] for _, _, tokens in kept],
-        }
-        columns = [
-            pa.array(values.get(field.name, [None] * len(kept)), field.type)
-            for field in SCORE_SCHEMA
-            if field.name != ID_COLUMN
-        ]
-        scores.add(pa.table([ids_to_arrow(ids[chosen]), *columns], names=SCORE_SCHEMA.names))
-    return len(chosen)
+    new = firsts[scores.missing(ids)[firsts]]
+    left[ALREADY_THERE] += len(ids) - len(new)
+    if len(new):
+        scores.add(table.take(pa.array(new)))
+    return len(new)
 
 
 def _logp(name: str, value: Any) -> float | None:
