@@ -23,6 +23,7 @@ from mrpo import (
 )
 from mrpo.train.losses import LOSS_TYPES
 from mrpo.train.virtual import KINDS
+from mrpo.train.weightings import uniform_weights, vaw_weights, vdw_weights
 
 mpmath.mp.dps = 60
 FLOAT32_LOGP = st.floats(-10_000, -(2.0**-10), width=32)
@@ -197,3 +198,27 @@ def test_a_float64_reference_meets_a_float32_policy_as_a_difference() -> None:
     )
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(1 + 1e-5, abs=2e-7)
+
+
+def _on(device: str) -> list[torch.Tensor]:
+    """The results of all public functions for tensors of one device, weights a list."""
+    refs = -torch.rand(2, 4, 3, device=device)
+    policy = -torch.rand(2, 4, device=device)
+    clipped = ctro_clip(*refs, 0.1)
+    results = [arwc_weights(*refs), max_margin_weights(*refs), *clipped]
+    results += [weigh(*refs) for weigh in (uniform_weights, vdw_weights, vaw_weights)]
+    for kind in KINDS:
+        virtual = [virtual_reference(r, [0.2, 0.3, 0.5], kind) for r in clipped]
+        results += [preference_loss(*policy, *virtual, 0.1, name) for name in LOSS_TYPES]
+    return [*results, multi_dpo_loss(*policy, *refs, [0.2, 0.3, 0.5], 0.1)]
+
+
+DEVICES = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_stay_on_the_device_of_what_was_given(device: str) -> None:
+    """The meta device holds no numbers, but refuses to be mixed with any other."""
+    for result in _on(device):
+        assert result.device.type == device
+        assert device == "meta" or torch.isfinite(result).all()
