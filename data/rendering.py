@@ -150,7 +150,7 @@ class Renderer:
         start = end_start = len(ids)
         boundary = False
         for index, begin, end in spans(rendered.text, encoding, self._added):
-            if begin < rendered.prompt_end and end <= rendered.prompt_end:
+            if end <= rendered.prompt_end:
                 break
             start, boundary = index, begin < rendered.prompt_end
             if begin >= rendered.content_end:

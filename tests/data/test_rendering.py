@@ -93,6 +93,13 @@ def test_an_accent_that_composes_with_the_prompts_last_letter_is_scored_in_that_
     assert "é" in decode(renderer, branch.token_ids[branch.start :])
 
 
+def test_a_syllable_composed_across_the_boundary_is_scored_with_all_its_tokens() -> None:
+    renderer = BY_NAME["qwen2.5"].renderer()
+    branch = rendered(renderer, Pair("Say \u1100", "\u1161!", "!")).chosen
+    assert branch.boundary
+    assert decode(renderer, branch.token_ids[branch.start : branch.end_start]) == "\uac00!"
+
+
 def test_a_control_token_that_swallows_the_responses_first_spaces_stays_in_the_prompt() -> None:
     renderer = BY_NAME["phi3"].renderer()
     result = rendered(renderer, ask("  yes", "yes"))
