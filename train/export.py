@@ -35,8 +35,8 @@ SPLITS = ("train", "validation")
 
 def export(config: ExportConfig) -> Path:
     """Write the folder; returns it. It appears complete or not at all."""
-    pairs = PairShards(config.pairs)
     method = _method(config)
+    pairs = PairShards(config.pairs)
     store, specs = open_store(config.store), load_refs(config.refs_config)
     records = [store.resolve(alias, specs) for alias in method.references]
     out = _free(Path(config.out))
@@ -76,6 +76,7 @@ def _method(config: ExportConfig) -> Method:
             weighting=config.weighting,
             weights=config.weights,
             epsilon=config.epsilon,
+            adaptive_epsilon=config.adaptive_epsilon,
         )
 
     method = parsed(parsed(aliases_of(config.refs, config.method)).references)

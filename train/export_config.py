@@ -36,3 +36,6 @@ class ExportConfig:
         float | Literal["none"] | None,
         "Clipping (CTRO) around the base, or none. By default the method's, 0.1 for mrpo.",
     ] = None
+    adaptive_epsilon: Annotated[
+        bool, "Split epsilon between the two responses, as MRPO does; otherwise all for both."
+    ] = True

@@ -83,9 +83,12 @@ class Method:
         return self
 
     def usable(self, scores: PairScores) -> np.ndarray:
-        """[N] bool: pairs that the base has scored and that some weight is left for."""
-        targets = self.targets(scores)
-        return ~np.isnan(targets.virtual_chosen_logps)
+        """[N] bool: pairs that the base has scored and that some weight is left for.
+
+        Whether they are trained on or held out: with `fitted` the weights differ.
+        """
+        targets = [self.targets(scores, held_out) for held_out in (False, True)]
+        return ~np.isnan([each.virtual_chosen_logps for each in targets]).any(axis=0)
 
     def targets(self, scores: PairScores, held_out: bool = False) -> ReferenceTargets:
         """What the references say about these pairs: float64, on the CPU.

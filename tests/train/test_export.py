@@ -209,6 +209,10 @@ def test_flags_reach_the_method_and_are_written_beside_the_data(tmp_path: Path) 
         expected
     )
     assert "reference_kind: geometric" in (tmp_path / "out" / "export.yaml").read_text()
+    fixed = by_id(project.export("mrpo+uniform", adaptive_epsilon=False)["train"])
+    clipped = ctro_clip(*project.scores[:, :1], 0.1, adaptive=False)
+    virtual = virtual_reference(clipped[0], [1, 1, 1])
+    assert fixed[pairs[0].id.hex()]["ref_chosen_logps"] == virtual[0]
 
 
 def test_no_held_out_pairs_make_a_data_set_of_one_split(tmp_path: Path) -> None:
