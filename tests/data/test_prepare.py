@@ -196,6 +196,31 @@ def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
     assert contents(run(source, tmp_path / "pairs", shard_pairs=10).path) == expected
 
 
+@pytest.mark.parametrize("stop", range(7))
+def test_a_folder_half_replaced_is_never_taken_for_a_complete_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    out, source = tmp_path / "pairs", tmp_path / "rows.jsonl"
+    run(write(source, text_rows(45)), out, shard_pairs=10)
+    expected = contents(run(write(source, text_rows(35, 5)), tmp_path / "new", shard_pairs=10).path)
+    moves, move = iter(range(100)), Path.replace
+
+    def stopping(path: Path, target: Path) -> Path:
+        if next(moves) == stop:
+            raise OSError("no space left on device")
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopping)
+    with pytest.raises(OSError, match="no space"):
+        run(source, out, shard_pairs=10)
+    with pytest.raises(UserError, match="no prepared pairs"):
+        PairShards(out)
+    monkeypatch.undo()
+    again = contents(run(source, out, shard_pairs=10).path)
+    assert again.pop("prepare.yaml") != expected.pop("prepare.yaml")  # another --out
+    assert again == expected
+
+
 # The split
 
 
