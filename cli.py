@@ -27,11 +27,14 @@ COMMANDS = {
     "precompute": ("precompute.config:PrecomputeConfig", "precompute.run:precompute"),
     "train": ("train.config:TrainConfig", "train.run:train"),
     "export": ("train.export_config:ExportConfig", "train.export:export"),
-    "demo": ("demo.config:DemoConfig", "demo.run:demo"),
 }
 STORE_COMMANDS = {
-    name: (f"data.store_config:{name.title()}Config", f"data.store_commands:{name}")
-    for name in ("status", "verify", "gc", "push", "pull")
+    "status": ("data.store_config:StatusConfig", "data.store_commands:status"),
+    "verify": ("data.store_config:VerifyConfig", "data.store_commands:verify"),
+    "gc": ("data.store_config:GcConfig", "data.store_gc:gc"),
+    "push": ("data.store_config:PushConfig", "data.store_transfer:push"),
+    "pull": ("data.store_config:PullConfig", "data.store_transfer:pull"),
+    "import": ("data.store_config:ImportConfig", "data.import_scores:import_scores"),
 }
 CONFIG_HELP = "A YAML file of these settings; flags win over it."
 
