@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 KEEP_BYTES = 128 * 2**20  # slopes kept from forward to backward, at most
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # 16 MiB stay in a CPU's cache; a GPU has bandwidth
+CHUNK_ROWS = 256  # fewer rows at a time slow the matrix product down, whatever the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,11 @@ class LogitRule:
         if self.softcap is None:
             return self.scale
         return self.scale * (1 - (logits / self.softcap).square())
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits exist at one time."""
+    return max(CHUNK_ROWS, CHUNK_LOGITS.get(device.type, 2**27) // vocabulary)
 
 
 def token_logps(

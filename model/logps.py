@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .attention import FLEX, SDPA, PackedMasks
-from .head import KEEP_BYTES, LogitRule, token_logps
+from .head import KEEP_BYTES, LogitRule, chunk_rows, token_logps
 from .load import causal_lm, default_attention, packs, rope_limit, set_attention
 from .packing import PADDING, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
 
@@ -31,12 +31,12 @@ FLEX_BLOCK = 128  # tokens; rows of whole blocks keep the number of compiled sha
 class SequenceLogps(nn.Module):
     """A causal LM (or a PEFT model of one) that maps a `Batch` to token log-probs [R], float32.
 
-    `chunk_tokens` rows of logits exist at a time, and at most `keep_bytes` of their slopes between
-    forward and backward.
+    Logits of `chunk_tokens` tokens exist at a time (by default as many as `chunk_rows` says), and
+    at most `keep_bytes` of their slopes between forward and backward.
     """
 
     def __init__(
-        self, model: nn.Module, *, chunk_tokens: int = 256, keep_bytes: int = KEEP_BYTES
+        self, model: nn.Module, *, chunk_tokens: int | None = None, keep_bytes: int = KEEP_BYTES
     ) -> None:
         super().__init__()
         self.model = model
@@ -84,15 +84,17 @@ class SequenceLogps(nn.Module):
         """Log-probs in nats of the scored tokens, in the batch's order."""
         hidden = self._hidden(batch).flatten(0, 1).index_select(0, batch.predict)
         head, rule = self.lm.get_output_embeddings(), logit_rule(self.lm)
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        chunk = self.chunk_tokens or chunk_rows(vocabulary, hidden.device)
         if type(head) is not nn.Linear:
-            return self._through_module(head, hidden, batch.targets, rule)
+            return _through_module(head, hidden, batch.targets, rule, chunk)
         return token_logps(
             hidden,
             head.weight,
             head.bias,
             batch.targets,
             rule,
-            chunk=self.chunk_tokens,
+            chunk=chunk,
             keep_bytes=self.keep_bytes if torch.is_grad_enabled() else 0,
         )
 
@@ -118,18 +120,19 @@ class SequenceLogps(nn.Module):
     def _beyond_rope_limit(self, pair: RenderedPair) -> bool:
         return self.rope_limit is not None and padded_tokens(pair) > self.rope_limit
 
-    def _through_module(
-        self, head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule
-    ) -> Tensor:
-        """An adapter on the head has a forward of its own: in chunks, computed again backward."""
 
-        def logps(rows: Tensor, picks: Tensor) -> Tensor:
-            logits = head(rows)
-            logits = rule.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-            return logits.gather(-1, picks[:, None]).squeeze(-1) - logits.logsumexp(-1)
+def _through_module(
+    head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule, chunk: int
+) -> Tensor:
+    """An adapter on the head has a forward of its own: in chunks, computed again backward."""
 
-        parts = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens))
-        return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
+    def logps(rows: Tensor, picks: Tensor) -> Tensor:
+        logits = head(rows)
+        logits = rule.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return logits.gather(-1, picks[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    parts = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
 
 
 def _row_by_row(decoder: nn.Module, batch: Batch) -> Tensor:
