@@ -21,7 +21,7 @@ from ..data.config import PrepareConfig
 from ..data.prepare import prepare
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
-from ..data.store import Store
+from ..data.store import Store, open_store
 from ..errors import UserError
 from ..settings import write_resolved
 from .config import PrecomputeConfig
@@ -44,7 +44,7 @@ def precompute(config: PrecomputeConfig) -> int:
     devices = _devices(config, engine, specs)
     servers = _servers(config, specs)
     pairs = _pairs(config)
-    store = Store(config.store or os.environ.get("MRPO_STORE") or "store")
+    store = open_store(config.store)
     references = [_resolve(spec, store, config, engine) for spec in specs]
     plans = make_plans(references, pairs, store, config, engine)
     print_plans(plans, pairs, store, engine)

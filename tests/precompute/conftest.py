@@ -1,0 +1,188 @@
+"""Shared by the tests of scoring: pairs built to hit corners, and one vLLM engine for all tests."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.demo.models import write_reference
+from mrpo.precompute.engines.base import EngineSettings, ScoredPair
+
+TEXTS = ["The quick brown fox jumps over the lazy dog, 12 times out of 345."] * 4
+VOCABULARY = 300  # smaller than that of any reference here
+
+
+def rendered(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> RenderedPair:
+    """A pair of given token ids; the last token of each response is its end of turn."""
+    sequences = [
+        RenderedSequence(
+            [*prompt, *response], len(prompt), len(prompt) + len(response) - 1, boundary=False
+        )
+        for response in (chosen, rejected)
+    ]
+    return RenderedPair(*sequences, shared=len(prompt))
+
+
+def random_pair(
+    prompt: int, common: int, chosen: int, rejected: int, generator: random.Random
+) -> RenderedPair:
+    """Random ids: `common` first tokens of both responses, then so many of each one's own."""
+
+    def ids(count: int) -> list[int]:
+        return [generator.randrange(20, VOCABULARY) for _ in range(count)]
+
+    both = ids(common)
+    own = [[first, *ids(count)][:count] for first, count in ((11, chosen), (12, rejected))]
+    return rendered(ids(prompt), both + own[0], both + own[1])
+
+
+@pytest.fixture(name="make_pair")
+def _make_pair() -> Callable[..., RenderedPair]:
+    """`random_pair` with a generator of the test's own."""
+    generator = random.Random(3)
+    return lambda *lengths: random_pair(*lengths, generator)
+
+
+@pytest.fixture(scope="session")
+def corner_pairs() -> list[RenderedPair]:
+    """Prompt lengths 1 to 300, responses that share 0 to 40 first tokens, one-token responses.
+
+    Wherever the responses part at a multiple of a block size, both with and without a common
+    beginning; also a response that is the beginning of the other, and prompts that stand twice.
+    """
+    generator = random.Random(7)
+    pairs = []
+    for prompt in range(1, 301):
+        common = {0, prompt * 7 % 41} if prompt % 16 == 0 else {prompt * 7 % 41}
+        common |= {-prompt % 32} if prompt % 5 == 0 else set()
+        for shared in sorted(common):
+            own = [generator.choice([1, 1, 2, 7, 25]) for _ in range(2)]
+            pairs.append(random_pair(prompt, shared, *own, generator))
+    for prompt, common in ((31, 5), (32, 32), (64, 0), (40, 24)):
+        whole = random_pair(prompt, common, 9, 9, generator)
+        ids = whole.chosen.token_ids
+        pairs.append(rendered(ids[:prompt], ids[prompt:], ids[prompt : prompt + common + 1]))
+        pairs.append(rendered(ids[:prompt], ids[prompt : prompt + common + 1], ids[prompt:]))
+        pairs.append(rendered(ids[:prompt], [14, 15], ids[prompt:]))
+    return pairs
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained Llama with heads of 32, which vLLM's CPU attention takes."""
+    folder = tmp_path_factory.mktemp("reference") / "llama"
+    return write_reference(folder, "llama", TEXTS, hidden_size=128)
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter for the reference, of random weights large enough to be seen in the scores."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(reference_folder), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(reference_folder: Path, corner_pairs: list[RenderedPair]) -> list[ScoredPair]:
+    """The corner pairs' log-probs by transformers' own forward, one response at a time."""
+    return one_by_one(reference_folder, corner_pairs)
+
+
+@pytest.fixture(scope="session", name="one_by_one")
+def _one_by_one() -> Callable[..., list[ScoredPair]]:
+    return one_by_one
+
+
+@pytest.fixture(scope="session", name="differ")
+def _differ() -> Callable[..., float]:
+    return largest_difference
+
+
+@torch.inference_mode()
+def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> list[ScoredPair]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+    def logps(sequence: RenderedSequence) -> np.ndarray:
+        ids = torch.tensor([sequence.token_ids])
+        table = model(ids).logits[0, sequence.start - 1 : -1].log_softmax(-1)
+        return table.gather(-1, ids[0, sequence.start :, None])[:, 0].numpy()
+
+    return [ScoredPair(logps(pair.chosen), logps(pair.rejected)) for pair in pairs]
+
+
+def largest_difference(one: Sequence[ScoredPair], other: Sequence[ScoredPair]) -> float:
+    """Of the log-probs of a sequence, in nats, over both branches; every shape must agree."""
+    worst = 0.0
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        for x, y in ((a.chosen, b.chosen), (a.rejected, b.rejected)):
+            assert x.shape == y.shape
+            assert np.isfinite(x).all()
+            worst = max(worst, abs(float(x.astype(np.float64).sum() - y.astype(np.float64).sum())))
+    return worst
+
+
+class EngineProcess:
+    """An engine behind pickles; see engine_process.py."""
+
+    def __init__(self, name: str, settings: EngineSettings) -> None:
+        script = Path(__file__).with_name("engine_process.py")
+        # vLLM binds a spinning thread to every core, which other processes' tests would wait for.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        self._process = subprocess.Popen(
+            [sys.executable, script, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        self._send(settings)
+        self.facts, self.limit = self._receive()
+        self.counters: dict[str, int] = {}
+
+    def score(self, pairs: Sequence[RenderedPair]) -> list[ScoredPair]:
+        self._send(list(pairs))
+        scored, self.counters = self._receive()
+        self._receive()
+        return scored
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _send(self, value: Any) -> None:
+        pickle.dump(value, self._process.stdin)
+        self._process.stdin.flush()
+
+    def _receive(self) -> Any:
+        return pickle.load(self._process.stdout)
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(reference_folder: Path) -> Iterator[EngineProcess]:
+    """A real vLLM engine. 192 tokens at once, so that long requests are computed in chunks."""
+    settings = EngineSettings(
+        alias="llama", model=str(reference_folder), longest=1024, max_tokens=192
+    )
+    engine = EngineProcess("vllm", settings)
+    yield engine
+    engine.close()

@@ -1,0 +1,153 @@
+"""Engine hf: rows as one response at a time gives them, whatever lies beside a pair in its row."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mrpo.data.rendering import RenderedPair
+from mrpo.demo.models import FAMILIES, build_model
+from mrpo.errors import UserError
+from mrpo.precompute.engines.base import EngineSettings, ScoredPair
+from mrpo.precompute.engines.hf import HfEngine
+
+CLOSE = 1e-3  # nats, of a whole sequence
+
+
+def engine(folder: Path, **settings: Any) -> HfEngine:
+    return HfEngine(EngineSettings(alias="tiny", model=str(folder), **settings))
+
+
+def test_every_corner_pair_is_as_one_response_at_a_time(
+    reference_folder: Path,
+    corner_pairs: list[RenderedPair],
+    expected: list[ScoredPair],
+    differ: Any,
+) -> None:
+    finished: list[int] = []
+    scored = engine(reference_folder).score(corner_pairs, finished.append)
+    assert differ(scored, expected) < CLOSE
+    assert sum(finished) == len(corner_pairs)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 300, 8192])
+def test_order_neighbours_and_row_length_change_nothing(
+    reference_folder: Path,
+    corner_pairs: list[RenderedPair],
+    expected: list[ScoredPair],
+    differ: Any,
+    max_tokens: int,
+) -> None:
+    places = random.Random(max_tokens).sample(range(len(corner_pairs)), 40)
+    tight = engine(reference_folder, max_tokens=max_tokens)
+    scored = tight.score([corner_pairs[place] for place in places])
+    assert differ(scored, [expected[place] for place in places]) < CLOSE
+
+
+def test_no_pairs_are_no_work(reference_folder: Path) -> None:
+    assert engine(reference_folder).score([]) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_architecture(
+    tmp_path: Path, family: Any, corner_pairs: list[RenderedPair], one_by_one: Any, differ: Any
+) -> None:
+    build_model(family, 320, seed=5).save_pretrained(tmp_path)
+    pairs = corner_pairs[::20]
+    assert differ(engine(tmp_path).score(pairs), one_by_one(tmp_path, pairs)) < CLOSE
+
+
+def test_an_architecture_that_cannot_share_rows_runs_one_response_a_row(
+    tmp_path: Path, corner_pairs: list[RenderedPair], one_by_one: Any, differ: Any
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    pairs = corner_pairs[::30]
+    single = engine(tmp_path)
+    assert single.facts["route"] == "one response a row"
+    assert differ(single.score(pairs), one_by_one(tmp_path, pairs)) < CLOSE
+
+
+def test_an_adapter_is_part_of_the_reference(
+    tmp_path: Path,
+    adapter_folder: Path,
+    reference_folder: Path,
+    corner_pairs: list[RenderedPair],
+    expected: list[ScoredPair],
+    differ: Any,
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(reference_folder, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    pairs = corner_pairs[::20]
+    adapted = engine(reference_folder, adapter=str(adapter_folder)).score(pairs)
+    assert differ(adapted, engine(tmp_path).score(pairs)) < CLOSE
+    assert differ(adapted, expected[::20]) > 0.1
+
+
+def test_autocast_computes_in_bfloat16(
+    reference_folder: Path, corner_pairs: list[RenderedPair], expected: list[ScoredPair]
+) -> None:
+    scored = engine(reference_folder, autocast=True).score(corner_pairs[::20])
+    differences = np.concatenate([a.chosen - b.chosen for a, b in zip(scored, expected[::20])])
+    assert 1e-4 < np.abs(differences).max() < 0.2
+
+
+class ShortOfMemory:
+    """Lets rows of up to `room` tokens through; remembers the sizes it was asked for."""
+
+    def __init__(self, engine: HfEngine, room: int) -> None:
+        self.launch, self.room, self.sizes = engine._launch, room, []
+
+    def __call__(self, pairs: list[RenderedPair]) -> Any:
+        size = sum(len(p.chosen.token_ids) + len(p.rejected.token_ids) - p.shared for p in pairs)
+        self.sizes.append(size)
+        if size > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.launch(pairs)
+
+
+def test_out_of_memory_halves_the_rows_says_so_and_goes_on(
+    reference_folder: Path,
+    corner_pairs: list[RenderedPair],
+    expected: list[ScoredPair],
+    differ: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rows of 1,536 and 768 tokens do not fit into 600; those of 384 do."""
+    small = engine(reference_folder)
+    short = ShortOfMemory(small, 600)
+    monkeypatch.setattr(small, "_launch", short)
+    finished: list[int] = []
+    scored = small.score(corner_pairs[:60], finished.append)
+    assert differ(scored, expected[:60]) < CLOSE
+    assert small.max_tokens == 384
+    assert sum(finished) == 60
+    assert "rows of 384 tokens" in capsys.readouterr().err
+
+
+def test_a_pair_that_does_not_fit_alone_is_refused_in_one_line(
+    reference_folder: Path, corner_pairs: list[RenderedPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = engine(reference_folder)
+    monkeypatch.setattr(small, "_launch", ShortOfMemory(small, 0))
+    with pytest.raises(UserError, match="--max-model-len"):
+        small.score(corner_pairs[:60])
+
+
+def test_vllms_quantization_is_refused(reference_folder: Path) -> None:
+    with pytest.raises(UserError, match="quantization 'fp8'"):
+        engine(reference_folder, quantization="fp8")
