@@ -162,25 +162,25 @@ class ReferenceScores:
 class _KnownIds:
     """Ids of the files read so far, in a few indexes of growing size.
 
-    Merging neighbours of like size keeps appending cheap: a worker looks again after every file.
+    Merging neighbors of like size keeps appending cheap: a worker looks again after every file.
     """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        self._parts: list[tuple[IdArray, IdIndex]] = []
+        self._parts: list[IdIndex] = []
 
     def add(self, names: list[str], ids: list[IdArray]) -> None:
         if not names:
             return
         self.names.update(names)
         new = np.concatenate(ids)
-        while self._parts and len(self._parts[-1][0]) < 2 * len(new):
-            new = np.concatenate([self._parts.pop()[0], new])
-        self._parts.append((new, IdIndex(new)))
+        while self._parts and len(self._parts[-1]) < 2 * len(new):
+            new = np.concatenate([self._parts.pop().ids(), new])
+        self._parts.append(IdIndex(new))
 
     def contains(self, ids: IdArray) -> np.ndarray:
         known = np.zeros(len(ids), dtype=bool)
-        for _, index in self._parts:
+        for index in self._parts:
             known |= index.find(ids) >= 0
         return known
 
