@@ -1,111 +1,39 @@
-"""`mrpo prepare` as promised: what stays when data grows, and faults that leave nothing behind."""
+"""`mrpo prepare` as promised: ids, splits and shards that stay when data grows, what is dropped."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrpo.data import prepare as prepare_module
-from mrpo.data.config import PrepareConfig
 from mrpo.data.pairs import Pair
-from mrpo.data.prepare import is_validation, prepare
-from mrpo.data.shards import PairShards
+from mrpo.data.prepare import is_validation
 from mrpo.errors import UserError
+from mrpo.tests.data.raw_rows import (
+    all_ids,
+    all_pairs,
+    chat_row,
+    contents,
+    dropped,
+    run,
+    text_rows,
+    to_csv,
+    to_jsonl,
+    to_jsonl_gz,
+    to_parquet,
+    write,
+)
 
-Row = dict[str, Any]
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
 TEXT_ROWS = st.lists(
     st.tuples(WORDS, WORDS, WORDS).filter(lambda row: row[1] != row[2]), min_size=1, max_size=6
 )
-
-
-def text_rows(count: int, start: int = 0) -> list[Row]:
-    return [
-        {"prompt": f"{i} + 1 = ", "chosen": f"{i + 1}", "rejected": f"{i + 2}"}
-        for i in range(start, start + count)
-    ]
-
-
-def chat_row(prompt: str, chosen: str, rejected: str) -> Row:
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-
-
-def write(path: Path, rows: list[Row]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(source: Path | str, out: Path, **options: Any) -> PairShards:
-    return prepare(PrepareConfig(source=str(source), out=str(out), **options))
-
-
-def all_pairs(shards: PairShards) -> list[Pair]:
-    return [pair for number in range(len(shards.names)) for pair in shards.pairs(number)]
-
-
-def all_ids(shards: PairShards) -> list[bytes]:
-    return [bytes(one) for number in range(len(shards.names)) for one in shards.pair_ids(number)]
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def dropped(shards: PairShards) -> list[tuple[int, str]]:
-    lines = [json.loads(line) for line in (shards.path / "dropped.jsonl").open()]
-    return [(line["row"], line["reason"]) for line in lines]
-
-
-# Formats
-
-
-def to_jsonl(path: Path, rows: list[Row]) -> Path:
-    return write(path.with_suffix(".jsonl"), rows)
-
-
-def to_jsonl_gz(path: Path, rows: list[Row]) -> Path:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out = path.with_suffix(".jsonl.gz")
-    out.write_bytes(gzip.compress(text.encode()))
-    return out
-
-
-def to_csv(path: Path, rows: list[Row]) -> Path:
-    """Messages as JSON, the only way they fit into a cell."""
-    out = path.with_suffix(".csv")
-    with out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-        writer.writerow(rows[0])
-        for row in rows:
-            cells = row.values()
-            writer.writerow([one if isinstance(one, str) else json.dumps(one) for one in cells])
-    return out
-
-
-def to_parquet(path: Path, rows: list[Row]) -> Path:
-    out = path.with_suffix(".parquet")
-    pq.write_table(pa.Table.from_pylist(rows), out)
-    return out
 
 
 @settings(max_examples=25, deadline=None)
@@ -183,42 +111,6 @@ def test_preparing_again_into_the_same_folder_replaces_the_shards(tmp_path: Path
         "part-00001.parquet",
         "prepare.yaml",
     ]
-
-
-def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", text_rows(35))
-    expected = contents(run(source, tmp_path / "pairs", shard_pairs=10).path)
-    (tmp_path / "pairs" / "manifest.json").unlink()  # killed while the files took their places
-    (tmp_path / "pairs" / ".preparing-x").mkdir()  # killed before
-    (tmp_path / "pairs" / ".preparing-x" / "part-00000.parquet").touch()
-    with pytest.raises(UserError, match="no prepared pairs"):
-        PairShards(tmp_path / "pairs")
-    assert contents(run(source, tmp_path / "pairs", shard_pairs=10).path) == expected
-
-
-@pytest.mark.parametrize("stop", range(7))
-def test_a_folder_half_replaced_is_never_taken_for_a_complete_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
-    out, source = tmp_path / "pairs", tmp_path / "rows.jsonl"
-    run(write(source, text_rows(45)), out, shard_pairs=10)
-    expected = contents(run(write(source, text_rows(35, 5)), tmp_path / "new", shard_pairs=10).path)
-    moves, move = iter(range(100)), Path.replace
-
-    def stopping(path: Path, target: Path) -> Path:
-        if next(moves) == stop:
-            raise OSError("no space left on device")
-        return move(path, target)
-
-    monkeypatch.setattr(Path, "replace", stopping)
-    with pytest.raises(OSError, match="no space"):
-        run(source, out, shard_pairs=10)
-    with pytest.raises(UserError, match="no prepared pairs"):
-        PairShards(out)
-    monkeypatch.undo()
-    again = contents(run(source, out, shard_pairs=10).path)
-    assert again.pop("prepare.yaml") != expected.pop("prepare.yaml")  # another --out
-    assert again == expected
 
 
 # The split
@@ -355,133 +247,6 @@ def test_text_and_messages_do_not_mix_unless_text_is_wrapped(tmp_path: Path) -> 
     shards = run(f"{text},{chat}", tmp_path / "pairs", chat=True)
     assert shards.kind == "messages"
     assert shards.num_pairs == 4
-
-
-# Faults
-
-
-def broken_line(folder: Path) -> dict[str, Any]:
-    source = write(folder / "rows.jsonl", text_rows(30))
-    with source.open("a") as file:
-        file.write('{"prompt": \n')
-    return {"source": source}
-
-
-def missing_column(folder: Path) -> dict[str, Any]:
-    return {"source": to_csv(folder / "rows", [{"prompt": "q", "chosen": "a"}])}
-
-
-def unknown_role(folder: Path) -> dict[str, Any]:
-    rows = [chat_row(f"q{i}", "a", "b") for i in range(30)]
-    rows[29]["chosen"][0]["role"] = "bot"
-    return {"source": write(folder / "rows.jsonl", rows)}
-
-
-def one_unusable(folder: Path) -> dict[str, Any]:
-    rows = [*text_rows(30), {"prompt": "q", "chosen": "a", "rejected": "a"}]
-    return {"source": write(folder / "rows.jsonl", rows), "strict": True}
-
-
-def mostly_unusable(folder: Path) -> dict[str, Any]:
-    rows = text_rows(30)
-    for row in rows[25:]:
-        row["chosen"] = ""
-    return {"source": write(folder / "rows.jsonl", rows)}
-
-
-def no_pair_left(folder: Path) -> dict[str, Any]:
-    rows = [row | {"chosen": ""} for row in text_rows(3)]
-    return {"source": write(folder / "rows.jsonl", rows), "allow_dropped": True}
-
-
-def no_rows(folder: Path) -> dict[str, Any]:
-    return {"source": write(folder / "rows.jsonl", [])}
-
-
-def second_source_missing(folder: Path) -> dict[str, Any]:
-    return {"source": f"{write(folder / 'rows.jsonl', text_rows(3))},{folder / 'gone.csv'}"}
-
-
-def mixed_kinds(folder: Path) -> dict[str, Any]:
-    rows = [*text_rows(30), chat_row("q", "a", "b")]
-    return {"source": write(folder / "rows.jsonl", rows)}
-
-
-def bad_fraction(folder: Path) -> dict[str, Any]:
-    return {"source": write(folder / "rows.jsonl", text_rows(3)), "validation_fraction": 1.0}
-
-
-def bad_shard(folder: Path) -> dict[str, Any]:
-    return {"source": write(folder / "rows.jsonl", text_rows(3)), "shard_pairs": 0}
-
-
-FAULTS: list[tuple[Callable[[Path], dict[str, Any]], str]] = [
-    (broken_line, r"rows\.jsonl, line 31 is not JSON: .* at column 13; each line must be one"),
-    (missing_column, r"rows\.csv: column 'rejected' is missing; there are prompt, chosen; name"),
-    (unknown_role, r"rows\.jsonl, line 30, field 'chosen\[0\]\.role' is 'bot'; a role is one of"),
-    (
-        one_unusable,
-        r"rows\.jsonl, line 31 cannot be used: responses_equal \(.*\); without --strict",
-    ),
-    (mostly_unusable, r"5 of 30 rows \(16\.7%\) cannot be used .* needs --allow-dropped"),
-    (no_pair_left, r"no pair is left of 3 rows \(dropped: empty_response 3\); at least one"),
-    (no_rows, r"rows\.jsonl: there are no rows; at least one pair is needed"),
-    (second_source_missing, r"gone\.csv: no such file"),
-    (mixed_kinds, r"rows\.jsonl, line 31 holds messages, but the first pair .* text"),
-    (bad_fraction, r"--validation-fraction 1\.0 must be at least 0 and below 1"),
-    (bad_shard, r"--shard-pairs 0 must be between 1 and"),
-]
-
-
-@pytest.mark.parametrize(("fault", "message"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_a_fault_is_one_line_and_leaves_nothing_behind(
-    tmp_path: Path, fault: Callable[[Path], dict[str, Any]], message: str
-) -> None:
-    options = {"shard_pairs": 10} | fault(tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=message) as caught:
-        run(out=tmp_path / "new" / "folders" / "pairs", **options)
-    assert "\n" not in str(caught.value)
-    assert contents(tmp_path) == before
-
-    (tmp_path / "good").mkdir()
-    kept = run(write(tmp_path / "good" / "g.jsonl", text_rows(12)), tmp_path / "good" / "pairs")
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=message):
-        run(out=kept.path, **options)
-    assert contents(tmp_path) == before
-
-
-def test_an_interrupt_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write(tmp_path / "rows.jsonl", text_rows(30))
-    before = contents(tmp_path)
-
-    def interrupted(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_module, "write_resolved", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "new" / "pairs")
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("out", ["rows.jsonl", "rows.jsonl/pairs", "rows.jsonl/a/b"])
-def test_a_path_at_or_below_a_file_is_no_output(tmp_path: Path, out: str) -> None:
-    source = write(tmp_path / "rows.jsonl", text_rows(3))
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"--out .*: .*rows\.jsonl is a file; name a folder"):
-        run(source, tmp_path / out)
-    assert contents(tmp_path) == before
-
-
-def test_a_folder_of_other_things_is_no_output(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", text_rows(3))
-    with pytest.raises(UserError, match="holds other files; name a new folder"):
-        run(source, tmp_path)
-    (tmp_path / "empty").mkdir()
-    assert run(source, tmp_path / "empty").num_pairs == 3
 
 
 # What is told, and what it costs
