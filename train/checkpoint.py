@@ -46,7 +46,6 @@ class TrainState:
     dropped: dict[str, int] = field(default_factory=dict)  # pairs the policy can't take
     pairs: int = 0  # trained on so far
     tokens: int = 0  # computed by the decoder so far
-    pairs: int = 0  # trained on so far
     max_tokens: int | None = None  # the token budget in force
     sums: dict[str, float] = field(default_factory=dict)  # of the steps since the log's last line
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from . import checkpoint
@@ -90,13 +91,16 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
         group["lr"] = rate
 
     backward(run, batch)
-    norm = nn.utils.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf)
-    grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    grad_norm = float(norm)
     if not math.isfinite(grad_norm):
         raise UserError(
             f"step {state.step + 1}: the gradient's norm is {grad_norm}, so nothing was updated; "
             f"lower --learning-rate, or look at the batch of pair {batch.ids[0].hex()}"
         )
+    if 0 < run.config.max_grad_norm < grad_norm:
+        nn.utils.clip_grads_with_norm_(run.parameters, run.config.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

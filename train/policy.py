@@ -146,9 +146,10 @@ def write_model(folder: Path, policy: SequenceLogps, dtype: torch.dtype, ranks: 
     if not ranks.first:
         return
     weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    model: Any = policy.model
     lm: Any = policy.lm
-    if lm is not policy.model:
-        policy.model.save_pretrained(folder, state_dict=weights)
+    if lm is not model:
+        model.save_pretrained(folder, state_dict=weights)
         return
     # A model of the same architecture takes the weights as they are, in the dtype to be written.
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from mrpo.model.load import load_model
 from mrpo.model.logps import SequenceLogps, sum_by_sequence
 from mrpo.train.config import TrainConfig
 
-WORDS = "Paris is the capital of France and she sells eggs for two dollars thank you".split()
+WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""The settings of training: read somewhere, explained in configs/train.yaml, checked at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mrpo.errors import UserError
+from mrpo.settings import build
+from mrpo.train.config import TrainConfig
+from mrpo.train.resume import MAY_CHANGE
+
+ROOT = Path(__file__).resolve().parents[2]
+FIELDS = {field.name: field for field in fields(TrainConfig)}
+
+
+def test_example_has_every_setting_with_its_default_and_a_comment() -> None:
+    text = (ROOT / "configs" / "train.yaml").read_text()
+    values = yaml.safe_load(text)
+    assert list(values) == list(FIELDS)
+    for name, field in FIELDS.items():
+        if field.default is not MISSING:
+            assert values[name] == field.default, name
+        assert re.search(rf"^{name}: \S+ +# \S", text, re.MULTILINE), f"{name} has no comment"
+
+
+def test_example_is_a_config_file() -> None:
+    config = build(TrainConfig, {"max_steps": 3}, str(ROOT / "configs" / "train.yaml"))
+    assert config == TrainConfig(output_dir="runs/mrpo", max_steps=3)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_setting_is_read(name: str) -> None:
+    sources = [
+        path.read_text() for path in (ROOT / "train").glob("*.py") if path.name != "config.py"
+    ]
+    assert any(re.search(rf"\bconfig\.{name}\b", source) for source in sources)
+
+
+def test_settings_that_may_change_exist() -> None:
+    assert MAY_CHANGE <= set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("batch_pairs", 0),
+        ("max_steps", -1),
+        ("max_tokens", 0),
+        ("warmup_ratio", 1.5),
+        ("lora_dropout", -0.1),
+        ("max_grad_norm", -1.0),
+        ("seed", -1),
+        ("learning_rate", float("nan")),
+    ],
+)
+def test_value_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {value}"):
+        TrainConfig(output_dir="run", **{name: value})

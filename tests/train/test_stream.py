@@ -1,0 +1,176 @@
+"""The order of pairs: every row once an epoch, on from any place, the same everywhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrpo.data.join import JoinedScores, join
+from mrpo.data.rendering import Renderer
+from mrpo.data.shards import PairShards
+from mrpo.data.store import Store
+from mrpo.errors import UserError
+from mrpo.train.methods import parse_method
+from mrpo.train.rows import ScoredPairs
+from mrpo.train.stream import START, PairStream, Position, Prefetch, StepBatch, window
+
+SIZES = st.lists(st.integers(0, 9), max_size=6)
+
+
+def epoch(sizes: list[int], seed: int, number: int, size: int) -> list[tuple[int, int]]:
+    """(shard, row) of an epoch in the order in which it is read."""
+    usable = [np.arange(count) * 2 for count in sizes]
+    read = []
+    for at in range(sum(sizes) + 1):
+        parts, order = window(usable, seed, number, at, size)
+        rows = [(shard, int(row)) for shard, rows in parts for row in rows]
+        read += [rows[place] for place in order]
+    return read
+
+
+@given(SIZES, st.integers(0, 2**31), st.integers(0, 3), st.integers(1, 7))
+@settings(max_examples=50, deadline=None)
+def test_epoch_reads_every_row_once(sizes: list[int], seed: int, number: int, size: int) -> None:
+    expected = [(shard, 2 * row) for shard, count in enumerate(sizes) for row in range(count)]
+    assert sorted(epoch(sizes, seed, number, size)) == expected
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    first = epoch([30, 20, 25], 1, 0, 16)
+    assert first == epoch([30, 20, 25], 1, 0, 16)
+    assert first != epoch([30, 20, 25], 2, 0, 16)
+    assert first != epoch([30, 20, 25], 1, 1, 16)
+
+
+def test_window_mixes_rows_of_its_shards() -> None:
+    parts, order = window([np.arange(50), np.arange(50)], 0, 0, 0, 80)
+    assert [len(rows) for _, rows in parts] == [50, 30]
+    assert sorted(order) == list(range(80))
+    assert {int(place) // 50 for place in order[:10]} == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def source(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> ScoredPairs:
+    store = Store(inputs.root / "store")
+    pairs = PairShards(inputs.root / "pairs")
+    records = [store.resolve(alias) for alias in ("llama", "qwen")]
+    out = tmp_path_factory.mktemp("joined") / "scores"
+    return ScoredPairs(pairs, join(pairs, store, records, out), prompt_numbers=False)
+
+
+@pytest.fixture(scope="module")
+def renderer(inputs: Any) -> Renderer:
+    return Renderer.load(inputs.references["qwen"])
+
+
+def stream(source: ScoredPairs, renderer: Renderer, **changes: Any) -> PairStream:
+    method = parse_method("mrpo", source.joined.aliases)
+    training, _, _ = source.usable(method)
+    given: dict[str, Any] = {
+        "seed": 3,
+        "batch_pairs": 4,
+        "total_rows": 90,
+        "limits": {"beyond_max_length": 60},
+        "window_rows": 16,
+    }
+    return PairStream(source, training, renderer, method, **given | changes)
+
+
+def contents(batch: StepBatch) -> tuple[Any, ...]:
+    return batch.ids, batch.pairs, batch.position, batch.dropped, batch.targets.weights.tolist()
+
+
+def test_reading_on_from_any_batch_gives_the_same_rest(
+    source: ScoredPairs, renderer: Renderer
+) -> None:
+    whole = list(stream(source, renderer).batches())
+    assert whole[0].dropped or whole[-1].dropped
+    for stop, batch in enumerate(whole, start=1):
+        rest = stream(source, renderer).batches(batch.position, batch.dropped)
+        assert [contents(one) for one in rest] == [contents(one) for one in whole[stop:]]
+
+
+def test_batches_run_on_across_epochs_and_only_the_last_is_short(
+    source: ScoredPairs, renderer: Renderer
+) -> None:
+    read = stream(source, renderer, limits={}, total_rows=90)
+    batches = list(read.batches())
+    rows = read.epoch_rows
+    assert rows % 4 == 1
+    assert [len(batch) for batch in batches] == [4] * 22 + [2]
+    ids = [pair_id for batch in batches for pair_id in batch.ids]
+    assert len(set(ids[:rows])) == len(set(ids[rows : 2 * rows])) == rows
+    assert ids[:rows] != ids[rows : 2 * rows]
+    assert [batches[at].position.epoch for at in (rows // 4 - 1, rows // 4)] == [0, 1]
+
+
+def test_batch_holds_its_pairs_own_scores(source: ScoredPairs, renderer: Renderer) -> None:
+    scores = {}
+    for shard in range(source.num_shards):
+        table = source.joined.table(shard).to_pydict()
+        for pair_id, chosen in zip(table["pair_id"], table["ref_chosen_logps"]):
+            scores[pair_id] = chosen
+    for batch in stream(source, renderer).batches():
+        expected = [scores[pair_id] for pair_id in batch.ids]
+        np.testing.assert_array_equal(batch.scores.ref_chosen_logps, expected)
+
+
+def test_long_pairs_are_dropped_whole_and_counted_once(
+    source: ScoredPairs, renderer: Renderer
+) -> None:
+    rows = stream(source, renderer).epoch_rows
+    all_batches = stream(source, renderer, limits={}, total_rows=rows).batches()
+    pairs = [pair for batch in all_batches for pair in batch.pairs]
+    long = sum(max(len(p.chosen.token_ids), len(p.rejected.token_ids)) > 60 for p in pairs)
+    assert 0 < long < rows == len(pairs)
+    limited = list(stream(source, renderer, total_rows=2 * rows).batches())
+    assert sum(map(len, limited)) == 2 * (rows - long)
+    assert limited[-1].dropped == {"beyond_max_length": long}
+
+
+@pytest.mark.parametrize("total_rows", [10, 2**62])
+def test_stream_without_a_pair_left_is_refused(
+    source: ScoredPairs, renderer: Renderer, total_rows: int
+) -> None:
+    none_left = stream(source, renderer, limits={"beyond_context": 5}, total_rows=total_rows)
+    with pytest.raises(UserError, match=r"no pair is left .*beyond_context"):
+        list(none_left.batches())
+
+
+def test_nothing_is_left_behind_the_last_batch(source: ScoredPairs, renderer: Renderer) -> None:
+    read = stream(source, renderer)
+    last = list(read.batches())[-1]
+    assert list(read.batches(last.position, last.dropped)) == []
+    assert START == Position(0, 0, 0)
+
+
+def test_prefetch_hands_items_on_and_raises_where_they_are_taken() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise UserError("broken")
+
+    ready = Prefetch(items())
+    assert [ready.next() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="broken"):
+        ready.next()
+
+
+def test_closed_prefetch_leaves_no_thread() -> None:
+    before = threading.active_count()
+    ready = Prefetch(iter(range(10**9)), ahead=2)
+    assert ready.next() == 0
+    ready.close()
+    assert threading.active_count() == before
+
+
+def test_other_pairs_than_those_joined_are_refused(source: ScoredPairs) -> None:
+    other = PairShards(source.pairs.path)
+    other.rows = [number - 1 for number in other.rows]
+    with pytest.raises(UserError, match="joined to other pairs"):
+        ScoredPairs(other, JoinedScores(source.joined.path), prompt_numbers=False)
