@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from mrpo.data.rendering import RenderedPair, RenderedSequence
 from mrpo.demo.models import write_reference
 from mrpo.precompute.engines.base import EngineSettings, ScoredPair
+from mrpo.tests.precompute.workspace import Workspace
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, 12 times out of 345."] * 4
 VOCABULARY = 300  # smaller than that of any reference here
@@ -175,6 +176,12 @@ class EngineProcess:
 
     def _receive(self) -> Any:
         return pickle.load(self._process.stdout)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_references: dict[str, Path]) -> Workspace:
+    """A folder whose refs.yaml names the three tiny references."""
+    return Workspace(tmp_path, tiny_references)
 
 
 @pytest.fixture(scope="session")
