@@ -24,7 +24,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
     try:
         # With mistral-common installed, AutoTokenizer might return its tokenizer: no offsets.
-        loaded = AutoTokenizer.from_pretrained(model, revision=revision, mistral_format=False)
+        loaded = AutoTokenizer.from_pretrained(
+            model, revision=revision, mistral_format=False, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None

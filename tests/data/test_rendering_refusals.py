@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,25 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
         Renderer.load(tmp_path)
     with pytest.raises(UserError, match="gives no character offsets"):
         Renderer(ByT5Tokenizer())  # type: ignore[arg-type]
+
+
+def test_a_mistral_folder_gets_a_fast_tokenizer_even_with_mistral_common_installed(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoTokenizer
+
+    pattern, sizes = r"\s+|\S+", {"num_vocab_tokens": 256, "default_num_special_tokens": 100}
+    config = {"pattern": pattern, "default_vocab_size": 356, "version": "v3", **sizes}
+    tokens = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    vocab = [{"rank": i, "token_bytes": t, "token_str": None} for i, t in enumerate(tokens)]
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+
+    assert isinstance(Renderer.load(tmp_path).render(Pair("Is it?", "Yes", "No")), RenderedPair)
+    by_default = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(by_default).__name__ == "MistralCommonBackend"
+    with pytest.raises(UserError, match=r"MistralCommonBackend\) gives no character offsets"):
+        Renderer(by_default)  # type: ignore[arg-type]
 
 
 def test_messages_for_a_model_without_template_are_refused() -> None:
