@@ -1,16 +1,21 @@
 # Thin targets over `mrpo`, in a virtual environment of the checkout's own.
 #   make demo                                     the whole method on a laptop, nothing to download but packages
-#   make precompute REFS=llama,mistral,qwen DATA=pairs.jsonl
+#   make precompute REFS=llama,mistral,qwen DATA=my-pairs.jsonl
 #   make train METHOD=mrpo RUN=my-run             (again with BETA=0.3: nothing is scored twice)
 
-REFS     ?= llama,mistral,qwen
+REFS        ?= llama,mistral,qwen
 REFS_CONFIG ?= configs/refs.yaml
-DATA     ?= trl-lib/ultrafeedback_binarized:train
-POLICY   ?=
-METHOD   ?= mrpo
-RUN      ?= $(subst :,-,$(subst /,-,$(METHOD)))
-ENGINE   ?= auto
-ARGS     ?=
+# A file or a Hub data set, brought into PAIRS before its references are scored; without it what
+# PAIRS holds is taken.
+DATA        ?=
+PAIRS       ?= pairs
+VALIDATION  ?= 0.05
+STORE       ?= store
+POLICY      ?=
+METHOD      ?= mrpo
+RUN         ?= $(subst :,-,$(subst /,-,$(METHOD)))
+ENGINE      ?= auto
+ARGS        ?=
 
 PYTHON   ?= python3
 VENV     := .venv
@@ -19,7 +24,7 @@ MRPO     := $(BIN)/mrpo
 PIP      := $(BIN)/python -m pip install --quiet
 GPU      := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH    := torch==2.13.0
-COMMON    = --data $(DATA) --refs $(REFS) --refs-config $(REFS_CONFIG)
+REFERENCES = --refs $(REFS) --refs-config $(REFS_CONFIG) --store $(STORE)
 
 .PHONY: setup setup-dev demo precompute train evaluate compare report test check bench clean
 
@@ -53,11 +58,12 @@ demo: setup
 	$(MRPO) demo $(ARGS)
 
 precompute: setup
-	$(MRPO) precompute $(COMMON) --engine $(ENGINE) $(ARGS)
+	$(if $(DATA),$(MRPO) prepare $(DATA) --out $(PAIRS) --validation-fraction $(VALIDATION))
+	$(MRPO) precompute --pairs $(PAIRS) $(REFERENCES) --engine $(ENGINE) $(ARGS)
 
 train: setup
-	$(MRPO) train $(COMMON) $(if $(POLICY),--policy $(POLICY)) --method $(METHOD) \
-	    $(if $(BETA),--beta $(BETA)) --output-dir runs/$(RUN) $(ARGS)
+	$(MRPO) train --pairs $(PAIRS) $(REFERENCES) $(if $(POLICY),--policy $(POLICY)) \
+	    --method $(METHOD) $(if $(BETA),--beta $(BETA)) --output-dir runs/$(RUN) $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -199,11 +199,18 @@ def _side_by_side(columns: list[pa.Table], name: str) -> pa.Array:
 
 def _unscored(pairs: PairShards, store: Store, unscored: dict[str, int], refs_config: str) -> str:
     counts = ", ".join(f"{count} for {alias}" for alias, count in unscored.items())
+    line = precompute_line(pairs, store, list(unscored), refs_config)
+    return f"{pairs.path}: pairs not yet scored in {store.root}: {counts}; run: {line}"
+
+
+def precompute_line(
+    pairs: PairShards, store: Store, aliases: Sequence[str], refs_config: str
+) -> str:
+    """The command that scores the pairs under the references."""
     options = {
         "--pairs": str(pairs.path),
-        "--refs": ",".join(unscored),
+        "--refs": ",".join(aliases),
         "--refs-config": refs_config,
         "--store": store.root,
     }
-    line = shlex.join(["mrpo", "precompute", *(part for item in options.items() for part in item)])
-    return f"{pairs.path}: pairs not yet scored in {store.root}: {counts}; run: {line}"
+    return shlex.join(["mrpo", "precompute", *(part for item in options.items() for part in item)])

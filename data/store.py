@@ -25,7 +25,7 @@ from .store_records import ReferenceRecord, from_json, merged, to_json
 from .store_schema import SCORE_SCHEMA
 from .store_scores import ReferenceScores
 
-__all__ = ["SCORE_SCHEMA", "ReferenceRecord", "ReferenceScores", "Store", "open_store"]
+__all__ = ["SCORE_SCHEMA", "NotScored", "ReferenceRecord", "ReferenceScores", "Store", "open_store"]
 
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
@@ -40,6 +40,10 @@ def open_store(given: str | None) -> Store:
             "`mrpo store push` and `mrpo store pull`"
         )
     return Store(root)
+
+
+class NotScored(UserError):
+    """An alias under whose present refs.yaml entry the store has nothing."""
 
 
 class Store:
@@ -86,7 +90,7 @@ class Store:
 
         `alias`: the newest identity recorded under it with an equal refs.yaml entry; imported
         scores where refs.yaml has no such alias. `alias@prefix`: the identity that begins so.
-        Raises `UserError` where none or several fit.
+        Raises `UserError` where none or several fit, `NotScored` where the alias is known.
         """
         name, _, prefix = alias.partition("@")
         check_alias(name)
@@ -103,7 +107,7 @@ class Store:
                     f"imported scores in {self.root} have that name"
                 )
         if not records:
-            raise UserError(
+            raise NotScored(
                 f"reference {name!r} has no scores in {self.root} under its present entry in "
                 f"refs.yaml; run `mrpo precompute --refs {name} …`, or name an identity of "
                 f"`mrpo store status` as {name}@prefix"

@@ -1,8 +1,10 @@
-"""Shared by all tests: no network, real data where it is, tiny references of three architectures."""
+"""Shared by all tests: no network, real data where it is, tiny references, the command line."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import pytest
 
+from mrpo import cli
 from mrpo.demo.models import FAMILIES, write_reference
 
 TEXTS = [
@@ -39,3 +42,27 @@ def tiny_references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         family: write_reference(root / family, family, TEXTS, seed=seed)
         for seed, family in enumerate(FAMILIES)
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mrpo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run `mrpo ARGUMENTS…` in this process, through the command line's own entry."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr("sys.argv", ["mrpo", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), out, err)
+
+    return run

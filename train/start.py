@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.config import PrepareConfig
-from ..data.join import JoinedScores, join
+from ..data.join import JoinedScores, join, precompute_line
 from ..data.prepare import prepare
 from ..data.references import load_refs
 from ..data.shards import PairShards
-from ..data.store import open_store
+from ..data.store import NotScored, open_store
 from ..errors import UserError
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -109,7 +109,13 @@ def _fresh(
     half: bool,
 ) -> Start:
     store, specs = open_store(config.store), load_refs(config.refs_config)
-    records = [store.resolve(alias, specs) for alias in method.references]
+    try:
+        records = [store.resolve(alias, specs) for alias in method.references]
+    except NotScored:
+        line = precompute_line(pairs, store, method.references, config.refs_config)
+        raise UserError(
+            f"{pairs.path}: pairs not yet scored in {store.root}; run: {line}"
+        ) from None
     first = aliases_of(config)[0]  # the policy starts there, whatever the method uses
     base = store.resolve(first, specs)
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
