@@ -35,6 +35,12 @@ class LogitRule:
             return torch.tanh(logits * (self.scale / self.softcap)) * self.softcap
         return logits if self.scale == 1.0 else logits * self.scale
 
+    def apply_(self, logits: Tensor) -> Tensor:
+        """`apply` in place."""
+        if self.softcap is not None:
+            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
     def slope(self, logits: Tensor) -> Tensor | float:
         """d apply(z) / d z, from the logits after the rule."""
         if self.softcap is None:
@@ -86,12 +92,15 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         logps, kept, ready = [], [], []
+        scratch = _Scratch(weight, min(chunk, len(hidden)))
         for rows, picks in zip(hidden.split(chunk), targets.split(chunk)):
-            logp, slopes, factor = _logps_and_slopes(rows, weight, bias, picks, rule)
+            keep_bytes -= len(rows) * weight.shape[0] * weight.element_size()
+            keep = (needs_weight or needs_bias) and keep_bytes >= 0
+            out = None if keep else scratch.rows(len(rows))
+            logp, slopes, factor = _logps_and_slopes(rows, weight, bias, picks, rule, out)
             logps.append(logp)
             if needs_weight or needs_bias:
-                keep_bytes -= slopes.nbytes
-                kept.append((slopes, factor) if keep_bytes >= 0 else None)
+                kept.append((slopes, factor) if keep else None)
             elif needs_hidden:  # a frozen head: all that its slopes are for can be done at once
                 ready.append(slopes @ weight * factor)
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(ready) if ready else None)
@@ -109,6 +118,7 @@ class _TokenLogps(torch.autograd.Function):
         # Chunks are added up in float32: bfloat16 would lose the later ones' last digits.
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if needs_bias else None
+        scratch = _Scratch(weight, min(ctx.chunk, len(hidden)))
         for number, start in enumerate(range(0, len(hidden), ctx.chunk)):
             part = slice(start, start + ctx.chunk)
             rows = hidden[part]
@@ -116,7 +126,9 @@ class _TokenLogps(torch.autograd.Function):
                 slopes, factor = ctx.kept[number]
                 ctx.kept[number] = None
             else:
-                _, slopes, factor = _logps_and_slopes(rows, weight, bias, targets[part], ctx.rule)
+                _, slopes, factor = _logps_and_slopes(
+                    rows, weight, bias, targets[part], ctx.rule, scratch.rows(len(rows))
+                )
             factor = factor * grad[part, None]
             if grad_hidden is not None:
                 grad_hidden[part] = slopes @ weight * factor
@@ -132,16 +144,46 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
+class _Scratch:
+    """One piece of memory for the logits of chunk after chunk.
+
+    Freed and asked for again, such large pieces stay with the process: glibc's heap grew by a
+    chunk each time.
+    """
+
+    def __init__(self, weight: Tensor, most: int) -> None:
+        self._weight = weight
+        self._most = most
+        self._memory: Tensor | None = None
+
+    def rows(self, count: int) -> Tensor:
+        if self._memory is None:
+            shape = (self._most, self._weight.shape[0])
+            self._memory = self._weight.new_empty(shape, dtype=_wide(self._weight.dtype))
+        return self._memory[:count]
+
+
 def _logps_and_slopes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rule: LogitRule,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of one chunk: log-probs [r], slopes [r, V] in the weight's dtype, and a factor [r, 1].
 
     d logp / d (head's output) = factor * slopes. The factor, one over the softmax's denominator,
-    goes into narrow products, so that no pass over the vocabulary is spent on it.
+    goes into narrow products, so that no pass over the vocabulary is spent on it. The work is
+    done in `out` [r, V] where it is given.
     """
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = rule.apply(logits.to(_wide(logits.dtype)))
+    if out is None:
+        out = hidden.new_empty(len(hidden), weight.shape[0], dtype=_wide(weight.dtype))
+    if out.dtype == weight.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        out.copy_(hidden @ weight.T)
+    logits = rule.apply_(out if bias is None else out.add_(bias))
     picks = targets[:, None]
     at_target = logits.gather(-1, picks)
     bend = rule.slope(logits)

@@ -29,9 +29,8 @@ UPSTREAM = torch.linspace(-1, 2, ROWS)
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule) -> Tensor:
-    logits = rule.scale * torch.nn.functional.linear(hidden, weight, bias).to(
-        torch.promote_types(hidden.dtype, torch.float32)
-    )
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = rule.scale * (logits if bias is None else logits + bias)
     if rule.softcap is not None:
         logits = rule.softcap * torch.tanh(logits / rule.softcap)
     return logits.log_softmax(-1).gather(1, TARGETS[:, None])[:, 0]
