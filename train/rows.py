@@ -30,18 +30,41 @@ SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Some rows of one shard in memory."""
+    """Some rows in memory, in the order in which they are read."""
 
     table: pa.Table  # of the pairs
     scores: PairScores
 
-    def pairs(self, places: Rows) -> list[Pair]:
-        """The pairs at the given places of the chunk."""
-        return from_table(self.table.take(pa.array(places, pa.int64())))
+    def __len__(self) -> int:
+        return len(self.table)
 
-    def ids(self, places: Rows) -> list[bytes]:
-        """Their ids, 16 bytes each."""
-        return [one.tobytes() for one in ids_to_numpy(self.table["pair_id"])[places]]
+    def pairs(self, start: int, stop: int) -> list[Pair]:
+        return from_table(self.table.slice(start, stop - start))
+
+    def ids(self, start: int, stop: int) -> list[bytes]:
+        """16 bytes each."""
+        return [one.tobytes() for one in ids_to_numpy(self.table["pair_id"])[start:stop]]
+
+
+class Window:
+    """Rows of several shards in memory, to be taken from in any order."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = chunks
+        self._first = np.cumsum([0, *map(len, chunks)])  # of each chunk's rows, behind each other
+
+    def take(self, places: Rows) -> Chunk:
+        """The rows at the given places, in that order."""
+        of_chunk = np.searchsorted(self._first, places, side="right") - 1
+        by_chunk = np.argsort(of_chunk, kind="stable")
+        tables, scores = [], []
+        for index in np.unique(of_chunk):
+            rows = places[of_chunk == index] - self._first[index]
+            tables.append(self._chunks[index].table.take(pa.array(rows, pa.int64())))
+            scores.append((self._chunks[index].scores, rows))
+        back = np.argsort(by_chunk)
+        table = pa.concat_tables(tables).take(pa.array(back, pa.int64()))
+        return Chunk(table, stacked([(stacked(scores), back)]))
 
 
 class ScoredPairs:

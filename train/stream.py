@@ -16,18 +16,20 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-from ..data.pairs import Pair
 from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..errors import UserError
 from .objective import Method
-from .rows import Chunk, Rows, ScoredPairs, stacked
+from .rows import Chunk, Rows, ScoredPairs, Window, stacked
 from .scores import PairScores, ReferenceTargets
 
 WINDOW_ROWS = 65_536
+TAKEN_ROWS = 2048  # rows put in order together: Arrow's cost is by call more than by row
 BLOCK_ROWS = 256  # pairs rendered by one call of the tokenizer
 BATCHES_AHEAD = 8
 
@@ -169,30 +171,21 @@ class PairStream:
                 assert number > 0, "a stream of no rows"
                 epoch, number, row = epoch + 1, 0, 0
                 continue
-            chunks = [self.source.chunk(shard, rows) for shard, rows in parts]
-            for start in range(row, len(order), BLOCK_ROWS):
-                block = order[start : start + BLOCK_ROWS][:left]
-                left -= len(block)
-                for offset, (rendered, scores, pair_id) in enumerate(self._block(chunks, block)):
-                    after = Position(epoch, number, start + offset + 1)
-                    yield _Example(after, rendered, scores, pair_id)
+            opened = Window([self.source.chunk(shard, rows) for shard, rows in parts])
+            for start in range(row, len(order), TAKEN_ROWS):
+                taken = opened.take(order[start : start + TAKEN_ROWS][:left])
+                left -= len(taken)
+                for place, (rendered, pair_id) in enumerate(self._rendered(taken)):
+                    after = Position(epoch, number, start + place + 1)
+                    yield _Example(after, rendered, taken, place, pair_id)
             number, row = number + 1, 0
 
-    def _block(self, chunks: list[Chunk], block: Rows) -> Iterator[_Row]:
-        """Some rows of a window, converted and rendered together, in the window's order."""
-        first = np.cumsum([0, *(len(chunk.scores) for chunk in chunks)])
-        of_chunk = np.searchsorted(first, block, side="right") - 1
-        rows: dict[int, tuple[Pair, tuple[PairScores, Rows], bytes]] = {}
-        for index in np.unique(of_chunk):
-            at = np.flatnonzero(of_chunk == index)
-            places = block[at] - first[index]
-            pairs, ids = chunks[index].pairs(places), chunks[index].ids(places)
-            for where, place, pair, pair_id in zip(at.tolist(), places, pairs, ids):
-                rows[where] = pair, (chunks[index].scores, np.array([place])), pair_id
-        ordered = [rows[where] for where in range(len(block))]
-        shown = self.renderer.render_many([pair for pair, _, _ in ordered])
-        for rendered, (_, scores, pair_id) in zip(shown, ordered):
-            yield self._fitting(rendered), scores, pair_id
+    def _rendered(self, taken: Chunk) -> Iterator[tuple[RenderedPair | Refusal, bytes]]:
+        """The rows of a chunk with their ids, some rendered together at a time."""
+        for start in range(0, len(taken), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, len(taken))
+            shown = self.renderer.render_many(taken.pairs(start, stop))
+            yield from zip(map(self._fitting, shown), taken.ids(start, stop))
 
     def _fitting(self, rendered: RenderedPair | Refusal) -> RenderedPair | Refusal:
         if isinstance(rendered, RenderedPair):
@@ -203,7 +196,12 @@ class PairStream:
         return rendered
 
     def _batch(self, kept: list[_Example], position: Position, dropped: Counter[str]) -> StepBatch:
-        scores = stacked([one.scores for one in kept])
+        scores = stacked(
+            [
+                (chunk.scores, np.array([one.place for one in examples]))
+                for chunk, examples in groupby(kept, attrgetter("chunk"))
+            ]
+        )
         return StepBatch(
             pairs=[one.rendered for one in kept],  # type: ignore[misc]
             ids=[one.pair_id for one in kept],
@@ -214,15 +212,13 @@ class PairStream:
         )
 
 
-_Row = tuple[RenderedPair | Refusal, tuple[PairScores, Rows], bytes]
-
-
 class _Example(NamedTuple):
     """One row on its way into a batch."""
 
     after: Position  # behind it
     rendered: RenderedPair | Refusal
-    scores: tuple[PairScores, Rows]  # those of its chunk, and which row of them
+    chunk: Chunk
+    place: int  # the row's, in its chunk
     pair_id: bytes
 
 
