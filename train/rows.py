@@ -6,6 +6,7 @@ within a shard, and the two folders have the same shards.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -18,6 +19,7 @@ from ..data.join import JoinedScores, matrix
 from ..data.pair_table import PAIR_COLUMNS, from_table
 from ..data.pairs import Pair, canonical_json
 from ..data.shards import PairShards
+from ..data.store_files import LocalFiles
 from ..errors import UserError
 from .objective import Method
 from .scores import PairScores
@@ -25,6 +27,8 @@ from .weightings import FROM_HELD_OUT
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
 WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")
+USABLE = "usable.npy"  # for every row, what it is used for
+UNUSABLE, TRAINING, HELD_OUT = range(3)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
 
 
@@ -105,16 +109,31 @@ class ScoredPairs:
         held_out = stacked([(scores, np.flatnonzero(held)) for scores, held in parts])
         return method.prepare(training, held_out)
 
-    def usable(self, method: Method) -> tuple[list[Rows], list[Rows], int]:
-        """The rows of each shard to train on, those held out, and how many can't be used."""
-        training, held_out, unusable = [], [], 0
-        for shard in range(self.num_shards):
-            scores, held = self.scores(shard)
-            usable = method.usable(scores)
-            training.append(np.flatnonzero(usable & ~held))
-            held_out.append(np.flatnonzero(usable & held))
-            unusable += int((~usable).sum())
-        return training, held_out, unusable
+    def usable(
+        self, method: Method, *, resumed: bool = False
+    ) -> tuple[list[Rows], list[Rows], int]:
+        """The rows of each shard to train on, those held out, and how many can't be used.
+
+        That takes reading all scores. It is kept beside them, and a resumed run, whose method is
+        the same, begins with what the first one found.
+        """
+        path = self.joined.path / USABLE
+        if resumed and path.exists():
+            kinds = np.load(path, allow_pickle=False)
+        else:
+            kinds = np.concatenate([self._kinds(method, n) for n in range(self.num_shards)])
+            content = io.BytesIO()
+            np.save(content, kinds, allow_pickle=False)
+            LocalFiles(self.joined.path).write(USABLE, content.getvalue())
+        of_shards = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
+        training = [np.flatnonzero(rows == TRAINING) for rows in of_shards]
+        held_out = [np.flatnonzero(rows == HELD_OUT) for rows in of_shards]
+        return training, held_out, int((kinds == UNUSABLE).sum())
+
+    def _kinds(self, method: Method, shard: int) -> np.ndarray:
+        scores, held_out = self.scores(shard)
+        kinds = np.where(held_out, HELD_OUT, TRAINING)
+        return np.where(method.usable(scores), kinds, UNUSABLE).astype(np.uint8)
 
     def _scores(self, table: pa.Table, joined: pa.Table) -> PairScores:
         prompts = np.zeros(len(table), np.int64)

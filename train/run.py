@@ -78,7 +78,7 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
     method = method_of(config)
     source = ScoredPairs(start.pairs, start.scores, prompt_numbers=method.weighting == "fitted")
     method = source.prepared(method)
-    training, held_out, unusable = source.usable(method)
+    training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
     num_pairs = sum(map(len, training))
     steps = total_steps(config, num_pairs)
     if num_pairs == 0:
