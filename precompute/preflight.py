@@ -60,7 +60,7 @@ class _Task:
     """A shard's missing pairs under one reference."""
 
     reference: int
-    pairs: str
+    pairs: PairShards
     shard: int
     places: list[int]
     renderer: tuple[Any, ...]
@@ -77,7 +77,7 @@ def survey(
 ) -> list[Survey]:
     """Render every missing pair for every reference, on all cores where there are many."""
     tasks = [
-        _Task(number, str(pairs.path), shard, places, _renderer_key(reference), context, limit)
+        _Task(number, pairs, shard, places, _renderer_key(reference), context, limit)
         for number, (reference, context) in enumerate(zip(references, contexts))
         for shard, places in _missing(pairs, scores[number])
     ]
@@ -177,9 +177,8 @@ def _missing(pairs: PairShards, scores: ReferenceScores) -> Iterator[tuple[int, 
 
 
 def _survey_shard(task: _Task) -> Survey:
-    shards = _shards(task.pairs)
-    rendered = _renderer(*task.renderer).render_many(shards.pairs(task.shard, task.places))
-    ids = shards.pair_ids(task.shard)[task.places]
+    rendered = _renderer(*task.renderer).render_many(task.pairs.pairs(task.shard, task.places))
+    ids = task.pairs.pair_ids(task.shard)[task.places]
     rows = sort_out(ids, rendered, task.context, task.limit)
     counted = Survey(over_limit=rows.over_limit)
     counted.refused.update(row["reason"] for row in rows.refused)
@@ -195,12 +194,23 @@ def _survey_shard(task: _Task) -> Survey:
 def _renderer_key(reference: ResolvedReference) -> tuple[Any, ...]:
     spec = reference.spec
     arguments = json.dumps(dict(spec.chat_template_kwargs))
-    return reference.model, reference.revision, spec.chat_template, arguments
+    # The identity: a folder's tokenizer may change while this process lives.
+    return (
+        reference.identity,
+        reference.model,
+        reference.revision,
+        spec.chat_template,
+        arguments,
+    )
 
 
 @cache
 def _renderer(
-    model: str, revision: str | None, chat_template: str | None, chat_template_kwargs: str
+    identity: str,
+    model: str,
+    revision: str | None,
+    chat_template: str | None,
+    chat_template_kwargs: str,
 ) -> Renderer:
     return Renderer.load(
         model,
@@ -208,8 +218,3 @@ def _renderer(
         chat_template=chat_template,
         chat_template_kwargs=json.loads(chat_template_kwargs),
     )
-
-
-@cache
-def _shards(path: str) -> PairShards:
-    return PairShards(path)

@@ -9,6 +9,7 @@ code says so.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -131,8 +132,8 @@ def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[s
     if config.engine != "server":
         return {}
     entries = [entry.strip() for entry in (config.server or "").split(",") if entry.strip()]
-    if len(entries) == 1 and len(specs) == 1 and "=http" not in entries[0]:
-        return {specs[0].alias: entries[0]}
+    if len(entries) == len(specs) == 1 and entries[0].startswith("http"):
+        entries = [f"{specs[0].alias}={entries[0]}"]
     servers = dict(entry.partition("=")[::2] for entry in entries)
     for spec in specs:
         if not servers.get(spec.alias, "").startswith(("http://", "https://")):
@@ -207,6 +208,6 @@ def _tensor_parallel_size(config: PrecomputeConfig, spec: ReferenceSpec) -> int:
 def _logs(store: Store) -> Path:
     """A new folder for this run's logs, beside the scores where these are on this machine."""
     base = Path(store.root) if store.files.is_local else Path(tempfile.gettempdir()) / "mrpo"
-    folder = base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder.mkdir(parents=True)
     return folder
