@@ -140,14 +140,19 @@ class _Column:
     """One reference's scores in memory, to be taken in any order: about 60 bytes a pair."""
 
     def __init__(self, store: Store, record: ReferenceRecord) -> None:
-        empty = SCORE_SCHEMA.empty_table().select(["pair_id", *VALUES])
-        ids, values = [ids_to_numpy(empty["pair_id"])], [empty.drop_columns("pair_id")]
-        for table in store.scores(record.identity).tables(["pair_id", *VALUES]):
-            ids.append(ids_to_numpy(table["pair_id"]))
-            values.append(table.drop_columns("pair_id"))
+        parts = {name: [column] for name, column in _empty_columns().items()}
+        for table in store.scores(record.identity).tables(list(parts)):
+            for name, columns in parts.items():
+                columns.append(table[name].combine_chunks())
         # The index takes the first of equal ids, and tables come in the order that decides.
-        self.index = IdIndex(np.concatenate(ids))
-        self.values = pa.concat_tables(values)
+        self.index = IdIndex(np.concatenate([ids_to_numpy(ids) for ids in parts.pop("pair_id")]))
+        # One array each: taking from many chunks would join them anew for every shard.
+        self.values = pa.table({name: pa.concat_arrays(parts.pop(name)) for name in VALUES})
+
+
+def _empty_columns() -> dict[str, pa.Array]:
+    empty = SCORE_SCHEMA.empty_table()
+    return {name: empty[name].combine_chunks() for name in ("pair_id", *VALUES)}
 
 
 def _gather(
