@@ -9,6 +9,7 @@ its sdpa leaves out the softcap of attention scores that Gemma 2 was trained wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,16 +28,19 @@ SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"
 
 
 class PackedMasks:
-    """The masks of one packed row, made once for each sliding window that some layer has."""
+    """The masks of one packed row, made once for each sliding window that some layer has.
 
-    def __init__(self, batch: Batch) -> None:
+    Block masks of `ahead` are made at once, so that layers that are compiled only look them up.
+    """
+
+    def __init__(self, batch: Batch, ahead: Iterable[int | None] = ()) -> None:
         assert batch.spans is not None, "the batch is not packed"
         self.batch = batch
         self.spans = list(batch.spans)
         length, filled = batch.input_ids.shape[1], batch.spans[-1][1] if batch.spans else 0
         if filled < length:
             self.spans.append((filled, length))  # padding sees itself
-        self._blocks: dict[int | None, BlockMask] = {}
+        self._blocks = {window: block_mask(batch, window) for window in set(ahead)}
         self._dense: dict[int | None, list[Tensor]] = {}
 
     def blocks(self, window: int | None) -> BlockMask:
@@ -77,17 +81,30 @@ def sdpa_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if packed is not None:
-        sizes = [stop - start for start, stop in packed.spans]
-        parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
-        masks = packed.dense(sliding_window)
-        output = torch.cat(
-            [_attend(*part, mask, scaling, softcap) for part, mask in zip(parts, masks)], dim=2
-        )
+        output = _attend_spans(query, key, value, packed, sliding_window, scaling, softcap)
     else:
         if attention_mask is None:
             attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
         output = _attend(query, key, value, attention_mask, scaling, softcap)
     return output.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable  # it would be compiled anew for every number of pairs
+def _attend_spans(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedMasks,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    sizes = [stop - start for start, stop in packed.spans]
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
+    masks = packed.dense(window)
+    return torch.cat(
+        [_attend(*part, mask, scaling, softcap) for part, mask in zip(parts, masks)], 2
+    )
 
 
 def _attend(

@@ -8,8 +8,7 @@ computes. A training step is three times this, of which recomputed activations a
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
+from .load import layer_windows
 from .logps import SequenceLogps
 from .packing import PADDING, Batch
 
@@ -41,10 +40,3 @@ def layer_weights(logps: SequenceLogps) -> int:
         elif parameter.ndim == 3:  # all experts of a layer in one
             total += parameter.numel() * config.num_experts_per_tok // experts
     return total
-
-
-def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, None where it sees all that came before."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -121,6 +121,14 @@ def rope_limit(config: PretrainedConfig) -> int | None:
     return min(limits, default=None)
 
 
+def layer_windows(config: PretrainedConfig) -> list[int | None]:
+    """The sliding window of each layer, None where it sees all that came before."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, without a PEFT wrapper."""
     wrapper: Any = model

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .attention import FLEX, SDPA, PackedMasks
 from .head import KEEP_BYTES, LogitRule, chunk_rows, token_logps
-from .load import causal_lm, default_attention, packs, rope_limit, set_attention
+from .load import causal_lm, default_attention, layer_windows, packs, rope_limit, set_attention
 from .packing import PADDING, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
 
 if TYPE_CHECKING:
@@ -108,12 +108,14 @@ class SequenceLogps(nn.Module):
         if batch.spans is None:
             # Causal attention never looks at padding on the right, so no mask is needed.
             return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        flex = self.lm.config._attn_implementation == FLEX
+        masks = PackedMasks(batch, layer_windows(self.lm.config) if flex else ())
         # A mask of four dimensions is passed on as it is, so that none is built in vain.
         return decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool),
-            packed=PackedMasks(batch),
+            packed=masks,
             use_cache=False,
         ).last_hidden_state
 

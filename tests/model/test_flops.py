@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mrpo.data.rendering import RenderedPair, RenderedSequence
-from mrpo.model.flops import forward_flops, layer_windows
+from mrpo.model.flops import forward_flops
 from mrpo.model.logps import SequenceLogps
 from mrpo.model.packing import pack, unpacked
 
@@ -48,26 +47,6 @@ def test_prompt_counts_once_when_packed_and_padding_never(
     prompt = 2 * layers * 6 + 2 * 4 * 32 * 21
     assert forward_flops(logps, unpacked([pair])) - forward_flops(logps, pack([pair])) == prompt
     assert forward_flops(logps, pack([pair], multiple=64)) == forward_flops(logps, pack([pair]))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes", "windows"),
-    [
-        ("llama", {}, [None, None]),
-        ("mistral", {"sliding_window": 4}, [4, 4]),
-        ("mistral", {"sliding_window": None}, [None, None]),
-        ("gemma2", {"sliding_window": 4}, [4, None]),
-        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}, [None, None]),
-        ("qwen3_moe", {"sliding_window": 4, "use_sliding_window": True}, [4, 4]),
-    ],
-)
-def test_windows_of_layers(
-    model_type: str,
-    changes: dict[str, Any],
-    windows: list[int | None],
-    tiny_lm: Callable[..., nn.Module],
-) -> None:
-    assert layer_windows(tiny_lm(model_type, **changes).config) == windows
 
 
 def test_experts_count_as_many_as_a_token_visits(tiny_lm: Callable[..., nn.Module]) -> None:

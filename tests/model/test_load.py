@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mrpo.errors import UserError
 from mrpo.model.attention import FLEX, SDPA
-from mrpo.model.load import load_model, packs, rope_limit
+from mrpo.model.load import layer_windows, load_model, packs, rope_limit
 from mrpo.model.logps import SequenceLogps
 
 
@@ -104,3 +105,23 @@ def test_rope_limit_is_for_rotary_kinds_that_look_at_the_length(
     assert rope_limit(tiny_lm("llama", rope_parameters=yarn).config) is None
     assert rope_limit(tiny_lm("gpt2", n_embd=32, n_head=4).config) is None
     assert rope_limit(tiny_lm("gemma3_text").config) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "windows"),
+    [
+        ("llama", {}, [None, None]),
+        ("mistral", {"sliding_window": 4}, [4, 4]),
+        ("mistral", {"sliding_window": None}, [None, None]),
+        ("gemma2", {"sliding_window": 4}, [4, None]),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}, [None, None]),
+        ("qwen3_moe", {"sliding_window": 4, "use_sliding_window": True}, [4, 4]),
+    ],
+)
+def test_windows_of_layers(
+    model_type: str,
+    changes: dict[str, Any],
+    windows: list[int | None],
+    tiny_lm: Callable[..., nn.Module],
+) -> None:
+    assert layer_windows(tiny_lm(model_type, **changes).config) == windows

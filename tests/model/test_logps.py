@@ -10,8 +10,10 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from mrpo.data.rendering import RenderedPair
+from mrpo.model.load import Attention, set_attention
 from mrpo.model.logps import SequenceLogps, split_by_sequence, sum_by_sequence
 from mrpo.model.packing import Batch, pack, unpacked
 
@@ -198,6 +200,24 @@ def test_bfloat16_autocast_is_near_float32(tiny_lm: Lm, pairs: list[RenderedPair
     assert (rough - exact).abs().mean() < 0.1
     rough.sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in logps.parameters())
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "flex_attention"])
+def test_compiled_layers_serve_rows_of_every_shape(
+    attn: Attention, tiny_lm: Lm, pairs: list[RenderedPair]
+) -> None:
+    lm = tiny_lm("gemma2", sliding_window=4, head_dim=16)
+    logps, compiled = SequenceLogps(lm), CompileCounter()
+    shapes = [pairs[:count] for count in (6, 3, 4, 2, 5, 1)]
+    with torch.no_grad():
+        expected = [logps(logps.collate(some, "cpu")) for some in shapes]
+        set_attention(lm, attn)
+        for layer in logps.decoder_layers:
+            layer.compile(dynamic=True, backend=compiled)
+        for some, wanted in zip(shapes, expected):
+            assert torch.allclose(logps(logps.collate(some, "cpu")), wanted, atol=1e-5)
+    # At most two graphs for each kind of layer and side of its attention, however many shapes.
+    assert 0 < compiled.frame_count <= 8
 
 
 def test_multimodal_wrapper_scores_text_through_its_decoder(
