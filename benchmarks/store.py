@@ -25,115 +25,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from store_generated import SMALL, generate
 
-from mrpo.data.ids import ids_to_arrow
 from mrpo.data.join import JoinedScores, join
-from mrpo.data.pair_table import pair_schema
 from mrpo.data.rendering import RenderedPair, RenderedSequence
-from mrpo.data.shards import MANIFEST, SCHEMA_VERSION, PairShards, shard_name
-from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from mrpo.data.shards import PairShards
+from mrpo.data.store import Store
 from mrpo.data.store_commands import status
 from mrpo.data.store_config import StatusConfig
 from mrpo.train.methods import parse_method
 from mrpo.train.rows import ScoredPairs
 from mrpo.train.stream import PairStream, Position
 
-SHARD = 8192
-SMALL = 100_000
 STREAMED = 1_000_000  # rows after which the rate is taken
 MB = 2**20
-
-
-def generate(folder: Path, pairs: int, references: int) -> None:
-    """Everything that is measured on, each part once."""
-    shards = -(-pairs // SHARD)
-    write_pairs(folder / "small", range(-(-SMALL // SHARD)), SMALL)
-    write_pairs(folder / "pairs", range(shards), pairs)
-    write_pairs(folder / "grown", range(shards + 1 + shards // 100), pairs + pairs // 100)
-    if (folder / "store.complete").exists():
-        return
-    store = Store(folder / "store")
-    for number in range(references):
-        record = store.record(
-            ReferenceRecord(
-                alias=f"ref{number}",
-                entry={"model": f"org/ref{number}"},
-                inputs={"model": {"commit": f"{number:040x}"}},
-                runs=({"engine": "generated"},),
-            )
-        )
-        scores = store.scores(record.identity)
-        for shard in range(shards):
-            scores.add(score_table(ids_of(shard)[: pairs - shard * SHARD], number, shard))
-        print(f"generated scores of {record.alias}", file=sys.stderr)
-    (folder / "store.complete").touch()
-
-
-def ids_of(shard: int) -> np.ndarray:
-    """The ids of a shard's pairs: random bytes, as digests are."""
-    return np.frombuffer(np.random.default_rng((1, shard)).bytes(16 * SHARD), dtype="V16")
-
-
-def score_table(ids: np.ndarray, reference: int, shard: int) -> pa.Table:
-    random = np.random.default_rng((2, reference, shard))
-    n = len(ids)
-    values = {
-        "pair_id": ids_to_arrow(ids),
-        "reason": pa.nulls(n, pa.string()),
-        **{name: random.integers(2, 60, n) for name in SCORE_SCHEMA.names if "tokens" in name},
-        **{name: -random.exponential(20, n) for name in SCORE_SCHEMA.names if "logp" in name},
-        **{name: random.random(n) < 0.01 for name in SCORE_SCHEMA.names if "boundary" in name},
-    }
-    return pa.table([values[name] for name in SCORE_SCHEMA.names], schema=SCORE_SCHEMA)
-
-
-def write_pairs(folder: Path, shards: range, pairs: int) -> None:
-    """A folder of pairs as `mrpo prepare` writes it; its first shards are those of any other."""
-    if (folder / MANIFEST).exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for shard in shards:
-        rows = min(SHARD, pairs - shard * SHARD)
-        if rows > 0:
-            name = shard_name(shard)
-            pq.write_table(pair_table(shard, rows), folder / name, compression="zstd")
-            entries.append({"name": name, "rows": rows, "sha256": ""})
-    manifest = {"schema_version": SCHEMA_VERSION, "kind": "messages", "pairs": pairs}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "shards": entries}))
-
-
-def pair_table(shard: int, rows: int) -> pa.Table:
-    numbers = [str(shard * SHARD + row) for row in range(rows)]
-    chosen = [f"After {number} comes the next whole number, one more." for number in numbers]
-    rejected = [f"I would rather not say what comes after {number}." for number in numbers]
-    values = {
-        "pair_id": ids_to_arrow(ids_of(shard)[:rows]),
-        "prompt": messages("user", [f"What comes after {number}, and why?" for number in numbers]),
-        "chosen": messages("assistant", chosen),
-        "rejected": messages("assistant", rejected),
-        "tools": pa.nulls(rows, pa.string()),
-        "chat_template_kwargs": pa.nulls(rows, pa.string()),
-        "split": ["validation" if row % 100 == 0 else "train" for row in range(rows)],
-        "source": ["generated"] * rows,
-        "chosen_bytes": [len(text) for text in chosen],
-        "rejected_bytes": [len(text) for text in rejected],
-    }
-    schema = pair_schema("messages")
-    return pa.table([values[name] for name in schema.names], schema=schema)
-
-
-def messages(role: str, texts: list[str]) -> pa.Array:
-    """One message a row."""
-    element = pair_schema("messages").field("prompt").type.value_field
-    columns = [pa.array([role] * len(texts)), pa.array(texts), pa.nulls(len(texts), pa.string())]
-    struct = pa.StructArray.from_arrays(columns, fields=list(element.type))
-    return pa.ListArray.from_arrays(
-        pa.array(np.arange(len(texts) + 1), pa.int32()), struct, type=pa.list_(element)
-    )
 
 
 class OneToken:
@@ -280,6 +185,8 @@ def main() -> None:
         cpu = used.ru_utime + used.ru_stime
         print(json.dumps({**figures, "cpu": cpu, "peak": used.ru_maxrss * 1024}))
         return
+    if arguments.pairs < SMALL:
+        parser.error(f"--pairs must be at least {SMALL:,}, the size that memory is compared with")
     folder = arguments.folder / f"{arguments.pairs}-{arguments.references}"
     generate(folder, arguments.pairs, arguments.references)
     figures = {step: measured(folder, step) for step in STEPS}
