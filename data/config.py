@@ -41,6 +41,14 @@ class PrepareConfig:
     validation_fraction: Annotated[
         float, "share of prompts to hold out, chosen by a digest of the prompt"
     ] = 0.0
+    exclude: Annotated[
+        str | None,
+        "reviewed tables of `mrpo audit`, comma-separated: leave out the pairs whose decision is "
+        "exclude, or all where there is no such column",
+    ] = None
+    flip: Annotated[
+        str | None, "likewise: swap chosen and rejected of the pairs whose decision is flip"
+    ] = None
     strict: Annotated[bool, "stop at the first row that cannot be used"] = False
     allow_dropped: Annotated[bool, "go on when more than 5 % of the rows cannot be used"] = False
     shard_pairs: Annotated[int, "pairs in a shard"] = 8192

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -26,7 +26,8 @@ from .formats import REASONS, Columns, PairReader, Unusable
 from .ids import ids_from_bytes
 from .messages import Broken
 from .pairs import Pair, Turns, canonical_json
-from .shards import PairShards, ShardWriter
+from .reviewed import Review
+from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
 from .staging import DROPPED, SETTINGS, staged
 
@@ -34,6 +35,8 @@ MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts mus
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
+EXCLUDED = "excluded"  # by a person, in a reviewed table
+UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data, printed; all are kept
 
 
 def prepare(config: PrepareConfig) -> PairShards:
@@ -86,6 +89,7 @@ class _Preparation:
         self._writer = writer
         self._dropped = dropped
         self._seen = SeenIds()
+        self._review = Review(config.exclude, config.flip)
         self._sources: list[dict[str, str | int]] = []
         self._splits: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()  # of rows that gave no pair, duplicates too
@@ -107,7 +111,7 @@ class _Preparation:
         """Write the last shard and the manifest, unless too little of the data could be used."""
         rows = sum(int(source["rows"]) for source in self._sources)
         duplicates = self._reasons.pop(DUPLICATE, 0)
-        unusable = self._reasons.total()
+        unusable = self._reasons.total() - self._reasons[EXCLUDED]
         if self._writer.num_pairs == 0:
             left = f"no pair is left of {rows:,} rows (dropped: {_counts(self._reasons)})"
             raise UserError(
@@ -120,6 +124,7 @@ class _Preparation:
                 f"cannot be used ({_counts(self._reasons)}; the first is {self._first_unusable}); "
                 f"more than {MAX_DROPPED_SHARE:.0%} needs --allow-dropped"
             )
+        excluded = self._reasons.pop(EXCLUDED, 0)
         options = asdict(self._config)
         del options["source"], options["out"]
         self._writer.finish(
@@ -127,6 +132,11 @@ class _Preparation:
                 "splits": {name: self._splits[name] for name in ("train", "validation")},
                 "rows": rows,
                 "duplicates": duplicates,
+                "reviewed": {
+                    "excluded": excluded,
+                    "flipped": self._review.flipped,
+                    "unknown": self._review.unknown(),
+                },
                 "dropped": dict(sorted(self._reasons.items())),
                 "sources": self._sources,
                 "options": options,
@@ -141,12 +151,17 @@ class _Preparation:
             place = f"{source.given}, {source.unit} {number}"
             try:
                 pair = reader.read(fields)
-                read.append((number, pair, _identify(pair)))
+                reviewed = self._review.apply(pair, _identify(pair))
             except Broken as error:
                 raise UserError(f"{place}, {error}") from None
             except Unusable as error:
                 self._note_unusable(place, error.reason)
                 without.append((number, error.reason))
+            else:
+                if reviewed is None:
+                    without.append((number, EXCLUDED))
+                else:
+                    read.append((number, *reviewed))
         new = self._seen.add(ids_from_bytes([identity for _, _, identity in read]))
         for (number, pair, identity), is_new in zip(read, new.tolist()):
             if is_new:
@@ -206,6 +221,22 @@ def _summary(shards: PairShards) -> str:
             f"rows    {manifest['rows']:,}",
             f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation",
             f"dropped {gone}; see {shards.path / DROPPED}",
+            *_reviewed(manifest),
             f"pairs   {shards.path}",
         ]
     )
+
+
+def _reviewed(manifest: dict[str, Any]) -> list[str]:
+    """What the reviewed tables did, if any were given."""
+    options, reviewed = manifest["options"], manifest["reviewed"]
+    if not (options["exclude"] or options["flip"]):
+        return []
+    lines = [f"review  {reviewed['excluded']:,} excluded, {reviewed['flipped']:,} flipped"]
+    for file, ids in reviewed["unknown"].items():
+        shown = ", ".join(ids[:UNKNOWN_SHOWN]) + (", …" if len(ids) > UNKNOWN_SHOWN else "")
+        lines.append(
+            f"WARNING: pairs of {file} that are not in the data: {len(ids):,} ({shown}); "
+            f"all are in {MANIFEST}"
+        )
+    return lines

@@ -1,0 +1,106 @@
+"""What a person decided about single pairs: which to leave out, which to turn round.
+
+`mrpo audit` writes a table of pairs with an empty `decision` column; whoever reviews it fills in
+keep, exclude or flip, and `mrpo prepare --exclude audit.csv --flip audit.csv` reads it back. Any
+table of pair ids will do: one without the column means all of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..errors import UserError
+from .pairs import ID_BYTES, Pair
+from .sources import open_sources
+
+ID, DECISION = "pair_id", "decision"
+DECISIONS = ("keep", "exclude", "flip")
+
+Decision = Literal["exclude", "flip"]
+
+
+@dataclass(frozen=True, slots=True)
+class _ReviewColumns:
+    """The columns to read of a reviewed table."""
+
+    required: list[str] = field(default_factory=lambda: [ID])
+    optional: list[str] = field(default_factory=lambda: [DECISION])
+    flags: str = f"a reviewed table has {ID!r}, and {DECISION!r} where not all rows are meant"
+
+
+class Review:
+    """Decisions by pair id, and which of them have met their pair."""
+
+    def __init__(self, exclude: str | None, flip: str | None) -> None:
+        """Both: comma-separated files, or None. Raises `UserError` for what is no decision."""
+        self._decided: dict[bytes, tuple[Decision, str]] = {}  # with the file it stands in
+        self._met: set[bytes] = set()
+        lists: tuple[tuple[Decision, str | None], ...] = (("exclude", exclude), ("flip", flip))
+        for decision, files in lists:
+            for pair_id, place, file in _read(decision, files):
+                known, _ = self._decided.setdefault(pair_id, (decision, file))
+                if known != decision:
+                    raise UserError(
+                        f"{place}: pair {pair_id.hex()} is to be flipped and stands in --exclude "
+                        "too; decide for one of them"
+                    )
+
+    def apply(self, pair: Pair, pair_id: bytes) -> tuple[Pair, bytes] | None:
+        """The pair with its id, turned round where that was decided; None where it is left out.
+
+        A pair that was turned round by an earlier list can be left out by a later one, which
+        knows it by its new id.
+        """
+        if self._decision(pair_id) == "flip":
+            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            pair_id = pair.id
+        return None if self._decision(pair_id) == "exclude" else (pair, pair_id)
+
+    @property
+    def flipped(self) -> int:
+        """Pairs turned round so far; one that stands in the data twice counts once."""
+        return sum(self._decided[pair_id][0] == "flip" for pair_id in self._met)
+
+    def unknown(self) -> dict[str, list[str]]:
+        """For each file the ids, as hex, whose pair was not in the data."""
+        ids: dict[str, list[str]] = {}
+        for pair_id, (_, file) in self._decided.items():
+            if pair_id not in self._met:
+                ids.setdefault(file, []).append(pair_id.hex())
+        return ids
+
+    def _decision(self, pair_id: bytes) -> Decision | None:
+        if pair_id not in self._decided:
+            return None
+        self._met.add(pair_id)
+        return self._decided[pair_id][0]
+
+
+def _read(decision: Decision, files: str | None) -> Iterator[tuple[bytes, str, str]]:
+    """(pair id, place for messages, file) of every row that asks for the decision."""
+    for source in open_sources(files) if files else ():
+        for number, row in source.rows(_ReviewColumns()):
+            place = f"{source.given}, {source.unit} {number}"
+            given = str(row.get(DECISION, decision) or "").strip().lower()
+            if given not in ("", *DECISIONS):
+                raise UserError(
+                    f"{place}: {DECISION} is {given!r}; it must be {', '.join(DECISIONS)}, "
+                    "or empty, which keeps the pair"
+                )
+            if given == decision:
+                yield _pair_id(row.get(ID), place), place, source.given
+
+
+def _pair_id(value: object, place: str) -> bytes:
+    try:
+        pair_id = bytes.fromhex(value.strip()) if isinstance(value, str) else b""
+    except ValueError:
+        pair_id = b""
+    if len(pair_id) != ID_BYTES:
+        raise UserError(
+            f"{place}: {ID} is {value!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
+            "as `mrpo audit` writes them"
+        )
+    return pair_id
