@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .import_scores import import_scores
 from .shards import PairShards
 from .store import ReferenceRecord, ReferenceScores, Store, open_store
 from .store_common import readable_size, require, selected
 from .store_config import StatusConfig, VerifyConfig
-from .store_gc import gc
-from .store_transfer import pull, push
-
-__all__ = ["gc", "import_scores", "pull", "push", "status", "verify"]
 
 # Scores a sample of a reference's stored pairs again and prints how they compare; whether they do.
 Rescore = Callable[[Store, ReferenceRecord, VerifyConfig], bool]

@@ -14,7 +14,7 @@ from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store, open_store
-from mrpo.data.store_commands import gc, pull, push, status, verify
+from mrpo.data.store_commands import status, verify
 from mrpo.data.store_config import (
     GcConfig,
     PullConfig,
@@ -22,6 +22,8 @@ from mrpo.data.store_config import (
     StatusConfig,
     VerifyConfig,
 )
+from mrpo.data.store_gc import gc
+from mrpo.data.store_transfer import pull, push
 from mrpo.errors import UserError
 
 Capture = pytest.CaptureFixture[str]

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 
 from mrpo.data.store import Store
-from mrpo.data.store_commands import pull, push, verify
-from mrpo.data.store_config import PullConfig, PushConfig, VerifyConfig
+from mrpo.data.store_commands import verify
+from mrpo.data.store_config import GcConfig, PullConfig, PushConfig, VerifyConfig
+from mrpo.data.store_gc import gc
+from mrpo.data.store_transfer import pull, push
 from mrpo.errors import UserError
 
 SLOW_DOWN = (
@@ -160,6 +162,8 @@ def test_a_remote_store_does_what_a_local_one_does(url: str, make: Any) -> None:
     assert scores.set_aside() == [f"{bad}.bad"]
     assert verify(VerifyConfig(store=url)) == 0
     assert scores.missing(ids).sum() == 20
+    gc(GcConfig(store=url, delete=True))
+    assert (scores.set_aside(), scores.names()) == ([], [good])
 
 
 @pytest.mark.parametrize("fault", ["503", "stall", "cut request", "lost answer"])
