@@ -7,7 +7,6 @@ the ids of all pairs before (`duplicates.py`), written (`shards.py`). Memory hol
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,8 @@ from .duplicates import SeenIds
 from .formats import REASONS, Columns, PairReader, Unusable
 from .ids import ids_from_bytes
 from .messages import Broken
-from .pairs import Pair, Turns, canonical_json
+from .pairs import Pair
+from .prompts import is_validation
 from .reviewed import Review
 from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
@@ -56,15 +56,6 @@ def prepare(config: PrepareConfig) -> PairShards:
     shards = PairShards(out)
     print(_summary(shards))
     return shards
-
-
-def is_validation(prompt: Turns, fraction: float) -> bool:
-    """Whether a prompt is held out: its digest, as a number in [0, 1), is below the fraction.
-
-    A prompt's side depends on nothing else, and a larger fraction only adds prompts.
-    """
-    digest = hashlib.sha256(canonical_json(prompt).encode()).digest()
-    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
 def _check(config: PrepareConfig) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,8 @@ import pyarrow as pa
 from ..data.ids import ids_to_numpy
 from ..data.join import JoinedScores, matrix
 from ..data.pair_table import PAIR_COLUMNS, from_table
-from ..data.pairs import Pair, canonical_json
+from ..data.pairs import Pair
+from ..data.prompts import prompt_number
 from ..data.shards import PairShards
 from ..data.store_files import LocalFiles
 from ..errors import UserError
@@ -138,7 +138,7 @@ class ScoredPairs:
     def _scores(self, table: pa.Table, joined: pa.Table) -> PairScores:
         prompts = np.zeros(len(table), np.int64)
         if self.prompt_numbers:
-            prompts = np.array([prompt_number(pair) for pair in from_table(table)], np.int64)
+            prompts = np.array([prompt_number(pair.prompt) for pair in from_table(table)], np.int64)
         return PairScores(
             ref_chosen_logps=matrix(joined, "ref_chosen_logps"),
             ref_rejected_logps=matrix(joined, "ref_rejected_logps"),
@@ -148,12 +148,6 @@ class ScoredPairs:
             rejected_bytes=table["rejected_bytes"].to_numpy(),
             prompts=prompts,
         )
-
-
-def prompt_number(pair: Pair) -> int:
-    """A number below 2**63 that equal prompts share."""
-    digest = sha256(canonical_json(pair.prompt).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def stacked(parts: Sequence[tuple[PairScores, Rows]]) -> PairScores:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mrpo.data import prepare as prepare_module
 from mrpo.data.pairs import Pair
-from mrpo.data.prepare import is_validation
+from mrpo.data.prompts import in_fraction, is_validation
 from mrpo.errors import UserError
 from mrpo.tests.data.raw_rows import (
     all_ids,
@@ -134,13 +134,20 @@ def test_a_prompt_never_stands_on_both_sides(tmp_path: Path) -> None:
 @given(WORDS, st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_fraction_only_adds_prompts(prompt: str, one: float, other: float) -> None:
     smaller, larger = sorted((one, other))
-    assert is_validation(prompt, larger) or not is_validation(prompt, smaller)
-    assert not is_validation(prompt, 0)
+    for chosen in (is_validation, in_fraction):
+        assert chosen(prompt, larger) or not chosen(prompt, smaller)
+        assert not chosen(prompt, 0)
+        assert chosen(prompt, 1)
 
 
 def test_the_fraction_is_that_of_the_prompts() -> None:
-    held_out = sum(is_validation(f"prompt {i}", 0.2) for i in range(10_000))
-    assert abs(held_out - 2000) < 5 * (10_000 * 0.2 * 0.8) ** 0.5
+    prompts = [f"prompt {i}" for i in range(10_000)]
+    spread = 5 * (10_000 * 0.2 * 0.8) ** 0.5
+    for chosen in (is_validation, in_fraction):
+        assert abs(sum(chosen(prompt, 0.2) for prompt in prompts) - 2000) < spread
+    # What is held out says nothing about which of the others a training fraction takes.
+    training = [prompt for prompt in prompts if not is_validation(prompt, 0.5)]
+    assert abs(sum(in_fraction(prompt, 0.4) for prompt in training) - 2000) < spread
 
 
 # What is dropped
