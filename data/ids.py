@@ -62,8 +62,13 @@ class IdIndex:
 
     def __init__(self, ids: IdArray) -> None:
         high, low = halves(ids)
-        order = np.argsort(high, kind="stable")
-        self._high, self._low, self._order = high[order], low[order], order.astype(np.int32)
+        order = np.argsort(high, kind="stable").astype(np.int32)
+        # One array after the other, so that few of them are in memory at a time.
+        self._order = order
+        self._high = high[order]
+        del high
+        self._low = low[order]
+        del low
         self._shift = np.uint64(64 - max(len(ids).bit_length() - 1, 1))
         buckets = np.arange(2 ** (64 - int(self._shift)), dtype=np.uint64) << self._shift
         self._starts = np.searchsorted(self._high, buckets).astype(np.int32)

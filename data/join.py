@@ -15,7 +15,7 @@ import json
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from .digests import digest_of
 from .ids import IdIndex, ids_to_arrow, ids_to_numpy
-from .store import SCORE_SCHEMA, ReferenceRecord, Store
+from .store import SCORE_SCHEMA, ReferenceRecord, ReferenceScores, Store
 from .store_files import LocalFiles
 
 if TYPE_CHECKING:
@@ -139,27 +139,29 @@ def join(
 class _Column:
     """One reference's scores in memory, to be taken in any order: about 60 bytes a pair."""
 
-    def __init__(self, store: Store, record: ReferenceRecord) -> None:
-        parts = {name: [column] for name, column in _empty_columns().items()}
-        for table in store.scores(record.identity).tables(list(parts)):
-            for name, columns in parts.items():
-                columns.append(table[name].combine_chunks())
+    def __init__(self, scores: ReferenceScores) -> None:
+        names = scores.names()  # once: what appears later belongs to a later join
+        ids = _columns(scores.tables(["pair_id"], names), ["pair_id"])
         # The index takes the first of equal ids, and tables come in the order that decides.
-        self.index = IdIndex(np.concatenate([ids_to_numpy(ids) for ids in parts.pop("pair_id")]))
-        # One array each: taking from many chunks would join them anew for every shard.
-        self.values = pa.table({name: pa.concat_arrays(parts.pop(name)) for name in VALUES})
+        self.index = IdIndex(ids_to_numpy(ids.pop("pair_id")))
+        self.values = pa.table(_columns(scores.tables(VALUES, names), VALUES))
 
 
-def _empty_columns() -> dict[str, pa.Array]:
+def _columns(tables: Iterable[pa.Table], names: Sequence[str]) -> dict[str, pa.Array]:
+    """The columns of all tables, one array each: of many chunks, every take would join them."""
     empty = SCORE_SCHEMA.empty_table()
-    return {name: empty[name].combine_chunks() for name in ("pair_id", *VALUES)}
+    parts = {name: [empty[name].combine_chunks()] for name in names}
+    for table in tables:
+        for name in names:
+            parts[name].append(table[name].combine_chunks())
+    return {name: pa.concat_arrays(parts.pop(name)) for name in names}
 
 
 def _gather(
     pairs: PairShards, store: Store, record: ReferenceRecord, folder: Path
 ) -> tuple[JoinedReference, int]:
     """Write one reference's rows in the order of the pairs; returns how many are not scored."""
-    column = _Column(store, record)
+    column = _Column(store.scores(record.identity))
     unscored, missing = 0, Counter[str]()
     for shard in range(len(pairs.names)):
         places = column.index.find(pairs.pair_ids(shard))

@@ -23,7 +23,7 @@ from .references import ReferenceSpec, check_alias
 from .store_files import open_files
 from .store_records import ReferenceRecord, from_json, merged, to_json
 from .store_schema import SCORE_SCHEMA
-from .store_scores import ReferenceScores
+from .store_scores import BAD, ReferenceScores
 
 __all__ = ["SCORE_SCHEMA", "NotScored", "ReferenceRecord", "ReferenceScores", "Store", "open_store"]
 
@@ -69,7 +69,7 @@ class Store:
         """Write or refresh an alias of an identity; returns it with its dates.
 
         Other aliases and earlier runs of the same identity stay. Two processes that record at
-        once may lose one's run entry, never a score.
+        once may lose what one of them wrote, until it records again; never a score.
         """
         check_alias(record.alias)
         now = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -79,6 +79,8 @@ class Store:
     def merge(self, records: Sequence[ReferenceRecord]) -> list[ReferenceRecord]:
         """Write the names of one identity, as they are, beside those it has; returns all."""
         identity = records[0].identity
+        if self._is_damaged(identity):
+            self.files.rename(f"{identity}/{RECORD}", f"{identity}/{RECORD}{BAD}")
         kept = merged(self.names_of(identity), records)
         self.files.write(f"{identity}/{RECORD}", to_json(kept))
         return kept
@@ -138,11 +140,10 @@ class Store:
 
     def damaged_records(self) -> list[str]:
         """Identities whose `reference.json` is there and can't be right; changes nothing."""
-        return [
-            name
-            for name in self.identities()
-            if RECORD in self.files.names(name) and not self.names_of(name)
-        ]
+        return [name for name in self.identities() if self._is_damaged(name)]
+
+    def _is_damaged(self, identity: str) -> bool:
+        return RECORD in self.files.names(identity) and not self.names_of(identity)
 
     def names_of(self, identity: str) -> list[ReferenceRecord]:
         """The record of an identity, once for each of its names; empty where there is none.

@@ -98,12 +98,15 @@ class ReferenceScores:
             table = table.take(firsts)
         return table.select(wanted)
 
-    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """The files' rows in the deciding order, each file's digest checked before it is used.
+    def tables(
+        self, columns: Sequence[str], names: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """The rows of the files (or of those named), each file's digest checked first.
 
-        Raises `UserError` at a damaged file.
+        In the order of `names()`, which decides between two rows. Raises `UserError` at a damaged
+        file.
         """
-        for name in self.names():
+        for name in self.names() if names is None else names:
             data = self.read_file(name)
             if not intact(name, data):
                 raise UserError(self._damage(name))

@@ -235,6 +235,7 @@ def test_a_record_with_any_flipped_bit_counts_as_none_and_is_written_anew(
     assert store.damaged_records() == [record.identity]
     store.record(make.record())
     assert store.damaged_records() == []
+    assert path.with_name("reference.json.bad").read_bytes() == good[:-40]
     assert store.scores(record.identity).num_rows() == 2
 
 
