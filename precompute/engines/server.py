@@ -1,9 +1,10 @@
 """Engine server: a vLLM server that is already running, asked for prompt log-probs over HTTP.
 
-`/v1/completions` takes token ids and gives `prompt_logprobs`; it never reads the prefix cache for
-them. A server started with `--enable-scale-out` also has `/inference/v1/generate`, which may: then
-the prompt is computed once per pair here too. Each pair has a cache salt of its own, so that no
-other traffic decides what a request finds cached.
+`/v1/completions` takes token ids and gives every row's `prompt_logprobs`; it never reads the prefix
+cache for them. Started with `--enable-scale-out` on the V2 model runner (a GPU's default), a
+server also scores given ids on the responses' rows alone, at `/inference/v1/generate`; there the
+prompt is computed once per pair, and scores whose rows the cache swallowed are left out and asked
+for again. Each pair has a cache salt of its own: no other traffic decides what it finds cached.
 
 Before anything is scored, the server must show that it serves the model named in refs.yaml, with
 its tokenizer.
@@ -11,7 +12,10 @@ its tokenizer.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.client
+import io
 import json
 import os
 import secrets
@@ -55,9 +59,8 @@ class ServerEngine:
             int(self._served["max_model_len"]) - 1
         )  # it must have room for an answer
         self._check_tokenizer()
-        shares = settings.share_prompts and SHARING in self._call("/openapi.json")["paths"]
-        self._route = SHARING if shares else PLAIN
         self._version = self._call("/version").get("version")
+        self._route = SHARING if settings.share_prompts and self._scores_given_ids() else PLAIN
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -97,27 +100,49 @@ class ServerEngine:
         return scored_pair(pair, parts[CHOSEN], parts.get(REJECTED))
 
     def _logps(self, request: Request, salt: str) -> Logps:
-        common = {"model": self._served["id"], "cache_salt": salt}
-        if self._route == PLAIN:
-            body = {"prompt": request.token_ids, "max_tokens": 1, "prompt_logprobs": 0, **common}
-            rows = self._call(PLAIN, body)["choices"][0]["prompt_logprobs"]
-        else:
-            sampling = {
-                "max_tokens": 1,
-                "prompt_logprobs": 0,
-                "detokenize": False,
-                "skip_reading_prefix_cache": not request.read_cache,
-            }
-            body = {"token_ids": request.token_ids, "sampling_params": sampling, **common}
-            rows = self._call(SHARING, body)["prompt_logprobs"]
-        # The last row is that of the last token; rows from the cache may be left out in front.
-        if len(rows) - 1 < request.num_logps:
-            assert request.read_cache, "the server left out rows that no cache held"
-            return self._logps(replace(request, read_cache=False), salt)
-        wanted = zip(rows[-request.num_logps :], request.token_ids[request.first :])
+        if self._route == SHARING:
+            logps = self._given_ids(request, salt)
+            if logps is None:
+                assert request.read_cache, "the server left out rows that no cache held"
+                logps = self._given_ids(replace(request, read_cache=False), salt)
+            assert logps is not None
+            return logps
+        body = {"prompt": request.token_ids, "max_tokens": 1, "prompt_logprobs": 0}
+        rows = self._call(PLAIN, self._addressed(body, salt))["choices"][0]["prompt_logprobs"]
+        assert len(rows) == len(request.token_ids)
+        wanted = zip(rows[request.first :], request.token_ids[request.first :])
         logps = np.array([row[str(token)]["logprob"] for row, token in wanted], dtype=np.float32)
         logps[logps <= CLAMPED] = -np.inf
         return logps
+
+    def _given_ids(self, request: Request, salt: str) -> Logps | None:
+        """The log-probs by the sharing route; None where the cache swallowed a row of them."""
+        sampling = {
+            "max_tokens": 1,
+            "detokenize": False,
+            "prompt_logprob_token_ids": [[token] for token in request.token_ids[request.first :]],
+            "prompt_logprob_start": request.first - 1,
+            "skip_reading_prefix_cache": not request.read_cache,
+        }
+        body = {"token_ids": request.token_ids, "sampling_params": sampling}
+        scores = self._call(SHARING, self._addressed(body, salt))["prompt_token_id_logprobs"]
+        if scores is None:
+            return None
+        logps = np.load(io.BytesIO(base64.b64decode(scores)), allow_pickle=False)
+        assert logps.shape == (request.num_logps, 1), logps.shape
+        return np.asarray(logps[:, 0], dtype=np.float32)
+
+    def _addressed(self, body: dict[str, Any], salt: str) -> dict[str, Any]:
+        return {**body, "model": self._served["id"], "cache_salt": salt}
+
+    def _scores_given_ids(self) -> bool:
+        """Whether the server has the sharing route and the runner that it needs."""
+        if SHARING not in self._call("/openapi.json").get("paths", {}):
+            return False
+        with contextlib.suppress(UserError):
+            trial = Request(0, CHOSEN, [1, 1], first=1, read_cache=False)
+            return self._given_ids(trial, secrets.token_hex(16)) is not None
+        return False
 
     def _find_model(self) -> dict[str, Any]:
         """The served model or adapter that refs.yaml names."""

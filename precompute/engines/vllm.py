@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig
 
+from ...errors import UserError
+from ..identity import ADAPTER_CONFIG
 from .base import EngineSettings, Logps, Progress, ScoredPair, adapter_folder
 from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
 
@@ -43,7 +46,7 @@ class VllmEngine:
         self._lora, arguments = None, _arguments(settings, on_gpu)
         if settings.adapter is not None:
             folder = adapter_folder(settings)
-            arguments |= {"enable_lora": True, "max_lora_rank": _lora_rank(folder)}
+            arguments |= _lora_arguments(settings.alias, folder)
             self._lora = LoRARequest(settings.alias, 1, str(folder))
         self._llm = vllm.LLM(**arguments)
         self._engine: Any = self._llm.llm_engine
@@ -195,10 +198,26 @@ def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
     return arguments
 
 
-def _lora_rank(folder: Path) -> int:
-    config = json.loads((folder / "adapter_config.json").read_text())
+def _lora_arguments(alias: str, folder: Path) -> dict[str, Any]:
+    """Room for the adapter, and only its own modules given one.
+
+    vLLM wraps the head with every other module by default, and a wrapped head counts on one row a
+    request: prompt log-probs then fail on a CPU.
+    """
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
-    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        names = {name.partition(".lora_")[0].rpartition(".")[2] for name in weights.keys()}  # noqa: SIM118
+    if rank > LORA_RANKS[-1] or names & {"lm_head", "embed_tokens"}:
+        raise UserError(
+            f"reference {alias}: vLLM takes no adapter on head or embeddings and none of a rank "
+            f"above {LORA_RANKS[-1]}; use --engine hf"
+        )
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(allowed for allowed in LORA_RANKS if allowed >= rank),
+        "lora_target_modules": sorted(names),
+    }
 
 
 def _device_name() -> str:
