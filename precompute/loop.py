@@ -40,7 +40,7 @@ class Work:
     pairs: PairShards
     scores: ReferenceScores
     renderer: Renderer
-    engine: Engine
+    engine: Engine | None  # None where no pair is to be scored
     context: int | None  # tokens of the longest sequence the model itself takes
     limit: int | None  # the same of this run
     keep_token_logps: bool

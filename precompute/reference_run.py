@@ -97,8 +97,8 @@ class ReferenceRun:
             self._outcome.pairs += event["pairs"]
             self._outcome.tokens += event["tokens"]
             self._outcome.over_limit += event["over_limit"]
-            assert self._ready is not None
-            self._outcome.seconds = time.monotonic() - self._ready
+            if self._ready is not None:
+                self._outcome.seconds = time.monotonic() - self._ready
         elif kind == "waiting":
             self._bar.set_postfix_str(f"waiting for {event['shards']} shards of another process")
         elif kind == "error":

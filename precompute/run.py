@@ -57,11 +57,11 @@ def precompute(config: PrecomputeConfig) -> int:
     for plan in plans:
         store.record(plan.record)
         outcome = Outcome()
-        if plan.survey.missing:
+        if plan.survey.todo or plan.survey.refused:
             groups = devices[plan.reference.alias]
             job = _job(plan, pairs, store, config, engine, servers)
             outcome = ReferenceRun(job, groups, plan.survey.todo, logs).run()
-            record_run(store, plan, outcome)
+            record_run(store, plan, outcome, pairs)
         outcomes.append(outcome)
     unscored = print_summary(plans, outcomes, pairs, store)
     return _verdict(plans, outcomes, unscored)

@@ -74,10 +74,13 @@ def sort_out(
 
 
 def score_rows(
-    rows: RenderedRows, engine: Engine, *, keep_token_logps: bool, progress: Progress
+    rows: RenderedRows, engine: Engine | None, *, keep_token_logps: bool, progress: Progress
 ) -> ScoredRows:
     """Score the pairs; the rows of the store, refusals included."""
-    scored = engine.score(rows.pairs, progress)
+    scored: list[ScoredPair] = []
+    if rows.pairs:
+        assert engine is not None, "preflight saw no pair to score"
+        scored = engine.score(rows.pairs, progress)
     assert len(scored) == len(rows.pairs)
     kept = list(rows.refused)
     not_finite: list[tuple[bytes, str]] = []

@@ -15,8 +15,11 @@ from .plan import Plan, duration
 from .reference_run import Outcome
 
 
-def record_run(store: Store, plan: Plan, outcome: Outcome) -> None:
-    """Keep how the scores were made beside them: engine, versions, machine, speed, date."""
+def record_run(store: Store, plan: Plan, outcome: Outcome, pairs: PairShards) -> None:
+    """Keep how the scores were made beside them: engine, versions, machine, speed, date.
+
+    And where the pairs are, for `mrpo store verify --rescore`.
+    """
     if not outcome.pairs:
         return
     run = {
@@ -24,6 +27,7 @@ def record_run(store: Store, plan: Plan, outcome: Outcome) -> None:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "pairs": outcome.pairs,
+        "pairs_folder": str(pairs.path.resolve()),
         "tokens": outcome.tokens,
         "tokens_per_second": outcome.tokens_per_second,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -82,10 +82,12 @@ def run(job: Job, report: Report) -> None:
         encode = renderer.tokenizer.encode
         probes = {text: encode(text, add_special_tokens=False) for text in PROBES}
         settings = replace(settings, probes=probes)
-    engine = load_engine(job.engine, settings)
+    # Where every missing pair has a permanent reason, only these are to be stored.
+    engine = load_engine(job.engine, settings) if settings.longest else None
+    limits = [job.limit, engine.limit if engine else None]
     try:
-        report({"event": "ready", "facts": engine.facts})
-        limits = [limit for limit in (job.limit, engine.limit) if limit is not None]
+        if engine:
+            report({"event": "ready", "facts": engine.facts})
         score_missing(
             Work(
                 alias=settings.alias,
@@ -94,14 +96,16 @@ def run(job: Job, report: Report) -> None:
                 renderer=renderer,
                 engine=engine,
                 context=job.context,
-                limit=min(limits, default=None),
+                limit=min((limit for limit in limits if limit is not None), default=None),
                 keep_token_logps=job.keep_token_logps,
                 report=report,
             )
         )
-        report({"event": "done", "facts": engine.facts})
+        if engine:
+            report({"event": "done", "facts": engine.facts})
     finally:
-        engine.close()
+        if engine:
+            engine.close()
 
 
 def _end_with_parent() -> None:

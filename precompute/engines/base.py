@@ -43,7 +43,7 @@ class EngineSettings:
     adapter_revision: str | None = None
     autocast: bool = False  # engine hf: compute in bfloat16 over the weights' own precision
     max_tokens: int | None = None  # of one forward; None: by device
-    longest: int = 0  # tokens of the longest sequence that will be asked for
+    longest: int = 0  # tokens of the longest sequence that will be asked for; 0: none will be
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9

@@ -7,6 +7,7 @@ budget and goes on.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Sequence
@@ -72,11 +73,8 @@ class HfEngine:
         while rows or under_way:
             launched = None
             if rows:
-                try:
+                with contextlib.suppress(torch.OutOfMemoryError):
                     launched = (rows[0], *self._launch([pairs[i] for i in rows[0]]))
-                except torch.OutOfMemoryError:
-                    launched = None
-                else:
                     del rows[0]
             if under_way is not None:
                 scored |= _collect(*under_way)

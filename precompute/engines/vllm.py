@@ -180,7 +180,7 @@ def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
         "quantization": settings.quantization,
         "skip_tokenizer_init": True,  # it is given token ids, and asked for none
         "generation_config": "vllm",
-        "max_model_len": settings.longest + 1,
+        "max_model_len": min(settings.longest + 1, _exact_length(config)),
         "max_num_batched_tokens": max_tokens,
         "max_num_seqs": min(256, max_tokens),
         "tensor_parallel_size": settings.tensor_parallel_size,
@@ -196,6 +196,20 @@ def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
     else:
         arguments |= {"enforce_eager": True, "block_size": 32}
     return arguments
+
+
+def _exact_length(config: Any) -> float:
+    """Tokens up to which vLLM computes what the model's own code does.
+
+    Under LongRoPE it takes the long factors for every sequence as soon as one may be long, where
+    the model takes them for long sequences only; longer ones are for engine hf.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return float("inf")
+    own = getattr(text, "original_max_position_embeddings", None)
+    return int(rope.get("original_max_position_embeddings") or own or text.max_position_embeddings)
 
 
 def _lora_arguments(alias: str, folder: Path) -> dict[str, Any]:

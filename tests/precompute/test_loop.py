@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_a_pair_that_the_template_refuses_is_stored_with_its_reason(workspace: W
     reasons = [row["reason"] for row in workspace.by_id("mistral").values()]
     assert sorted(reasons, key=str) == [None, "template_refused"]
     assert [row["reason"] for row in workspace.by_id("qwen").values()] == [None, None]
+
+
+def test_refusals_alone_are_stored_without_an_engine(workspace: Workspace) -> None:
+    data = rows(1)
+    data[0]["chosen"][0]["content"] = "word " * 1200
+    pairs = workspace.prepare(data)
+    job = workspace.job("llama", pairs)
+    nothing = replace(job.settings, longest=0)
+    (event,) = workspace.score("llama", pairs, settings=nothing, engine="vllm")
+    assert (event["pairs"], event["refused"]) == (0, 1)
+    assert [row["reason"] for row in workspace.by_id("llama").values()] == ["beyond_context"]
 
 
 @pytest.fixture

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from mrpo.data.rendering import RenderedPair
-from mrpo.precompute.engines.base import ScoredPair
+from mrpo.errors import UserError
+from mrpo.precompute.engines.base import EngineSettings, ScoredPair
 from mrpo.precompute.engines.requests import Request
-from mrpo.precompute.engines.vllm import VllmEngine
+from mrpo.precompute.engines.vllm import VllmEngine, _arguments, _lora_arguments
 
 CLOSE = 1e-3  # nats, of a whole sequence
 
@@ -64,6 +70,52 @@ def test_the_facts_name_engine_version_and_route(vllm_engine: Any) -> None:
     assert vllm_engine.facts["engine"] == "vllm"
     assert vllm_engine.facts["route"] == "prompt_logprobs"
     assert vllm_engine.facts["max_tokens"] == 192
+
+
+class TestArguments:
+    """What vLLM is started with, without starting it."""
+
+    def test_there_is_room_for_the_longest_sequence_and_the_answer(
+        self, reference_folder: Path
+    ) -> None:
+        settings = EngineSettings(alias="llama", model=str(reference_folder), longest=700)
+        assert _arguments(settings, on_gpu=True)["max_model_len"] == 701
+
+    def test_logits_of_a_large_vocabulary_make_small_batches(self, tmp_path: Path) -> None:
+        sizes = {}
+        for vocabulary in (1_000, 150_000, 1_000_000):
+            AutoConfig.for_model("llama", vocab_size=vocabulary).save_pretrained(tmp_path)
+            settings = EngineSettings(alias="large", model=str(tmp_path), longest=100)
+            sizes[vocabulary] = _arguments(settings, on_gpu=True)["max_num_batched_tokens"]
+        assert sizes == {1_000: 8192, 150_000: 2863, 1_000_000: 2048}
+
+    def test_a_longrope_model_is_kept_to_where_vllm_computes_as_the_model_does(
+        self, tmp_path: Path
+    ) -> None:
+        factors = {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48}
+        AutoConfig.for_model(
+            "phi3",
+            pad_token_id=0,
+            max_position_embeddings=131072,
+            original_max_position_embeddings=4096,
+            rope_scaling={"type": "longrope", **factors},
+        ).save_pretrained(tmp_path)
+        settings = EngineSettings(alias="phi", model=str(tmp_path), longest=9000)
+        assert _arguments(settings, on_gpu=True)["max_model_len"] == 4096
+
+    def test_an_adapter_is_given_its_own_modules_and_rank(self, adapter_folder: Path) -> None:
+        assert _lora_arguments("llama", adapter_folder) == {
+            "enable_lora": True,
+            "max_lora_rank": 8,
+            "lora_target_modules": ["down_proj", "q_proj"],
+        }
+
+    def test_an_adapter_on_the_head_is_refused(self, adapter_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(adapter_folder, tmp_path, dirs_exist_ok=True)
+        name = "base_model.model.lm_head.lora_A.weight"
+        save_file({name: torch.zeros(4, 8)}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="reference llama: vLLM takes no adapter on head"):
+            _lora_arguments("llama", tmp_path)
 
 
 class TestReading:

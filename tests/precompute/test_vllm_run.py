@@ -33,7 +33,7 @@ def test_vllm_and_transformers_store_the_same_rows(
     (tmp_path / "hf").mkdir()
     other = Workspace(tmp_path / "hf", {"adapted": entry})
     settings = EngineSettings(
-        alias="adapted", model=str(reference_folder), adapter=str(adapter_folder)
+        alias="adapted", model=str(reference_folder), adapter=str(adapter_folder), longest=1024
     )
     other.score("adapted", pairs, settings=settings)
     for pair_id, row in other.by_id("adapted").items():

@@ -80,7 +80,9 @@ class Workspace:
     def job(self, alias: str, pairs: PairShards, **options: Any) -> Job:
         """What `precompute` would hand to this reference's worker."""
         reference = resolve_reference(load_refs(self.refs_config)[alias])
-        settings = EngineSettings(alias=alias, model=reference.model, dtype=reference.dtype)
+        settings = EngineSettings(
+            alias=alias, model=reference.model, dtype=reference.dtype, longest=1024
+        )
         job = Job(
             engine="hf",
             settings=settings,
