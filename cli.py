@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+
 from mrpo.errors import UserError
 from mrpo.settings import Setting, build, options, settings_of
 
@@ -26,11 +27,12 @@ COMMANDS = {
     "refs": ("precompute.refs_config:RefsConfig", "precompute.refs:refs"),
     "precompute": ("precompute.config:PrecomputeConfig", "precompute.run:precompute"),
     "train": ("train.config:TrainConfig", "train.run:train"),
+    "audit": ("evaluation.audit_config:AuditConfig", "evaluation.audit:audit"),
     "export": ("train.export_config:ExportConfig", "train.export:export"),
 }
 STORE_COMMANDS = {
     "status": ("data.store_config:StatusConfig", "data.store_commands:status"),
-    "verify": ("data.store_config:VerifyConfig", "data.store_commands:verify"),
+    "verify": ("data.store_config:VerifyConfig", "precompute.verify:verify"),
     "gc": ("data.store_config:GcConfig", "data.store_gc:gc"),
     "push": ("data.store_config:PushConfig", "data.store_transfer:push"),
     "pull": ("data.store_config:PullConfig", "data.store_transfer:pull"),
