@@ -8,6 +8,7 @@ templates are written after each family's published format.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -74,11 +75,22 @@ def write_reference(
     """Write an untrained model with its tokenizer as `save_pretrained` does; return the folder."""
     tokenizer = build_tokenizer(family, texts, vocab_size)
     model = build_model(family, len(tokenizer), hidden_size=hidden_size, layers=layers, seed=seed)
+    return save_reference(model, tokenizer, folder)
+
+
+def save_reference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str | Path
+) -> Path:
+    """Write both as `save_pretrained` does; the folder appears complete."""
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Path(folder)
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    return partial.rename(folder)
 
 
 def build_model(
