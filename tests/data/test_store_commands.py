@@ -14,7 +14,7 @@ from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store, open_store
-from mrpo.data.store_commands import status, verify
+from mrpo.data.store_commands import status, verify_digests
 from mrpo.data.store_config import (
     GcConfig,
     PullConfig,
@@ -108,11 +108,11 @@ def test_verify_names_each_damaged_file_exits_1_and_changes_nothing(
     record = store.record(make.record())
     bad = store.scores(record.identity).add(make.scores(make.ids(5)))
     store.scores(record.identity).add(make.scores(make.ids(5, seed=1)))
-    assert verify(VerifyConfig(store=store.root)) == 0
+    assert verify_digests(VerifyConfig(store=store.root)) == 0
     damage(Path(store.root) / record.identity / "scores" / bad)
     damage(Path(store.root) / record.identity / "reference.json")
     before = files_of(store)
-    assert verify(VerifyConfig(store=store.root)) == 1
+    assert verify_digests(VerifyConfig(store=store.root)) == 1
     out = capsys.readouterr().out
     assert f"damaged {store.root}/{record.identity}/scores/{bad}\n" in out
     assert f"damaged {store.root}/{record.identity}/reference.json\n" in out
@@ -120,30 +120,20 @@ def test_verify_names_each_damaged_file_exits_1_and_changes_nothing(
     assert files_of(store) == before
 
 
-def test_verify_of_chosen_references_and_with_a_sample_scored_again(
-    store: Store, make: Any
-) -> None:
+def test_verify_of_chosen_references(store: Store, make: Any) -> None:
     good, bad = (store.record(make.record(name, name * 40)) for name in "ab")
     for record in (good, bad):
         store.scores(record.identity).add(make.scores(make.ids(5)))
     damage(next((Path(store.root) / bad.identity / "scores").iterdir()))
-    assert verify(VerifyConfig(store=store.root, refs="a")) == 0
-    assert verify(VerifyConfig(store=store.root, refs=f"b@{bad.identity[:6]}")) == 1
+    assert verify_digests(VerifyConfig(store=store.root, refs="a")) == 0
+    assert verify_digests(VerifyConfig(store=store.root, refs=f"b@{bad.identity[:6]}")) == 1
     with pytest.raises(UserError, match="knows no 'c'; it has a, b"):
-        verify(VerifyConfig(store=store.root, refs="a,c"))
-    asked = []
-
-    def rescore(_: Store, record: Any, config: VerifyConfig) -> bool:
-        asked.append((record.alias, config.rescore))
-        return False
-
-    assert verify(VerifyConfig(store=store.root, refs="a", rescore=3), rescore) == 1
-    assert asked == [("a", 3)]
+        verify_digests(VerifyConfig(store=store.root, refs="a,c"))
 
 
 def test_a_wrong_path_is_no_healthy_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no references"):
-        verify(VerifyConfig(store=str(tmp_path)))
+        verify_digests(VerifyConfig(store=str(tmp_path)))
 
 
 @pytest.fixture
@@ -230,7 +220,7 @@ def test_push_leaves_damaged_files_behind_and_says_so(
     assert "left    1 damaged files behind" in capsys.readouterr().out
     other = Store(tmp_path / "other")
     assert other.scores(record.identity).num_rows() == 10
-    assert verify(VerifyConfig(store=other.root)) == 0
+    assert verify_digests(VerifyConfig(store=other.root)) == 0
 
 
 def test_pull_joins_names_and_keeps_the_newer_date(store: Store, make: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from mrpo.data.store import Store
-from mrpo.data.store_commands import verify
+from mrpo.data.store_commands import verify_digests
 from mrpo.data.store_config import GcConfig, PullConfig, PushConfig, VerifyConfig
 from mrpo.data.store_gc import gc
 from mrpo.data.store_transfer import pull, push
@@ -156,11 +156,11 @@ def test_a_remote_store_does_what_a_local_one_does(url: str, make: Any) -> None:
     path = f"{url.split('://')[1]}/{record.identity}/scores/{bad}"
     system = fsspec.url_to_fs(url)[0]
     system.pipe_file(path, system.cat_file(path)[:-1])
-    assert verify(VerifyConfig(store=url)) == 1
+    assert verify_digests(VerifyConfig(store=url)) == 1
     assert scores.check() == [bad]
     assert scores.names() == [good]
     assert scores.set_aside() == [f"{bad}.bad"]
-    assert verify(VerifyConfig(store=url)) == 0
+    assert verify_digests(VerifyConfig(store=url)) == 0
     assert scores.missing(ids).sum() == 20
     gc(GcConfig(store=url, delete=True))
     assert (scores.set_aside(), scores.names()) == ([], [good])
