@@ -1,0 +1,174 @@
+"""What a comparison says, in words: several references or one, which one, how sure that is.
+
+Sentences are chosen by the intervals, never by the values alone. Where the intervals leave a
+question open they say so, and how many held-out pairs would settle it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .comparison import Standing
+from .intervals import Interval
+
+MATTERS = 0.01  # share of pairs: a gain that would be worth several references
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """All that the sentences are about."""
+
+    yardsticks: Sequence[str]  # in words, the one that decides first
+    fractions: Sequence[float]  # rising; the last decides
+    standings: Mapping[str, Sequence[Standing]]  # by yardstick, one for each fraction
+    references: Mapping[str, str]  # of each method with one reference, the alias
+    growth: Mapping[str, Interval]  # of each method, from the last fraction but one to the last
+    pairs: int  # held-out
+    seeds: int
+    missing: int  # runs that failed
+
+
+def verdict(outcome: Outcome) -> list[str]:
+    """Sentences, the answer first."""
+    deciding = outcome.yardsticks[0]
+    final = outcome.standings[deciding][-1]
+    lines = [*_answer(final, outcome), *_others_say(outcome), *_by_size(outcome)]
+    if outcome.seeds == 1:
+        lines.append("One seed: the intervals know nothing of the spread between runs.")
+    if outcome.missing:
+        lines.append(
+            f"{outcome.missing} runs FAILED and are missing here; run the same command again."
+        )
+    lines.append(
+        f"Judged by {deciding} on {outcome.pairs:,} held-out pairs; intervals of gains hold "
+        "together at 95 %."
+    )
+    return lines
+
+
+def stance(standing: Standing) -> str:
+    """better, worse or open: whether several references beat the best single one."""
+    if any(gain.gain.low > 0 for gain in standing.gains):
+        return "better"
+    return "worse" if all(gain.gain.high < 0 for gain in standing.gains) else "open"
+
+
+def points(value: Interval) -> str:
+    """A difference of shares.
+
+    >>> points(Interval(0.0125, -0.004, 0.029))
+    '+1.2 points (−0.4 to +2.9)'
+    """
+    low, high = _signed(value.low), _signed(value.high)
+    return f"{_signed(value.value)} points ({low} to {high})"
+
+
+def _answer(final: Standing, outcome: Outcome) -> list[str]:
+    """Whether several references are worth it."""
+    if final.best_single is None:
+        return [
+            "No method here has a single reference, so what several gain can't be told; "
+            "add dpo:ALIAS for each reference to --methods."
+        ]
+    name = outcome.references[final.best_single]
+    which = _which(final, outcome)
+    if not final.gains:
+        return [which]
+    best = final.gains[0]
+    if stance(final) == "better":
+        beating = [gain for gain in final.gains if gain.gain.low > 0]
+        lines = [
+            f"Several references beat one here: {beating[0].method} gains "
+            f"{points(beating[0].gain)} over {best.over}, the best with one."
+        ]
+        lines += [f"So does {gain.method}: {points(gain.gain)}." for gain in beating[1:]]
+        return [*lines, which]
+    settled = best.gain.high <= MATTERS
+    until = "" if settled else " until more pairs show otherwise"
+    lines = [
+        f"One reference is enough here{until}, and it is {name}: {best.method}, the best with "
+        f"several, stands at {points(best.gain)} against {best.over}."
+    ]
+    lines += [] if settled else [_open(best.gain, outcome.pairs)]
+    return [*lines, which] if final.tied_singles else lines
+
+
+def _which(final: Standing, outcome: Outcome) -> str:
+    """How sure the best single reference is the best."""
+    assert final.best_single is not None
+    name = outcome.references[final.best_single]
+    if len(outcome.references) == 1:
+        return f"No other single reference than {name} was tried."
+    if not final.tied_singles:
+        return f"Of single references {name} is clearly the best."
+    tied = ", ".join(outcome.references[method] for method in final.tied_singles)
+    return f"Of single references {name} does best, but {tied} can't be told from it."
+
+
+def _open(gain: Interval, pairs: int) -> str:
+    """What the interval can't rule out, and what would."""
+    half = (gain.high - gain.low) / 2
+    needed = pairs * (half / MATTERS) ** 2
+    return (
+        f"A gain of up to {100 * gain.high:.1f} points can't be ruled out; telling a gain of "
+        f"{100 * MATTERS:.0f} point from none takes about {_round(needed):,} held-out pairs."
+    )
+
+
+def _others_say(outcome: Outcome) -> list[str]:
+    """The other yardsticks, where one of them gives another answer."""
+    deciding, *others = outcome.yardsticks
+    final = outcome.standings[deciding][-1]
+    if not final.gains:
+        return []
+    answers = {
+        "better": "several references do beat one",
+        "worse": "several references do worse than one",
+        "open": "no gain of several references is shown",
+    }
+    lines = []
+    for yardstick in others:
+        other = outcome.standings[yardstick][-1]
+        if other.gains and stance(other) != stance(final):
+            first = other.gains[0]
+            lines.append(
+                f"Judged by {yardstick} instead, {answers[stance(other)]}: {first.method} against "
+                f"{first.over} {points(first.gain)}."
+            )
+    return lines or ["The other yardsticks give the same answer."] * bool(others)
+
+
+def _by_size(outcome: Outcome) -> list[str]:
+    """What less data would have said, and whether more would help."""
+    if len(outcome.fractions) < 2:
+        return []
+    standings = outcome.standings[outcome.yardsticks[0]]
+    final = standings[-1]
+    lines = []
+    for fraction, standing in zip(outcome.fractions[:-1], standings):
+        if standing.gains and final.gains and stance(standing) != stance(final):
+            gain = standing.gains[0]
+            lines.append(
+                f"With {fraction:.3g} of the training pairs the answer is another: {gain.method} "
+                f"against {gain.over} {points(gain.gain)}."
+            )
+    best = max(outcome.growth, key=lambda name: final.accuracy[name].value)
+    change, step = outcome.growth[best], outcome.fractions[-2:]
+    grows = change.low > 0
+    lines.append(
+        f"From {step[0]:.3g} to {step[1]:.3g} of the training pairs {best} changes by "
+        f"{points(change)}: "
+        + ("more pairs would help." if grows else "no sign that more pairs would help.")
+    )
+    return lines
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _round(count: float) -> int:
+    """To two digits, upwards: it is no more than an order of magnitude."""
+    size = 10 ** max(len(str(int(count))) - 2, 0)
+    return int(-(-count // size) * size)
