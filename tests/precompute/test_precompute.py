@@ -64,6 +64,19 @@ def test_a_dry_run_counts_everything_and_writes_nothing(
     assert not Path(workspace.store.root).exists()
 
 
+def test_preflight_counts_the_same_on_many_cores(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.prepare(rows(10), shard_pairs=4)
+    config = workspace.config(refs="llama,qwen", dry_run=True)
+    precompute(config)
+    alone = capsys.readouterr().out.partition("engine hf")[2]
+    monkeypatch.setattr(preflight, "POOL_PAIRS", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    precompute(config)
+    assert capsys.readouterr().out.partition("engine hf")[2] == alone
+
+
 def test_a_reference_that_fails_costs_the_others_nothing(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,6 +306,8 @@ def test_text_pairs_for_a_model_with_a_chat_template_are_warned_of(
         ({"engine": "server", "server": "http://a:1"}, "a server serves one model"),
         ({"engine": "server", "server": "llama=a:1", "refs": "llama"}, "has no URL for llama"),
         ({"engine": "vllm", "bf16": True}, "--bf16 is of engine hf"),
+        ({"max_tokens": 0}, "--max-tokens 0: must be 1 or more"),
+        ({"gpu_memory_utilization": 90}, "--gpu-memory-utilization 90: must be above 0"),
     ],
 )
 def test_a_users_mistake_stops_before_any_work(
@@ -307,7 +322,7 @@ def test_a_users_mistake_stops_before_any_work(
 def test_vllm_that_is_not_there_is_a_users_mistake(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mrpo.precompute.run.find_spec", lambda name: None)
+    monkeypatch.setattr("mrpo.precompute.placement.find_spec", lambda name: None)
     with pytest.raises(UserError, match="vLLM is not installed"):
         precompute(workspace.config(engine="vllm"))
 
