@@ -4,9 +4,10 @@ With logits z = head(hidden) and the target t, logp = z_t - log sum_j exp(z_j), 
 d logp / d z_j = [j = t] - p_j. The rows are walked in chunks; of a chunk's logits there remain the
 log-probs and, within a budget of bytes, the slopes: what exceeds it is computed again backward.
 
-Forward and backward on one thread (Zen 4), 1,536 rows, width 256, vocabulary 16,384, float32:
-slopes kept (100 MB) 0.49 s, computed again 0.68 s; log_softmax of all logits 0.67 s (300 MB),
-`torch.utils.checkpoint` of each chunk 0.82 s. `benchmarks/head.py` measures it anew.
+Processor time of forward and backward on one thread (Zen 4), 1,536 rows, width 256, vocabulary
+16,384, float32, and peak memory above what was there before: slopes kept 0.51 s and 240 MiB,
+computed again 0.70 s and 100 MiB; log_softmax of all logits 0.70 s and 360 MiB, checkpointed
+chunks of 256 rows 0.85 s and 520 MiB. `benchmarks/head.py` measures it anew.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from .attention import FLEX, SDPA, PackedMasks
 from .head import KEEP_BYTES, LogitRule, chunk_rows, token_logps
 from .load import causal_lm, default_attention, layer_windows, packs, rope_limit, set_attention
@@ -44,6 +45,8 @@ class SequenceLogps(nn.Module):
         self.keep_bytes = keep_bytes
         self.packs = packs(self.lm.config)
         self.rope_limit = rope_limit(self.lm.config)
+        # Of an architecture that the tests do not cover, the head is tried once.
+        self._head_is_known = self.packs and self.lm.config.get_text_config() is self.lm.config
         if self.lm.config._attn_implementation not in (SDPA, FLEX):
             set_attention(self.lm, default_attention(self.lm.device))
         if not self.packs:
@@ -82,6 +85,9 @@ class SequenceLogps(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Log-probs in nats of the scored tokens, in the batch's order."""
+        if not self._head_is_known:
+            check_head(self.lm, batch.input_ids[:1, :8])
+            self._head_is_known = True
         hidden = self._hidden(batch).flatten(0, 1).index_select(0, batch.predict)
         head, rule = self.lm.get_output_embeddings(), logit_rule(self.lm)
         vocabulary = self.lm.config.get_text_config().vocab_size
@@ -160,6 +166,26 @@ def logit_rule(lm: PreTrainedModel) -> LogitRule:
     config = lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise `UserError` where the model's logits are not those of its decoder, head and rule."""
+    hidden = lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    head = lm.get_output_embeddings()
+    expected = lm(input_ids=input_ids, use_cache=False).logits
+    if head is not None:
+        ours = logit_rule(lm).apply(head(hidden.to(head.weight.dtype)).float())
+        # The model may have rounded to bfloat16 after each operation.
+        if (
+            ours.shape == expected.shape
+            and (ours - expected).abs().max() <= 0.02 * ours.abs().max()
+        ):
+            return
+    raise UserError(
+        f"{lm.config.model_type} changes its logits in a way that is not known here; "
+        "score it with --engine vllm, or choose another model"
+    )
 
 
 def sum_by_sequence(values: Tensor, batch: Batch) -> Tensor:
