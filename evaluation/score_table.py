@@ -1,0 +1,189 @@
+"""Pairs and everything that the store has of them under several references, in memory.
+
+    table = load_scores(PairShards("pairs"), store, records, sample=20_000)
+
+For commands that look at scores and not at texts: `doctor` and `evaluate`. Arrays are [N, 2]
+(pairs, chosen and rejected) for each reference; NaN stands for what is not known. A sample keeps
+the memory small whatever the data set's size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..data.ids import IdArray, IdIndex, ids_to_numpy
+from ..data.pair_table import PAIR_COLUMNS, from_table
+from ..data.pairs import Pair, response_bytes
+from ..data.prompts import prompt_number
+from ..data.shards import PairShards
+from ..data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from ..train.scores import PairScores
+
+NOT_SCORED = "not_scored"  # the reason of a pair that the store has no row of
+BRANCHES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReferenceScores:
+    """What one reference said of N pairs; the columns of the store as arrays."""
+
+    record: ReferenceRecord
+    logps: np.ndarray  # [N, 2] nats, summed over the response
+    end_logps: np.ndarray  # [N, 2] the end-of-turn part of them
+    tokens: np.ndarray  # [N, 2] scored tokens
+    prompt_tokens: np.ndarray  # [N]
+    boundary: np.ndarray  # [N, 2] 1 where the first scored token begins inside the prompt, else 0
+    reasons: np.ndarray  # [N] why there is no score; "" where there is one
+
+    @property
+    def alias(self) -> str:
+        return self.record.alias
+
+    @property
+    def scored(self) -> np.ndarray:
+        """[N] bool."""
+        return ~np.isnan(self.logps).any(axis=1)
+
+    @property
+    def margins(self) -> np.ndarray:
+        """[N] log pi(chosen) − log pi(rejected), nats."""
+        return self.logps[:, 0] - self.logps[:, 1]
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Pairs without a score by reason, the most frequent first."""
+        return dict(Counter(reason for reason in self.reasons if reason).most_common())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScoreTable:
+    """N pairs, and their scores under each reference."""
+
+    places: np.ndarray  # [N, 2] shard, and row within it
+    ids: IdArray  # [N]
+    sources: np.ndarray  # [N] text
+    prompts: np.ndarray  # [N] integers, equal for equal prompts
+    prompt_bytes: np.ndarray  # [N] UTF-8 bytes of the prompt's contents
+    response_bytes: np.ndarray  # [N, 2]
+    references: list[ReferenceScores]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def aliases(self) -> list[str]:
+        return [reference.alias for reference in self.references]
+
+    def pair_scores(self) -> PairScores:
+        """The same as a method takes them: [N, K]."""
+        logps = np.stack([reference.logps for reference in self.references], axis=2)
+        tokens = np.stack([reference.tokens for reference in self.references], axis=2)
+        return PairScores(
+            ref_chosen_logps=logps[:, 0],
+            ref_rejected_logps=logps[:, 1],
+            ref_chosen_tokens=tokens[:, 0],
+            ref_rejected_tokens=tokens[:, 1],
+            chosen_bytes=self.response_bytes[:, 0],
+            rejected_bytes=self.response_bytes[:, 1],
+            prompts=self.prompts,
+        )
+
+
+def load_scores(
+    pairs: PairShards,
+    store: Store,
+    records: Sequence[ReferenceRecord],
+    *,
+    split: str | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+) -> ScoreTable:
+    """The pairs of a split (of all by default), or a random sample of them, with their scores."""
+    table, places = _read_pairs(pairs, split, sample, seed)
+    ids = ids_to_numpy(table["pair_id"])
+    texts = from_table(table)
+    return ScoreTable(
+        places=places,
+        ids=ids,
+        sources=table["source"].to_numpy(zero_copy_only=False),
+        prompts=np.array([prompt_number(pair.prompt) for pair in texts], np.int64),
+        prompt_bytes=np.array([response_bytes(pair.prompt) for pair in texts], np.float64),
+        response_bytes=np.stack([_numbers(table, f"{name}_bytes") for name in BRANCHES], axis=1),
+        references=[_read_scores(store, record, ids) for record in records],
+    )
+
+
+def pairs_at(pairs: PairShards, places: np.ndarray) -> list[Pair]:
+    """The pairs at the given places [n, 2], in that order."""
+    return [pairs.pairs(int(shard), [int(row)])[0] for shard, row in places]
+
+
+def _read_pairs(
+    pairs: PairShards, split: str | None, sample: int | None, seed: int
+) -> tuple[pa.Table, np.ndarray]:
+    """Rows of the shards in their order, and their places [N, 2]."""
+    splits = [_splits(pairs, shard) for shard in range(len(pairs.names))]
+    rows = [np.flatnonzero((names == split) | (split is None)) for names in splits]
+    places = np.concatenate([np.stack([np.full_like(r, i), r], 1) for i, r in enumerate(rows)])
+    if sample is not None and sample < len(places):
+        kept = np.random.default_rng(seed).choice(len(places), sample, replace=False)
+        places = places[np.sort(kept)]
+    columns = list(dict.fromkeys(["pair_id", *PAIR_COLUMNS, "chosen_bytes", "rejected_bytes"]))
+    parts = []
+    for shard in range(len(pairs.names)):
+        wanted = places[places[:, 0] == shard, 1]
+        if len(wanted) or not parts:
+            parts.append(pairs.table(shard, columns).take(pa.array(wanted)))
+    return pa.concat_tables(parts), places
+
+
+def _splits(pairs: PairShards, shard: int) -> np.ndarray:
+    return pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
+
+
+def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> ReferenceScores:
+    """One reference's rows for the given pairs; of two rows for a pair the first counts."""
+    index = IdIndex(ids)
+    rows = pa.table(
+        {
+            field.name: pa.nulls(len(ids), field.type)
+            for field in SCORE_SCHEMA
+            if field.name != "pair_id"
+        }
+    )
+    source = np.full(len(ids), -1)
+    parts, count = [rows.slice(0, 0)], 0
+    for table in store.scores(record.identity).tables(SCORE_SCHEMA.names):
+        at = index.find(ids_to_numpy(table["pair_id"]))
+        new = (at >= 0) & (source[at] < 0)
+        taken = table.filter(pa.array(new)).drop_columns("pair_id")
+        source[at[new]] = np.arange(count, count + len(taken))
+        parts.append(taken)
+        count += len(taken)
+    found = pa.concat_tables(parts).take(pa.array(source, mask=source < 0))
+    reasons = pc.fill_null(found["reason"], "").to_numpy(zero_copy_only=False)
+    return ReferenceScores(
+        record=record,
+        logps=_both(found, "logp"),
+        end_logps=_both(found, "end_logp"),
+        tokens=_both(found, "tokens"),
+        prompt_tokens=_numbers(found, "prompt_tokens"),
+        boundary=_both(found, "boundary"),
+        reasons=np.where(source < 0, NOT_SCORED, reasons),
+    )
+
+
+def _both(table: pa.Table, name: str) -> np.ndarray:
+    """[N, 2] from the columns of both branches."""
+    return np.stack([_numbers(table, f"{branch}_{name}") for branch in BRANCHES], axis=1)
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A column as float64, NaN where null."""
+    return pc.cast(table[name], pa.float64()).to_numpy().astype(np.float64)
