@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from store_generated import SMALL, generate
 
@@ -33,9 +33,9 @@ from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.data.store_commands import status
 from mrpo.data.store_config import StatusConfig
-from mrpo.train.methods import parse_method
-from mrpo.train.rows import ScoredPairs
-from mrpo.train.stream import PairStream, Position
+
+if TYPE_CHECKING:
+    from mrpo.train.stream import PairStream
 
 STREAMED = 1_000_000  # rows after which the rate is taken
 MB = 2**20
@@ -56,15 +56,10 @@ def measure_status(folder: Path) -> dict[str, float]:
 
 
 def measure_missing(folder: Path) -> dict[str, float]:
-    """What of the grown data set each reference lacks, one after another."""
-    store, pairs = Store(folder / "store"), PairShards(folder / "grown")
+    """What of the grown data set each reference lacks: the same command with --pairs."""
     started = time.perf_counter()
-    missing = 0
-    for record in store.references():
-        scores = store.scores(record.identity)
-        for shard in range(len(pairs.names)):
-            missing += int(scores.missing(pairs.pair_ids(shard), refresh=shard == 0).sum())
-    return {"seconds": time.perf_counter() - started, "missing": missing}
+    status(StatusConfig(store=str(folder / "store"), pairs=str(folder / "grown")))
+    return {"seconds": time.perf_counter() - started}
 
 
 def measure_join(folder: Path) -> dict[str, float]:
@@ -78,6 +73,11 @@ def measure_join(folder: Path) -> dict[str, float]:
 
 def open_stream(pairs: Path, joined: Path, resumed: bool = False) -> PairStream:
     """The stream as a training run opens it, method mrpo, but for the tokenizer."""
+    # Here, because what needs no torch is measured without its memory.
+    from mrpo.train.methods import parse_method
+    from mrpo.train.rows import ScoredPairs
+    from mrpo.train.stream import PairStream
+
     scores = JoinedScores(joined)
     source = ScoredPairs(PairShards(pairs), scores, prompt_numbers=False)
     method = parse_method("mrpo", scores.aliases)
@@ -112,6 +112,8 @@ def streamed(pairs: Path, joined: Path) -> dict[str, float]:
 
 def measure_resume(folder: Path) -> dict[str, float]:
     """From nothing open to the first batch in the middle of the epoch."""
+    from mrpo.train.stream import Position
+
     started = time.perf_counter()
     stream = open_stream(folder / "pairs", folder / "joined", resumed=True)
     opened = time.perf_counter()

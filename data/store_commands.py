@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
+from .ids import IdArray
 from .shards import PairShards
 from .store import ReferenceRecord, ReferenceScores, open_store
 from .store_common import readable_size, require, selected
 from .store_config import StatusConfig, VerifyConfig
 
+SLICE = 2**20  # pairs looked up at a time
+
 
 def status(config: StatusConfig) -> None:
     """Print every reference with its rows, size, date and engine, the last recorded first."""
     store = open_store(config.store)
-    shards = PairShards(config.pairs) if config.pairs else None
     lines = [["reference", "identity", "rows", "size", "recorded", "engine", "model"]]
-    if shards is not None:
-        lines[0].append(f"missing of {shards.num_pairs:,}")
+    ids = _pair_ids(PairShards(config.pairs)) if config.pairs else None
+    if ids is not None:
+        lines[0].append(f"missing of {len(ids):,}")
     total, asides = 0, 0
     for identity in store.identities():
         scores = store.scores(identity)
@@ -28,8 +33,8 @@ def status(config: StatusConfig) -> None:
         asides += len(scores.set_aside())
         names = store.names_of(identity)
         line = _describe(identity, names, scores)
-        if shards is not None:
-            line.append(f"{_missing(scores, shards):,}")
+        if ids is not None:
+            line.append(f"{_missing(scores, ids):,}")
         lines.append(line)
     newest_first = sorted(lines[1:], key=lambda line: line[4], reverse=True)
     print(*_columns([lines[0], *newest_first]), sep="\n")
@@ -78,13 +83,17 @@ def _describe(identity: str, names: list[ReferenceRecord], scores: ReferenceScor
     ]
 
 
-def _missing(scores: ReferenceScores, shards: PairShards) -> int:
-    first = scores.missing(shards.pair_ids(0))
-    rest = (
-        scores.missing(shards.pair_ids(shard), refresh=False)
-        for shard in range(1, len(shards.names))
+def _pair_ids(shards: PairShards) -> IdArray:
+    return np.concatenate([shards.pair_ids(shard) for shard in range(len(shards.names))])
+
+
+def _missing(scores: ReferenceScores, ids: IdArray) -> int:
+    """How many pairs have no row. In slices: ten million at once would take a gigabyte more."""
+    starts = range(0, len(ids), SLICE)
+    return sum(
+        int(scores.missing(ids[start : start + SLICE], refresh=start == 0).sum())
+        for start in starts
     )
-    return int(first.sum()) + sum(int(missing.sum()) for missing in rest)
 
 
 def _columns(lines: list[list[str]]) -> Iterable[str]:

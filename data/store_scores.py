@@ -177,6 +177,7 @@ class _KnownIds:
             return
         self.names.update(names)
         new = np.concatenate(ids)
+        ids.clear()  # millions of ids twice would be the peak of memory
         while self._parts and len(self._parts[-1]) < 2 * len(new):
             new = np.concatenate([self._parts.pop().ids(), new])
         self._parts.append(IdIndex(new))
