@@ -29,6 +29,7 @@ COMMANDS = {
     "train": ("train.config:TrainConfig", "train.run:train"),
     "audit": ("evaluation.audit_config:AuditConfig", "evaluation.audit:audit"),
     "export": ("train.export_config:ExportConfig", "train.export:export"),
+    "demo": ("demo.config:DemoConfig", "demo.run:demo"),
 }
 STORE_COMMANDS = {
     "status": ("data.store_config:StatusConfig", "data.store_commands:status"),
