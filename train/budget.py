@@ -2,7 +2,10 @@
 
 `--max-tokens auto` starts at a size that any device takes well. On a GPU it grows, by what the
 last steps have used, until memory is nearly full; on a CPU longer rows are no faster. Whenever
-memory runs out the budget is halved and the step repeated. Every rank decides alike.
+memory runs out the budget is halved and the step repeated, and every rank decides alike.
+
+A rank that ran out in the middle of a sharded forward would leave the others waiting for it. So
+several processes set memory aside before they begin, and agree on whether all could.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ class TokenBudget:
     tokens: int
     grows: bool
     steady: int = 0  # bytes on the device between two steps
+    per_token: float = 0.0  # bytes that a step has taken on top, for each token of its largest row
 
     @classmethod
     def of(cls, max_tokens: int | str, device: torch.device, last: int | None) -> TokenBudget:
@@ -32,6 +36,17 @@ class TokenBudget:
         if max_tokens != "auto":
             return cls(int(max_tokens), grows=False)
         return cls(last or START[device.type], grows=device.type == "cuda")
+
+    def fits(self, row_tokens: int, ranks: Ranks) -> bool:
+        """Whether a row's memory can be had at this moment, as far as earlier steps tell."""
+        if ranks.device.type != "cuda":
+            return True
+        try:
+            # Given back at once, to the allocator that the row will take it from.
+            torch.empty(int(self.per_token * row_tokens), dtype=torch.uint8, device=ranks.device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def halve(self, largest: int) -> None:
         """Make room after memory ran out on a plan whose largest micro-batch had `largest` pairs.
@@ -43,28 +58,31 @@ class TokenBudget:
                 "out of memory with a micro-batch of one pair; use --gradient-checkpointing, "
                 "--lora-rank 16, a smaller --max-length, or more devices with torchrun"
             )
+        torch.cuda.empty_cache()
         self.tokens = max(1, self.tokens // 2)
         self.grows = False
 
     def watch(self, ranks: Ranks) -> None:
         """Begin to measure what a step takes."""
-        if self.grows:
+        if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ranks.device)
             self.steady = torch.cuda.memory_allocated(ranks.device)
 
-    def grow(self, ranks: Ranks, row_tokens: int) -> None:
-        """After a step that needed several micro-batches of up to `row_tokens`: take what is left.
+    def learn(self, row_tokens: int, ranks: Ranks, *, bound: bool) -> None:
+        """After a step with rows of up to `row_tokens`: what they took, and room for longer ones.
 
-        What a row needs is reckoned in proportion to its tokens. Gradients, which do not grow with
-        it, are counted in, so that the budget comes near the limit from below.
+        Gradients, which do not grow with the rows, are counted in, so that the budget comes near
+        the limit from below. It grows where it was what bounded the rows.
         """
-        if not self.grows:
+        if ranks.device.type != "cuda":
+            return
+        used = torch.cuda.max_memory_allocated(ranks.device) - self.steady
+        seen = torch.tensor([used / row_tokens, float(self.steady)])
+        self.per_token, steady = ranks.max(seen).tolist()
+        if not (self.grows and bound):
             return
         total = torch.cuda.get_device_properties(ranks.device).total_memory
-        used = torch.cuda.max_memory_allocated(ranks.device) - self.steady
-        needed = torch.tensor([used / row_tokens, float(self.steady)])
-        per_token, steady = ranks.max(needed).tolist()
-        affordable = int((FULL * total - steady) / per_token)
+        affordable = int((FULL * total - steady) / self.per_token)
         if affordable < 1.05 * self.tokens:
             self.grows = False
         else:

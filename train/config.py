@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 from ..errors import UserError
 
-
 POSITIVE = (
     "learning_rate", "num_train_epochs", "max_steps", "batch_pairs", "max_length", "max_tokens",
     "lora_rank", "lora_alpha", "logging_steps", "eval_steps", "eval_pairs", "save_steps",

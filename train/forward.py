@@ -39,7 +39,7 @@ class PairLogps(NamedTuple):
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    computed_tokens: int  # what the decoder went through: a shared prompt once, padding included
+    tokens: int  # what the decoder went through: a shared prompt once, padding included
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..model.packing import packed_tokens
 from . import checkpoint
 from .budget import TokenBudget, is_out_of_memory
 from .checkpoint import TrainState
@@ -115,36 +116,46 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
 
 
 def backward(run: Run, batch: StepBatch) -> None:
-    """Gradients of the batch's mean loss, in micro-batches; with half the budget if memory ends.
+    """Gradients of the batch's mean loss; all anew with half the budget if memory runs out."""
+    ranks, budget = run.forward.ranks, run.budget
+    while True:
+        # A function of the step alone: resumed or repeated, dropout falls as it would have.
+        torch.manual_seed((run.config.seed << 32) + run.state.step * ranks.world + ranks.rank)
+        run.optimizer.zero_grad(set_to_none=True)
+        budget.watch(ranks)
+        shares = run.forward.shares(batch.pairs, budget.tokens)
+        longest = max(sum(packed_tokens(batch.pairs[row]) for row in rows) for rows, _ in shares)
+        if not ranks.any(ranks.world > 1 and not budget.fits(longest, ranks)):
+            try:
+                totals = micro_batches(run, batch, shares)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if ranks.world > 1:  # the others wait in a collective: torchrun ends them
+                    raise UserError(
+                        f"step {run.state.step + 1}: rank {ranks.rank} is out of memory at "
+                        f"{budget.tokens} tokens; go on with --resume and a smaller --max-tokens"
+                    ) from None
+        budget.halve(max(len(rows) for rows, _ in shares))
+    if run.optimizer.state:  # from the second step on: the first does not hold the moments yet
+        budget.learn(longest, ranks, bound=len(shares) > 1)
+    run.meter.add(batch, ranks.sum(totals).tolist())
+
+
+def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], float]]) -> Tensor:
+    """Backward through this rank's micro-batches; sums of `MEASURES` and of tokens over them.
 
     FSDP2 averages gradients over the ranks, hence the factor of their number.
     """
-    ranks, forward, budget = run.forward.ranks, run.forward, run.budget
-    while True:
-        # A function of the step alone: resumed or repeated, dropout falls as it would have.
-        seed = (run.config.seed << 32) + run.state.step * ranks.world + ranks.rank
-        torch.manual_seed(seed)
-        run.optimizer.zero_grad(set_to_none=True)
-        budget.watch(ranks)
-        shares = forward.shares(batch.pairs, budget.tokens)
-        sums, tokens, full = torch.zeros(len(MEASURES), device=ranks.device), [], False
-        try:
-            for rows, counts in shares:
-                logps = forward([batch.pairs[row] for row in rows])
-                losses = pair_losses(run.method, logps, select(batch.targets, rows))
-                (losses.loss.sum() * (counts * ranks.world / len(batch))).backward()
-                sums += measures(losses, logps) * counts
-                tokens.append(logps.computed_tokens * counts)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            full = True
-        if not ranks.any(full):
-            break
-        budget.halve(max(len(rows) for rows, _ in shares))
-    if len(shares) > 1 and run.optimizer.state:
-        budget.grow(ranks, int(max(tokens)))
-    run.meter.add(batch, ranks.sum(torch.tensor([*sums.tolist(), sum(tokens)])).tolist())
+    totals = torch.zeros(len(MEASURES) + 1, device=run.forward.ranks.device)
+    for rows, counts in shares:
+        logps = run.forward([batch.pairs[row] for row in rows])
+        losses = pair_losses(run.method, logps, select(batch.targets, rows))
+        scale = counts * run.forward.ranks.world / len(batch)
+        (losses.loss.sum() * scale).backward()
+        totals += counts * nn.functional.pad(measures(losses, logps), (0, 1), value=logps.tokens)
+    return totals
 
 
 def evaluate(run: Run) -> float | None:

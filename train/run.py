@@ -108,7 +108,7 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
         settings=start.settings,
         forward=forward,
         method=method,
-        parameters=[group for group in forward.policy.parameters() if group.requires_grad],
+        parameters=[one for group in optimizer.param_groups for one in group["params"]],
         optimizer=optimizer,
         stream=stream,
         held_out=HeldOut(_held_out_stream(streams, held_out), forward, method, config.eval_pairs),

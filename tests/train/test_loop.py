@@ -45,7 +45,7 @@ def response_logp(model: torch.nn.Module, sequence: RenderedSequence) -> torch.T
 
 def virtual_margin(chosen: list[float], rejected: list[float], epsilon: float) -> float:
     """log pi~(chosen) - log pi~(rejected) of MRPO as its paper has it, in plain Python."""
-    margins = [abs(w - l) for w, l in zip(chosen, rejected)]
+    margins = [abs(w - lost) for w, lost in zip(chosen, rejected)]
     alpha = [margin / sum(margins) for margin in margins]
     size_w, size_l = abs(sum(chosen)), abs(sum(rejected))
     virtual = []

@@ -18,7 +18,7 @@ from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.train.methods import parse_method
 from mrpo.train.rows import ScoredPairs
-from mrpo.train.stream import START, PairStream, Position, Prefetch, StepBatch, window
+from mrpo.train.stream import PairStream, Prefetch, StepBatch, window
 
 SIZES = st.lists(st.integers(0, 9), max_size=6)
 
@@ -147,7 +147,6 @@ def test_nothing_is_left_behind_the_last_batch(source: ScoredPairs, renderer: Re
     read = stream(source, renderer)
     last = list(read.batches())[-1]
     assert list(read.batches(last.position, last.dropped)) == []
-    assert START == Position(0, 0, 0)
 
 
 def test_prefetch_hands_items_on_and_raises_where_they_are_taken() -> None:
