@@ -6,10 +6,12 @@ the sample that is scored again). The other commands stand in files of their own
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 
+from ..errors import UserError
 from .ids import IdArray
 from .shards import PairShards
 from .store import ReferenceRecord, ReferenceScores, open_store
@@ -34,7 +36,7 @@ def status(config: StatusConfig) -> None:
         names = store.names_of(identity)
         line = _describe(identity, names, scores)
         if ids is not None:
-            line.append(f"{_missing(scores, ids):,}")
+            line.append(_shown(partial(_missing, scores, ids)))
         lines.append(line)
     newest_first = sorted(lines[1:], key=lambda line: line[4], reverse=True)
     print(*_columns([lines[0], *newest_first]), sep="\n")
@@ -67,7 +69,7 @@ def verify_digests(config: VerifyConfig) -> int:
 
 def _describe(identity: str, names: list[ReferenceRecord], scores: ReferenceScores) -> list[str]:
     if not names:
-        return ["(no record)", identity[:12], f"{scores.num_rows():,}", "", "", "", ""]
+        return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
     newest = names[-1]
     run = newest.runs[-1] if newest.runs else {}
     model = str(newest.entry.get("model", newest.entry.get("imported", "")))
@@ -75,12 +77,20 @@ def _describe(identity: str, names: list[ReferenceRecord], scores: ReferenceScor
     return [
         ",".join(dict.fromkeys(record.alias for record in names)),
         identity[:12],
-        f"{scores.num_rows():,}",
+        _shown(scores.num_rows),
         readable_size(scores.num_bytes()),
         newest.recorded[:16].replace("T", " "),
         "imported" if newest.imported else str(run.get("engine", "")),
         f"{model}@{commit[:7]}" if commit else model,
     ]
+
+
+def _shown(count: Callable[[], int]) -> str:
+    """The number; one file that can't be read must not hide the other references."""
+    try:
+        return f"{count():,}"
+    except UserError:
+        return "damaged"
 
 
 def _pair_ids(shards: PairShards) -> IdArray:

@@ -7,6 +7,7 @@ for a pair, the one in the file that sorts first by name counts, for every reade
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ class ReferenceScores:
         """Rows by the files' footers; a row written twice by racing writers counts twice."""
 
         def rows(name: str) -> int:
-            with self._open(name) as file:
+            with self._parsed(name) as file:
                 return int(file.metadata.num_rows)
 
         return sum(_parallel(rows, self.names()))
@@ -123,7 +124,10 @@ class ReferenceScores:
         def damaged(name: str) -> bool:
             try:
                 return not intact(name, self.read_file(name))
-            except OSError:  # a bad sector: as lost as a flipped bit
+            except OSError as error:
+                # A bad sector is as lost as a flipped bit; a network that fails is no damage.
+                if not (self._files.is_local and error.errno == errno.EIO):
+                    raise
                 return True
 
         return [name for name, bad in zip(names, _parallel(damaged, names)) if bad]
@@ -145,15 +149,21 @@ class ReferenceScores:
         return self._files.lease(f"{self._leases}/{unit}")
 
     def ids_of(self, name: str) -> IdArray:
-        """The pairs of one file."""
-        with self._open(name) as file:
+        """The pairs of one file. Raises `UserError` where it can't be read as Parquet."""
+        with self._parsed(name) as file:
             return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
 
-    def _open(self, name: str) -> pq.ParquetFile:
+    @contextlib.contextmanager
+    def _parsed(self, name: str) -> Iterator[pq.ParquetFile]:
         try:
-            return pq.ParquetFile(self._files.open(f"{self._folder}/{name}"))
+            with pq.ParquetFile(self._files.open(f"{self._folder}/{name}")) as file:
+                yield file
         except pa.ArrowInvalid:
             raise UserError(self._damage(name)) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise UserError(self._damage(name)) from None  # Arrow's, of a page it can't decode
 
     def _damage(self, name: str) -> str:
         return (

@@ -83,6 +83,20 @@ def test_status_shows_every_reference_and_what_of_the_pairs_is_missing(
     assert last.startswith(f"store   {store.root} (2 references, ")
 
 
+def test_status_shows_the_other_references_beside_a_torn_file(
+    store: Store, make: Any, pairs: PairShards, capsys: Capture
+) -> None:
+    for name in "ab":
+        record = store.record(make.record(name, name * 40))
+        scores = store.scores(record.identity)
+        file = scores.add(make.scores(pairs.pair_ids(0)))
+    (Path(store.root) / record.identity / "scores" / file).write_bytes(b"PAR1 torn")
+    status(StatusConfig(store=store.root, pairs=str(pairs.path)))
+    torn, good = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert (torn[0], torn[2], torn[-1]) == ("b", "damaged", "damaged")
+    assert (good[0], good[2], good[-1]) == ("a", "10", "15")
+
+
 def test_status_of_a_store_that_is_not_there_makes_none(tmp_path: Path, capsys: Capture) -> None:
     status(StatusConfig(store=str(tmp_path / "none")))
     assert capsys.readouterr().out.endswith("(0 references, 0 B)\n")

@@ -78,6 +78,22 @@ def test_a_file_that_goes_unreadable_is_damage(
     assert scores.damaged() == [name]
 
 
+def test_a_file_whose_pages_do_not_decode_is_damage_to_every_reader(
+    scores: ReferenceScores, tmp_path: Path, make: Any
+) -> None:
+    name = scores.add(make.scores(make.ids(500)))
+    path = folder_of(scores, tmp_path) / name
+    data = bytearray(path.read_bytes())
+    for at in range(4, len(data) // 2, 64):  # the footer stays, so that the file opens
+        data[at] ^= 255
+    path.write_bytes(data)
+    for reader in (scores.read, scores.pair_ids):
+        with pytest.raises(UserError, match="damaged"):
+            reader()
+    assert scores.check() == [name]
+    assert scores.missing(make.ids(500)).all()
+
+
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_failed_write_leaves_nothing(

@@ -203,8 +203,10 @@ def test_an_outage_ends_the_write_and_leaves_nothing_half_written(
     proxy.outage = True
     with pytest.raises(OSError, match="reduce your request rate"):
         scores.add(make.scores(make.ids(50, seed=1)))
+    with pytest.raises(OSError, match="reduce your request rate"):
+        scores.check()  # no file is called damaged because the network is
     proxy.outage = False
-    assert scores.names() == [first]
+    assert (scores.names(), scores.set_aside()) == ([first], [])
     scores.add(make.scores(make.ids(50, seed=1)))
     assert scores.damaged() == []
     assert scores.num_rows() == 100
