@@ -62,12 +62,12 @@ class Files(Protocol):
 def open_files(root: str | Path) -> Files:
     """The files under a local path or an fsspec URL.
 
-    Raises `UserError` where the URL carries a password or its protocol needs a package that is
-    not there.
+    Raises `UserError` where the path is a file or below one, the URL carries a password, or its
+    protocol needs a package that is not there.
     """
     text = str(root)
     if "://" not in text:
-        return LocalFiles(Path(text).expanduser())
+        return _local_files(Path(text).expanduser())
     scheme, _, rest = text.partition("://")
     if "@" in urlsplit(text).netloc:
         raise UserError(
@@ -75,7 +75,7 @@ def open_files(root: str | Path) -> Files:
             "put them into the environment or the provider's configuration"
         )
     if scheme in ("file", "local"):
-        return LocalFiles(Path(rest).expanduser())
+        return _local_files(Path(rest).expanduser())
     import fsspec
 
     from .store_remote import HubFiles, RemoteFiles
@@ -97,10 +97,6 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.root = str(folder)
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            problem = "is a file" if existing == folder else f"is below a file, {existing}"
-            raise UserError(f"--store {folder}: {problem}; a store is a folder")
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -178,6 +174,14 @@ class LocalFiles:
                     path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+def _local_files(folder: Path) -> LocalFiles:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        problem = "is a file" if existing == folder else f"is below a file, {existing}"
+        raise UserError(f"--store {folder}: {problem}; a store is a folder")
+    return LocalFiles(folder)
 
 
 def _make_folder(folder: Path) -> None:
