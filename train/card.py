@@ -18,7 +18,7 @@ from .policy import PolicySource
 RECIPE = (
     "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
     "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
-    "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
+    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
 )  # fmt: skip
 
 

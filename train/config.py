@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from ..errors import UserError
 
 POSITIVE = (
-    "learning_rate", "num_train_epochs", "max_steps", "batch_pairs", "max_length", "max_tokens",
-    "lora_rank", "lora_alpha", "logging_steps", "eval_steps", "eval_pairs", "save_steps",
-    "save_total_limit",
+    "learning_rate", "train_fraction", "num_train_epochs", "max_steps", "batch_pairs",
+    "max_length", "max_tokens", "lora_rank", "lora_alpha", "logging_steps", "eval_steps",
+    "eval_pairs", "save_steps", "save_total_limit",
 )  # fmt: skip
 
 
@@ -83,6 +83,9 @@ class TrainConfig:
     adam_beta2: Annotated[float, "AdamW's second-moment decay."] = 0.999
     adam_epsilon: Annotated[float, "AdamW's denominator floor."] = 1e-8
     max_grad_norm: Annotated[float, "Gradients are clipped to this norm; 0 clips nothing."] = 1.0
+    train_fraction: Annotated[
+        float, "Share of the training pairs to use, by prompt; part of every larger share."
+    ] = 1.0
     num_train_epochs: Annotated[float, "Times through the training pairs."] = 1.0
     max_steps: Annotated[int | None, "Optimizer steps; overrides --num-train-epochs."] = None
     batch_pairs: Annotated[int, "Pairs per optimizer step, over all devices."] = 8
@@ -126,7 +129,9 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-        for name in ("warmup_ratio", "label_smoothing", "lora_dropout", "max_missing"):
+        for name in (
+            "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing", "train_fraction"
+        ):  # fmt: skip
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be in [0, 1]")

@@ -17,7 +17,7 @@ from ..data.ids import ids_to_numpy
 from ..data.join import JoinedScores, matrix
 from ..data.pair_table import PAIR_COLUMNS, from_table
 from ..data.pairs import Pair
-from ..data.prompts import prompt_number
+from ..data.prompts import in_fraction, prompt_number
 from ..data.shards import PairShards
 from ..data.store_files import LocalFiles
 from ..errors import UserError
@@ -28,7 +28,7 @@ from .weightings import FROM_HELD_OUT
 Rows = np.ndarray  # [n] int64, row numbers within a shard
 WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")
 USABLE = "usable.npy"  # for every row, what it is used for
-UNUSABLE, TRAINING, HELD_OUT = range(3)
+UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
 
 
@@ -74,14 +74,22 @@ class Window:
 class ScoredPairs:
     """A folder of pairs and the scores that were joined to it."""
 
-    def __init__(self, pairs: PairShards, scores: JoinedScores, prompt_numbers: bool) -> None:
-        """`prompt_numbers`: fill `PairScores.prompts`, which takes reading every prompt."""
+    def __init__(
+        self,
+        pairs: PairShards,
+        scores: JoinedScores,
+        prompt_numbers: bool,
+        fraction: float = 1.0,
+    ) -> None:
+        """`prompt_numbers`: fill `PairScores.prompts`, which takes reading every prompt;
+        `fraction`: of the training prompts, those to use."""
         if (pairs.names, pairs.rows) != (scores.names, scores.rows):
             raise UserError(
                 f"{scores.path} was joined to other pairs than those in {pairs.path}; "
                 "use another --output-dir"
             )
         self.pairs, self.joined, self.prompt_numbers = pairs, scores, prompt_numbers
+        self.fraction = fraction
 
     @property
     def num_shards(self) -> int:
@@ -104,9 +112,9 @@ class ScoredPairs:
         """The method with the weights that it takes from the data, if it takes any."""
         if method.weighting not in WEIGHTINGS_FROM_DATA:
             return method
-        parts = [self.scores(shard) for shard in range(self.num_shards)]
-        training = stacked([(scores, np.flatnonzero(~held)) for scores, held in parts])
-        held_out = stacked([(scores, np.flatnonzero(held)) for scores, held in parts])
+        parts = [(*self.scores(shard), self._left_out(shard)) for shard in range(self.num_shards)]
+        training = stacked([(scores, np.flatnonzero(~held & ~out)) for scores, held, out in parts])
+        held_out = stacked([(scores, np.flatnonzero(held)) for scores, held, _ in parts])
         return method.prepare(training, held_out)
 
     def usable(
@@ -132,8 +140,15 @@ class ScoredPairs:
 
     def _kinds(self, method: Method, shard: int) -> np.ndarray:
         scores, held_out = self.scores(shard)
-        kinds = np.where(held_out, HELD_OUT, TRAINING)
+        kinds = np.where(held_out, HELD_OUT, np.where(self._left_out(shard), LEFT_OUT, TRAINING))
         return np.where(method.usable(scores), kinds, UNUSABLE).astype(np.uint8)
+
+    def _left_out(self, shard: int) -> np.ndarray:
+        """[rows] bool: beyond the fraction, if it is a training pair."""
+        if self.fraction >= 1:
+            return np.zeros(self.pairs.rows[shard], bool)
+        pairs = self.pairs.pairs(shard)
+        return np.array([not in_fraction(pair.prompt, self.fraction) for pair in pairs])
 
     def _scores(self, table: pa.Table, joined: pa.Table) -> PairScores:
         prompts = np.zeros(len(table), np.int64)

@@ -76,13 +76,19 @@ def train(config: TrainConfig) -> int:
 def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
     """Read the scores, load the policy, and put in place what a checkpoint has."""
     method = method_of(config)
-    source = ScoredPairs(start.pairs, start.scores, prompt_numbers=method.weighting == "fitted")
+    source = ScoredPairs(
+        start.pairs,
+        start.scores,
+        prompt_numbers=method.weighting == "fitted",
+        fraction=config.train_fraction,
+    )
     method = source.prepared(method)
     training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
     num_pairs = sum(map(len, training))
     steps = total_steps(config, num_pairs)
     if num_pairs == 0:
-        raise UserError(f"{start.pairs.path}: no pair to train on, {unusable:,} lack a score")
+        more = "; raise --train-fraction" if config.train_fraction < 1 else ""
+        raise UserError(f"{start.pairs.path}: no pair to train on, {unusable:,} lack a score{more}")
     ranks.say(_summary(config, method, start, steps))
     ranks.say(
         f"pairs       {num_pairs:,} to train on, {sum(map(len, held_out)):,} held out, "
