@@ -50,10 +50,14 @@ class Setting:
 
 
 def settings_of(config: type) -> list[Setting]:
-    """The fields of a settings class in order, annotations resolved."""
+    """The fields of a settings class in order, annotations resolved.
+
+    A field that `__init__` does not take is none: so a class can extend another one's settings
+    and leave out those that it sets itself.
+    """
     hints = typing.get_type_hints(config, include_extras=True)
     fields = []
-    for field in dataclasses.fields(config):
+    for field in _given(config):
         kind, note = typing.get_args(hints[field.name])[:2]
         positional = isinstance(note, Arg)
         text = note.help if positional else note
@@ -91,8 +95,12 @@ def write_resolved(config: Any, path: Path) -> None:
     import yaml
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {field.name: getattr(config, field.name) for field in _given(config)}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _given(config: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(config) if field.init]
 
 
 def _read_yaml(file: str) -> Mapping[str, Any]:
