@@ -37,6 +37,7 @@ class PolicySource:
     adapter: str | None = None  # merged into the model before training
     chat_template: str | None = None  # the text of one in place of the model's own
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None  # a folder with one of its own, where it is not the model's
 
     @property
     def name(self) -> str:
@@ -77,7 +78,9 @@ def policy_source(
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
         below = json.loads(adapter_config.read_text())["base_model_name_or_path"]
-        return PolicySource(below, adapter=model, chat_template=template), False
+        own = model if (folder / "tokenizer_config.json").is_file() else None
+        source = PolicySource(below, adapter=model, chat_template=template, tokenizer=own)
+        return source, False
     return PolicySource(model, config.policy_revision, chat_template=template), False
 
 
@@ -106,7 +109,7 @@ def load_policy(
         adapter=source.adapter,
     )
     if source.adapter is not None:
-        model = model.merge_and_unload()
+        model = model.merge_and_unload().requires_grad_(True)  # peft had frozen it
     policy = SequenceLogps(_with_lora(model, config, rank) if rank else model)
     lm: Any = policy.lm
     layers = policy.decoder_layers

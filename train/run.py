@@ -169,8 +169,8 @@ def _load(
 
 def _renderer(source: PolicySource) -> Renderer:
     return Renderer.load(
-        source.model,
-        revision=source.revision,
+        source.tokenizer or source.model,
+        revision=source.revision if source.tokenizer is None else None,
         chat_template=source.chat_template,
         chat_template_kwargs=source.chat_template_kwargs,
     )

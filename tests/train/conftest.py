@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str, 
     )
     entries = {alias: {"model": str(folder)} for alias, folder in tiny_references.items()}
     (root / "refs.yaml").write_text(yaml.safe_dump(entries))
-    specs = load_refs(root / "refs.yaml")
-    store = Store(root / "store")
-    for alias, folder in tiny_references.items():
+    made = Inputs(root, tiny_references)
+    score(made, root, pairs, list(tiny_references))
+    return made
+
+
+@pytest.fixture(scope="session")
+def scored(inputs: Inputs) -> Callable[..., None]:
+    """Score pairs into `FOLDER/store`: see `score`."""
+    return partial(score, inputs)
+
+
+def score(
+    inputs: Inputs,
+    folder: Path,
+    pairs: PairShards,
+    aliases: list[str],
+    missing: dict[str, int] | None = None,
+) -> None:
+    """Fill `folder / "store"`; a reference lacks the first `missing` pairs of each shard."""
+    specs, store = load_refs(inputs.root / "refs.yaml"), Store(folder / "store")
+    for alias in aliases:
         record = ReferenceRecord(
             alias=alias,
             entry=specs[alias].entry(),
@@ -82,8 +102,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str, 
         )
         store.record(record)
         for shard in range(len(pairs.names)):
-            store.scores(record.identity).add(_scores(folder, pairs, shard))
-    return Inputs(root, tiny_references)
+            table = _scores(inputs.references[alias], pairs, shard, (missing or {}).get(alias, 0))
+            store.scores(record.identity).add(table)
 
 
 def _pair(rng: random.Random, number: int) -> dict[str, Any]:
@@ -97,25 +117,27 @@ def _pair(rng: random.Random, number: int) -> dict[str, Any]:
     }
 
 
-def _scores(folder: Path, pairs: PairShards, shard: int) -> pa.Table:
-    """What the reference says of a shard, one response a row, straight from its forward."""
+def _scores(folder: Path, pairs: PairShards, shard: int, missing: int) -> pa.Table:
+    """What the reference says of a shard, straight from its forward."""
     policy, renderer = SequenceLogps(load_model(folder)), Renderer.load(folder)
     rendered = renderer.render_many(pairs.pairs(shard))
     batch = policy.collate(rendered, "cpu")
     with torch.no_grad():
         logps = sum_by_sequence(policy(batch), batch)
-    columns = dict.fromkeys(SCORE_SCHEMA.names) | {
-        "pair_id": ids_to_arrow(pairs.pair_ids(shard)),
+    columns: dict[str, list[Any]] = {
         "chosen_logp": logps[0::2].tolist(),
         "rejected_logp": logps[1::2].tolist(),
         "chosen_tokens": list(batch.counts[0::2]),
         "rejected_tokens": list(batch.counts[1::2]),
         "prompt_tokens": [one.chosen.start for one in rendered],
-        "chosen_boundary": [one.chosen.boundary for one in rendered],
-        "rejected_boundary": [one.rejected.boundary for one in rendered],
     }
-    columns = {
-        name: pa.nulls(len(rendered), SCORE_SCHEMA.field(name).type) if column is None else column
-        for name, column in columns.items()
-    }
-    return pa.table(columns)
+    there = {name: [None] * missing + values[missing:] for name, values in columns.items()}
+    there["reason"] = ["beyond_context"] * missing + [None] * (len(rendered) - missing)
+    return pa.table(
+        {
+            field.name: pa.array(there.get(field.name, [None] * len(rendered)), field.type)
+            for field in SCORE_SCHEMA
+            if field.name != "pair_id"
+        }
+        | {"pair_id": ids_to_arrow(pairs.pair_ids(shard))}
+    )

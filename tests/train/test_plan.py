@@ -1,0 +1,83 @@
+"""The memory plan: figures known from published models, and the ways out that it names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from mrpo.errors import UserError
+from mrpo.train import plan
+from mrpo.train.config import TrainConfig
+from mrpo.train.distributed import Ranks
+from mrpo.train.plan import GIB, Sizes, memory_plan, refuse_what_cannot_fit
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+
+
+@pytest.fixture(scope="module")
+def sizes() -> Sizes:
+    return Sizes.of(LLAMA_8B)
+
+
+@pytest.fixture(autouse=True)
+def _card_of_80_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "available_bytes", lambda ranks: 80 * GIB)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(output_dir="run", **changes)
+
+
+def on_gpus(count: int) -> Ranks:
+    return Ranks(0, count, torch.device("cuda"))
+
+
+def test_parameters_are_those_of_the_published_model(sizes: Sizes) -> None:
+    assert sizes.parameters == 8_030_261_248
+    # Rank 16 on q, k, v, o, gate, up and down of 32 layers, as peft counts it.
+    assert sizes.lora(16, "all-linear") == 41_943_040
+    assert sizes.lora(16, "q_proj,v_proj") == 6_815_744
+
+
+def test_full_training_takes_16_bytes_a_parameter_and_autocasts_copies(sizes: Sizes) -> None:
+    whole = memory_plan(sizes, config(), on_gpus(1), half=True)
+    assert whole.weights + whole.gradients + whole.optimizer == 18 * sizes.parameters
+    exact = memory_plan(sizes, config(), on_gpus(1), half=False)
+    assert exact.weights + exact.gradients + exact.optimizer == 16 * sizes.parameters
+    assert exact.activations > whole.activations
+
+
+def test_checkpointing_and_shards_take_less(sizes: Sizes) -> None:
+    whole = memory_plan(sizes, config(), on_gpus(1), half=True)
+    less = memory_plan(sizes, config(gradient_checkpointing=True), on_gpus(1), half=True)
+    assert less.activations < whole.activations / 5
+    shard = memory_plan(sizes, config(), on_gpus(4), half=True)
+    assert shard.optimizer == whole.optimizer // 4
+    assert shard.activations == whole.activations
+
+
+def test_what_cannot_fit_is_refused_with_the_ways_out(sizes: Sizes) -> None:
+    settings, ranks = config(gradient_checkpointing=True), on_gpus(1)
+    whole = memory_plan(sizes, settings, ranks, half=True)
+    with pytest.raises(UserError, match=r"--lora-rank 16 or torchrun --nproc-per-node 2") as raised:
+        refuse_what_cannot_fit(whole, sizes, settings, ranks, half=True)
+    assert "needs about 141.0 GiB and 80.0 GiB are free on cuda" in str(raised.value)
+    for fitting, devices in ((config(lora_rank=16), 1), (settings, 2)):
+        ranks = on_gpus(devices)
+        fits = memory_plan(sizes, fitting, ranks, half=True)
+        refuse_what_cannot_fit(fits, sizes, fitting, ranks, half=True)
+
+
+def test_free_memory_is_at_most_the_machines() -> None:
+    free = plan._free_memory()
+    assert 0 < free < 2**45

@@ -1,0 +1,329 @@
+"""A run from its settings to the model's folder, and every way in which it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mrpo.data.config import PrepareConfig
+from mrpo.data.prepare import prepare
+from mrpo.data.shards import PairShards
+from mrpo.data.store import Store
+from mrpo.errors import UserError
+from mrpo.train.checkpoint import best, checkpoints
+from mrpo.train.run import train
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert train(inputs.config(folder, max_steps=3, warmup_ratio=0.0)) == 0
+    return folder
+
+
+def test_model_folder_loads_and_generates(inputs: Any, run: Path) -> None:
+    model, loading = AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
+    assert not any(loading.values())
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    original = AutoTokenizer.from_pretrained(inputs.references["llama"])
+    assert tokenizer.chat_template == original.chat_template
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "two eggs"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
+    before = AutoModelForCausalLM.from_pretrained(inputs.references["llama"]).state_dict()
+    changed = [name for name, one in model.state_dict().items() if not one.equal(before[name])]
+    assert len(changed) == len(before)
+
+
+def test_card_has_recipe_data_references_and_held_out_figures(inputs: Any, run: Path) -> None:
+    card = (run / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers"
+    for record in Store(inputs.root / "store").references():
+        assert record.identity in card
+    figures = json.loads((run / "evaluation.json").read_text())
+    state = json.loads((run / "checkpoints/step-00000003/state.json").read_text())
+    assert state["settings"]["pairs digest"] in card
+    assert f"| eval_loss | {figures['eval_loss']:.4g} |" in card
+    assert "| beta | 0.1 |" in card
+    assert "weighting `arwc`" in card
+
+
+def test_held_out_figures_are_those_of_the_last_evaluation(run: Path) -> None:
+    figures = json.loads((run / "evaluation.json").read_text())
+    last = [line for line in log_of(run) if "eval_loss" in line][-1]
+    assert last["step"] == figures["step"] == 3
+    assert {name: figures[name] for name in last if name != "step"} == {
+        name: value for name, value in last.items() if name != "step"
+    }
+
+
+def test_settings_in_force_are_written(inputs: Any, run: Path) -> None:
+    settings = yaml.safe_load((run / "train.yaml").read_text())
+    assert settings["max_steps"] == 3
+    assert settings["store"] == str(inputs.root / "store")
+
+
+def test_another_beta_scores_nothing_and_opens_no_reference(
+    inputs: Any, run: Path, tmp_path: Path
+) -> None:
+    policy = shutil.copytree(inputs.references["llama"], tmp_path / "policy")
+    store = {path: path.stat().st_mtime_ns for path in (inputs.root / "store").rglob("*")}
+    away = tmp_path / "away"
+    away.mkdir()
+    for alias, folder in inputs.references.items():
+        shutil.move(folder, away / alias)
+    try:
+        settings = {"max_steps": 3, "warmup_ratio": 0.0, "policy": str(policy)}
+        for name, beta in (("same", 0.1), ("other", 0.5)):
+            train(inputs.config(tmp_path / name, **settings, beta=beta))
+    finally:
+        for alias, folder in inputs.references.items():
+            shutil.move(away / alias, folder)
+    assert {path: path.stat().st_mtime_ns for path in (inputs.root / "store").rglob("*")} == store
+    same, other = (
+        load_file(tmp_path / name / "model/model.safetensors") for name in ("same", "other")
+    )
+    for name, tensor in load_file(run / "model/model.safetensors").items():
+        assert tensor.equal(same[name])
+    assert any(not tensor.equal(other[name]) for name, tensor in same.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "multi-dpo+vdw"},
+        {"method": "geometric+fitted"},
+        {"method": "dpo:qwen"},
+        {"weights": "1,2,1", "epsilon": "none"},
+        {"loss_type": "ipo", "normalize": "token", "sft_weight": 0.1},
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_methods_train(inputs: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert train(inputs.config(tmp_path / "run", max_steps=1, **changes)) == 0
+    (line, _) = log_of(tmp_path / "run")
+    weights = [value for name, value in line.items() if name.startswith("refs/weight/")]
+    assert sum(weights) == pytest.approx(1)
+    assert len(weights) == (1 if "dpo:qwen" in changes.values() else 3)
+
+
+def test_lora_trains_an_adapter_that_peft_loads(inputs: Any, tmp_path: Path) -> None:
+    train(inputs.config(tmp_path / "run", lora_rank=4, load_best_model_at_end=True))
+    adapter = tmp_path / "run" / "model"
+    assert {path.name for path in adapter.iterdir()} >= {"adapter_config.json", "README.md"}
+    base = AutoModelForCausalLM.from_pretrained(inputs.references["llama"])
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, adapter)(ids).logits
+    assert not torch.equal(before, after)
+    trained = load_file(adapter / "adapter_model.safetensors")
+    assert all("lora_" in name for name in trained)
+    # An adapter is a policy to start from: merged into the model that it is of.
+    config = inputs.config(tmp_path / "again", policy=str(adapter), max_steps=1, learning_rate=1e-9)
+    train(config)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_best_checkpoint_is_what_is_written_on_request(inputs: Any, tmp_path: Path) -> None:
+    # A rate that ruins the policy: the first checkpoints are better than the last.
+    changes = {"learning_rate": 0.3, "warmup_ratio": 0.0, "save_steps": 1, "max_steps": 4}
+    train(inputs.config(tmp_path / "run", load_best_model_at_end=True, seed=1, **changes))
+    found = checkpoints(tmp_path / "run" / "checkpoints")
+    top = best(found)
+    assert top is not None
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert figures["step"] == top.state.step
+    assert figures["eval_rewards/accuracies"] == pytest.approx(top.accuracy)
+
+
+def test_bfloat16_autocast_stays_near_float32(inputs: Any, run: Path, tmp_path: Path) -> None:
+    train(inputs.config(tmp_path / "run", max_steps=3, warmup_ratio=0.0, bf16=True))
+    losses = [
+        [line["loss"] for line in log_of(one) if "loss" in line] for one in (tmp_path / "run", run)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+    assert (
+        load_file(tmp_path / "run/model/model.safetensors")["lm_head.weight"].dtype == torch.float32
+    )
+
+
+def test_model_keeps_the_dtype_it_came_in(inputs: Any, tmp_path: Path) -> None:
+    policy = shutil.copytree(inputs.references["qwen"], tmp_path / "policy")
+    AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).save_pretrained(policy)
+    train(inputs.config(tmp_path / "run", policy=str(policy), max_steps=1))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_text_pairs_without_held_out_ones(inputs: Any, tmp_path: Path, scored: Any) -> None:
+    rows = [
+        {"prompt": f"{n} eggs are", "chosen": f" {n} eggs", "rejected": " she sells"}
+        for n in range(9)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare(PrepareConfig(source=str(tmp_path / "text.jsonl"), out=str(tmp_path / "pairs")))
+    scored(tmp_path, PairShards(tmp_path / "pairs"), ["llama"])
+    changes = {"pairs": str(tmp_path / "pairs"), "store": str(tmp_path / "store"), "refs": "llama"}
+    train(inputs.config(tmp_path / "run", **changes, max_steps=None, method="dpo"))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()).keys() == {
+        "step",
+        "method",
+    }
+    assert "None were held out." in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_data_is_prepared_first(
+    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = inputs.config(
+        Path("run"), pairs=None, data=str(inputs.root / "pairs.jsonl"), max_steps=1
+    )
+    assert train(config) == 0
+    assert PairShards(tmp_path / "pairs").num_pairs == 48
+
+
+def test_pairs_missing_for_good(inputs: Any, tmp_path: Path, scored: Any) -> None:
+    """Missing in another reference: the others' weights. In the base: dropped. Too many: refused."""
+    pairs = PairShards(inputs.root / "pairs")
+    reasons = {"llama": 2, "qwen": 3, "mistral": 0}
+    scored(tmp_path, pairs, list(reasons), missing=reasons)
+    changes = {"store": str(tmp_path / "store"), "max_steps": None, "batch_pairs": 48}
+    with pytest.raises(
+        UserError, match=r"llama has no score for 4 of 48 pairs \(4 beyond_context\)"
+    ):
+        train(inputs.config(tmp_path / "run", **changes))
+    train(inputs.config(tmp_path / "run", **changes, max_missing=0.2))
+    card = (tmp_path / "run/model/README.md").read_text()
+    split = [s for shard in range(2) for s in pairs.table(shard)["split"].to_pylist()]
+    lost = sum(s == "train" for s in (*split[:2], *split[30:32]))
+    assert f"| pairs trained on | {split.count('train') - lost} |" in card
+
+
+def test_pairs_not_yet_scored_are_named_with_the_line_to_run(inputs: Any, tmp_path: Path) -> None:
+    row = {"prompt": "never scored", "chosen": " a", "rejected": " b"}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row))
+    prepare(PrepareConfig(source=str(tmp_path / "new.jsonl"), out=str(tmp_path / "pairs")))
+    with pytest.raises(UserError, match=r"not yet scored.*1 for llama.*run: mrpo precompute"):
+        train(inputs.config(tmp_path / "run", pairs=str(tmp_path / "pairs")))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_policy_too_large_for_memory_is_refused_before_loading(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with a 70 B model's config and no weights: nothing tries to load them."""
+    policy = shutil.copytree(inputs.references["llama"], tmp_path / "policy")
+    (policy / "model.safetensors").unlink()
+    config = json.loads((policy / "config.json").read_text())
+    sizes = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "head_dim": 128,
+    }
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
+    (policy / "config.json").write_text(json.dumps(config | sizes | heads))
+    with pytest.raises(UserError, match=r"the policy needs about 1\d{3}\.\d GiB and .* are free"):
+        train(inputs.config(tmp_path / "run", policy=str(policy)))
+    assert "68,459,175,936 parameters trained" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_that_differs_from_its_scores_is_said_loudly(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(inputs.config(tmp_path / "same", max_steps=1))
+    assert "guard       +0.0e+00 nats" in capsys.readouterr().out
+    train(inputs.config(tmp_path / "other", max_steps=1, policy=str(inputs.references["qwen"])))
+    assert "guard" not in capsys.readouterr().out
+    entries = yaml.safe_load((inputs.root / "refs.yaml").read_text())
+    folder = shutil.copytree(entries["llama"]["model"], tmp_path / "changed")
+    weights = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.load_state_dict({name: 1.2 * tensor for name, tensor in weights.items()})
+    kept = tmp_path / "kept"
+    shutil.move(entries["llama"]["model"], kept)
+    try:
+        shutil.copytree(kept, entries["llama"]["model"])
+        model.save_pretrained(entries["llama"]["model"])
+        train(inputs.config(tmp_path / "changed-run", max_steps=1))
+    finally:
+        shutil.rmtree(entries["llama"]["model"])
+        shutil.move(kept, entries["llama"]["model"])
+    assert "WARNING: the policy is NOT the base reference" in capsys.readouterr().out
+
+
+def test_trackers_get_what_the_log_gets(inputs: Any, run: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = inputs.config(tmp_path / "run", max_steps=3, warmup_ratio=0.0, report_to="tensorboard")
+    train(config)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in log_of(run) if "loss" in line])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report_to": "wandbb"}, "--report-to wandbb: must be none or some of"),
+        ({"refs": None}, "no references: give --refs"),
+        ({"refs": "llama,gemma"}, "gemma"),
+        ({"refs": "llama,llama"}, "stands there twice"),
+        ({"method": "mrpoo"}, "'mrpoo' is unknown"),
+        ({"device": "tpu"}, "--device tpu: must be cpu or cuda"),
+        ({"policy": "no/such-model"}, "policy no/such-model: no model to load"),
+        ({"policy_revision": "main"}, "--policy-revision goes with --policy"),
+        ({"chat_template": "none.jinja"}, "--chat-template none.jinja: can't be read"),
+        ({"max_length": 3}, "no pair is left that the policy can take"),
+        ({"lora_rank": 2, "lora_target_modules": "nothing"}, "--lora-target-modules nothing"),
+        ({"pairs": "nowhere"}, "nowhere holds no prepared pairs"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistake_is_one_line(
+    inputs: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        train(inputs.config(tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_output_below_a_file_is_refused(inputs: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output-dir .*file/run: Not a directory"):
+        train(inputs.config(tmp_path / "file" / "run"))
+
+
+def test_damaged_scores_of_a_run_are_noticed(inputs: Any, tmp_path: Path) -> None:
+    train(inputs.config(tmp_path / "run", max_steps=1))
+    shutil.rmtree(tmp_path / "run" / "model")
+    (part, *_) = sorted((tmp_path / "run" / "scores").glob("part-*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.slice(0, len(table) - 1), part)
+    with pytest.raises(UserError, match="damaged"):
+        train(inputs.config(tmp_path / "run", max_steps=1, resume=True))
