@@ -10,7 +10,7 @@ reference, is refused, and so are normalized log-probs, which TRL's loss would n
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..data.store import open_store
 from ..errors import UserError
 from ..settings import write_resolved
 from .export_config import ExportConfig
-from .methods import aliases_of, parse_method
+from .methods import method_over
 from .objective import SEPARATE, Method
 from .rows import ScoredPairs
 
@@ -67,19 +67,15 @@ def export(config: ExportConfig) -> Path:
 
 def _method(config: ExportConfig) -> Method:
     """The method over the references that it uses, and no others."""
-
-    def parsed(aliases: Sequence[str]) -> Method:
-        return parse_method(
-            config.method,
-            aliases,
-            reference_kind=config.reference_kind,
-            weighting=config.weighting,
-            weights=config.weights,
-            epsilon=config.epsilon,
-            adaptive_epsilon=config.adaptive_epsilon,
-        )
-
-    method = parsed(parsed(aliases_of(config.refs, config.method)).references)
+    method = method_over(
+        config.refs,
+        config.method,
+        reference_kind=config.reference_kind,
+        weighting=config.weighting,
+        weights=config.weights,
+        epsilon=config.epsilon,
+        adaptive_epsilon=config.adaptive_epsilon,
+    )
     if method.kind == SEPARATE:
         raise UserError(
             f"method {config.method!r} averages losses and has no virtual reference to export; "

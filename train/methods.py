@@ -16,7 +16,14 @@ from .objective import SEPARATE, Method
 from .virtual import KINDS
 from .weightings import WEIGHTINGS, fixed_weights
 
-__all__ = ["METHODS", "Method", "aliases_of", "named_references", "parse_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "aliases_of",
+    "method_over",
+    "named_references",
+    "parse_method",
+]
 
 METHODS: dict[str, dict[str, Any]] = {
     "mrpo": {"kind": "harmonic", "weighting": "arwc", "epsilon": 0.1},
@@ -123,6 +130,18 @@ def aliases_of(refs: str | None, method: str) -> list[str]:
     if len(set(aliases)) < len(aliases):
         raise UserError(f"--refs {refs}: a reference stands there twice; name each once")
     return aliases
+
+
+def method_over(refs: str | None, text: str, **settings: Any) -> Method:
+    """The method with exactly the references that it uses as its columns, in the run's order.
+
+    `refs` as in `aliases_of`, `settings` as in `parse_method`.
+
+    >>> method_over("mistral,llama,qwen", "mrpo:llama/qwen").columns
+    (0, 1)
+    """
+    used = parse_method(text, aliases_of(refs, text), **settings).references
+    return parse_method(text, used, **settings)
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...], str]:

@@ -7,7 +7,6 @@ at a reference's weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .guards import refuse_missing
 from .logs import check_trackers
-from .methods import named_references, parse_method
+from .methods import aliases_of, method_over
 from .objective import Method
 from .plan import Sizes, memory_plan, refuse_what_cannot_fit
 from .policy import PolicySource, load_config, policy_source
@@ -65,39 +64,22 @@ def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
     return Start(pairs, JoinedScores(folder / SCORES), earlier.settings, source, earlier, finished)
 
 
-def aliases_of(config: TrainConfig) -> list[str]:
-    """The references' aliases, the base first: those of --refs, else those the method names."""
-    aliases = [alias.strip() for alias in (config.refs or "").split(",") if alias.strip()]
-    aliases = aliases or list(named_references(config.method))
-    if not aliases:
-        raise UserError(
-            f"no references: give --refs, or name them in --method {config.method}:alias/alias"
-        )
-    if len(set(aliases)) < len(aliases):
-        raise UserError(f"--refs {config.refs}: a reference stands there twice")
-    return aliases
-
-
 def method_of(config: TrainConfig) -> Method:
     """The method that the settings name; its references are the columns of the joined scores."""
-
-    def parsed(aliases: Sequence[str]) -> Method:
-        return parse_method(
-            config.method,
-            aliases,
-            reference_kind=config.reference_kind,
-            weighting=config.weighting,
-            weights=config.weights,
-            epsilon=config.epsilon,
-            adaptive_epsilon=config.adaptive_epsilon,
-            normalize=config.normalize,
-            beta=config.beta,
-            loss_type=config.loss_type,
-            label_smoothing=config.label_smoothing,
-            sft_weight=config.sft_weight,
-        )
-
-    return parsed(parsed(aliases_of(config)).references)
+    return method_over(
+        config.refs,
+        config.method,
+        reference_kind=config.reference_kind,
+        weighting=config.weighting,
+        weights=config.weights,
+        epsilon=config.epsilon,
+        adaptive_epsilon=config.adaptive_epsilon,
+        normalize=config.normalize,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        sft_weight=config.sft_weight,
+    )
 
 
 def _fresh(
@@ -116,7 +98,9 @@ def _fresh(
         raise UserError(
             f"{pairs.path}: pairs not yet scored in {store.root}; run: {line}"
         ) from None
-    first = aliases_of(config)[0]  # the policy starts there, whatever the method uses
+    first = aliases_of(config.refs, config.method)[
+        0
+    ]  # the policy starts there, whatever the method uses
     base = store.resolve(first, specs)
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
