@@ -31,11 +31,11 @@ class TokenBudget:
     per_token: float = 0.0  # bytes that a step has taken on top, for each token of its largest row
 
     @classmethod
-    def of(cls, max_tokens: int | str, device: torch.device, last: int | None) -> TokenBudget:
-        """The budget that `--max-tokens` names; for auto the one a checkpoint had in force."""
+    def of(cls, max_tokens: int | str, device: torch.device, begin: int) -> TokenBudget:
+        """The budget that `--max-tokens` names; for auto one that begins at `begin`."""
         if max_tokens != "auto":
             return cls(int(max_tokens), grows=False)
-        return cls(last or START[device.type], grows=device.type == "cuda")
+        return cls(begin, grows=device.type == "cuda")
 
     def fits(self, row_tokens: int, ranks: Ranks) -> bool:
         """Whether a row's memory can be had at this moment, as far as earlier steps tell."""

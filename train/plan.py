@@ -1,8 +1,9 @@
 """The memory plan: what a run will need, reckoned and printed before any weights are loaded.
 
 Full fine-tuning of P parameters with AdamW takes 16 bytes each: float32 weights 4, gradients 4,
-the optimizer's two moments 8. LoRA takes that of the adapter alone. What cannot fit is refused
-with the way out. Activations are an estimate of a micro-batch of one budget of tokens.
+the optimizer's two moments 8. LoRA takes that of the adapter alone. Activations are an estimate
+for a micro-batch; under `--max-tokens auto` it begins as long as is likely to fit. What cannot fit
+is refused with the way out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .distributed import Ranks
 
 GIB = 2**30
 LORA_WAY_OUT = 16
+LEAST = 1024  # tokens of a micro-batch that are worth the device's while
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     available: int
+    tokens: int  # of a micro-batch, for which the activations are reckoned
 
     @property
     def total(self) -> int:
@@ -47,7 +50,8 @@ class MemoryPlan:
         )
         return (
             f"{self.trained:,} of {self.parameters:,} parameters trained; "
-            f"about {self.total / GIB:.2f} of {self.available / GIB:.2f} GiB ({parts})"
+            f"about {self.total / GIB:.2f} of {self.available / GIB:.2f} GiB ({parts}; "
+            f"micro-batches of {self.tokens:,} tokens)"
         )
 
 
@@ -114,16 +118,25 @@ def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool) -> 
     weights = sizes.parameters * frozen + trained * 4 if lora else sizes.parameters * 4
     if half and not lora:
         weights += sizes.parameters * 2  # autocast keeps its bfloat16 copies until the backward
-    tokens = START[ranks.device.type] if config.max_tokens == "auto" else int(config.max_tokens)
-    return MemoryPlan(
-        parameters=sizes.parameters,
-        trained=trained,
-        weights=weights // ranks.world,
-        gradients=4 * trained // ranks.world,
-        optimizer=8 * trained // ranks.world,
-        activations=sizes.activations(tokens, half, config.gradient_checkpointing),
-        available=available_bytes(ranks),
-    )
+    auto = config.max_tokens == "auto"
+    tokens = START[ranks.device.type] if auto else int(config.max_tokens)
+
+    def plan(tokens: int) -> MemoryPlan:
+        return MemoryPlan(
+            parameters=sizes.parameters,
+            trained=trained,
+            weights=weights // ranks.world,
+            gradients=4 * trained // ranks.world,
+            optimizer=8 * trained // ranks.world,
+            activations=sizes.activations(tokens, half, config.gradient_checkpointing),
+            available=available,
+            tokens=tokens,
+        )
+
+    available = available_bytes(ranks)
+    while auto and tokens > LEAST and plan(tokens).total > available:
+        tokens //= 2
+    return plan(tokens)
 
 
 def refuse_what_cannot_fit(

@@ -96,7 +96,7 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
     )
     forward, optimizer = _load(config, start, ranks, half)
     state = start.checkpoint.state if start.checkpoint else TrainState()
-    budget = TokenBudget.of(config.max_tokens, ranks.device, state.max_tokens)
+    budget = TokenBudget.of(config.max_tokens, ranks.device, state.max_tokens or start.tokens)
     streams = partial(
         PairStream,
         source,

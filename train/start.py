@@ -43,6 +43,7 @@ class Start:
     source: PolicySource
     checkpoint: Checkpoint | None
     finished: bool
+    tokens: int = 0  # of the first micro-batches
     is_base: bool = False  # the policy is the base reference, freshly loaded
     exact: bool = False  # and both compute in float32
 
@@ -59,9 +60,9 @@ def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
         return _fresh(config, method, pairs, settings, ranks, half)
     source = PolicySource(**earlier.settings[POLICY])
     finished = (folder / MODEL).exists()
-    if not finished:
-        _plan(config, source, ranks, half)
-    return Start(pairs, JoinedScores(folder / SCORES), earlier.settings, source, earlier, finished)
+    tokens = 0 if finished else _planned_tokens(config, source, ranks, half)
+    scores = JoinedScores(folder / SCORES)
+    return Start(pairs, scores, earlier.settings, source, earlier, finished, tokens)
 
 
 def method_of(config: TrainConfig) -> Method:
@@ -105,7 +106,7 @@ def _fresh(
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
     source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
-    _plan(config, source, ranks, half)
+    tokens = _planned_tokens(config, source, ranks, half)
     folder = _made(Path(config.output_dir))
     scores = join(pairs, store, records, folder / SCORES, refs_config=config.refs_config)
     refuse_missing(scores, config.max_missing)
@@ -116,6 +117,7 @@ def _fresh(
         source,
         checkpoint=None,
         finished=False,
+        tokens=tokens,
         is_base=is_base and records[0].identity == base.identity,
         exact=not half and base.inputs["dtype"] == "float32",
     )
@@ -129,8 +131,8 @@ def _pairs(config: TrainConfig) -> PairShards:
     return PairShards(folder)
 
 
-def _plan(config: TrainConfig, source: PolicySource, ranks: Ranks, half: bool) -> None:
-    """Print the memory plan, and refuse what can't fit."""
+def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, half: bool) -> int:
+    """Print the memory plan and refuse what can't fit; the micro-batches that it reckons with."""
     if source.adapter is not None and config.lora_rank is not None:
         raise UserError(
             f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
@@ -140,6 +142,7 @@ def _plan(config: TrainConfig, source: PolicySource, ranks: Ranks, half: bool) -
     plan = memory_plan(sizes, config, ranks, half)
     print(f"memory      {plan}", flush=True)
     refuse_what_cannot_fit(plan, sizes, config, ranks, half)
+    return plan.tokens
 
 
 def _made(folder: Path) -> Path:

@@ -176,6 +176,17 @@ def test_model_keeps_the_dtype_it_came_in(inputs: Any, tmp_path: Path) -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
+def test_layers_are_compiled_on_request(
+    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compiled.append((type(self).__name__, how))
+    )
+    train(inputs.config(tmp_path / "run", max_steps=1, torch_compile=True))
+    assert compiled == [("LlamaDecoderLayer", {"dynamic": True})] * 2
+
+
 def test_text_pairs_without_held_out_ones(inputs: Any, tmp_path: Path, scored: Any) -> None:
     rows = [
         {"prompt": f"{n} eggs are", "chosen": f" {n} eggs", "rejected": " she sells"}
@@ -206,7 +217,7 @@ def test_data_is_prepared_first(
 
 
 def test_pairs_missing_for_good(inputs: Any, tmp_path: Path, scored: Any) -> None:
-    """Missing in another reference: the others' weights. In the base: dropped. Too many: refused."""
+    """In the base: dropped. In another: the others' weights. In too many: refused."""
     pairs = PairShards(inputs.root / "pairs")
     reasons = {"llama": 2, "qwen": 3, "mistral": 0}
     scored(tmp_path, pairs, list(reasons), missing=reasons)
