@@ -88,7 +88,8 @@ class Method:
         Whether they are trained on or held out: with `fitted` the weights differ.
         """
         targets = [self.targets(scores, held_out) for held_out in (False, True)]
-        return ~np.isnan([each.virtual_chosen_logps for each in targets]).any(axis=0)
+        missing = np.isnan(np.stack([each.virtual_chosen_logps for each in targets]))
+        return np.logical_not(missing.any(axis=0))
 
     def targets(self, scores: PairScores, held_out: bool = False) -> ReferenceTargets:
         """What the references say about these pairs: float64, on the CPU.
