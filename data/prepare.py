@@ -31,6 +31,7 @@ from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
 from .staging import DROPPED, SETTINGS, staged
 
+PAIRS = "pairs"  # the folder where none is named
 MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
@@ -56,6 +57,13 @@ def prepare(config: PrepareConfig) -> PairShards:
     shards = PairShards(out)
     print(_summary(shards))
     return shards
+
+
+def open_pairs(folder: str | None, source: str | None) -> PairShards:
+    """The pairs in a folder (by default `pairs`), prepared there first where a source is given."""
+    if source is not None:
+        return prepare(PrepareConfig(source=source, out=folder or PAIRS))
+    return PairShards(folder or PAIRS)
 
 
 def _check(config: PrepareConfig) -> None:

@@ -171,7 +171,7 @@ def _measure(device: str, size: int) -> float:
 
 def _missing(pairs: PairShards, scores: ReferenceScores) -> Iterator[tuple[int, list[int]]]:
     for shard in range(len(pairs.names)):
-        places = np.flatnonzero(scores.missing(pairs.pair_ids(shard))).tolist()
+        places = np.flatnonzero(scores.missing(pairs.pair_ids(shard), refresh=shard == 0)).tolist()
         if places:
             yield shard, places
 

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.config import PrepareConfig
-from ..data.prepare import prepare
+from ..data.prepare import open_pairs
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
 from ..data.store import Store, open_store
@@ -50,7 +49,7 @@ def precompute(config: PrecomputeConfig) -> int:
     engine = choose_engine(config)
     devices = device_groups(config, engine, specs)
     servers = server_urls(config, specs)
-    pairs = _pairs(config)
+    pairs = open_pairs(config.pairs, config.data)
     store = open_store(config.store)
     references = [_resolve(spec, store, config, engine) for spec in specs]
     plans = make_plans(references, pairs, store, config, engine)
@@ -86,13 +85,6 @@ def _verdict(plans: Sequence[Plan], outcomes: Sequence[Outcome], unscored: Seque
     for text in mistakes:
         print(f"error: {text}", file=sys.stderr)
     return 1
-
-
-def _pairs(config: PrecomputeConfig) -> PairShards:
-    folder = config.pairs or "pairs"
-    if config.data is not None:
-        return prepare(PrepareConfig(source=config.data, out=folder))
-    return PairShards(folder)
 
 
 def _resolve(

@@ -72,6 +72,6 @@ def _state(scores: ReferenceScores, pairs: PairShards) -> tuple[int, Counter[str
     lacking, counts = 0, Counter[str]()
     for shard in range(len(pairs.names)):
         ids = pairs.pair_ids(shard)
-        lacking += int(scores.missing(ids).sum())
+        lacking += int(scores.missing(ids, refresh=shard == 0).sum())
         counts.update(reasons[place] for place in index.find(ids) if place >= 0)
     return lacking, counts

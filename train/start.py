@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.config import PrepareConfig
 from ..data.join import JoinedScores, join, precompute_line
-from ..data.prepare import prepare
+from ..data.prepare import open_pairs
 from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import NotScored, open_store
@@ -30,7 +29,6 @@ from .policy import PolicySource, load_config, policy_source
 from .resume import MODEL, checkpoint_to_resume, settings_of
 
 SCORES, POLICY = "scores", "policy source"
-PAIRS = "pairs"  # the folder where --pairs names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
     check_trackers(config.report_to)
     method = method_of(config)
     folder = Path(config.output_dir)
-    pairs = _pairs(config)
+    pairs = open_pairs(config.pairs, config.data)
     settings = settings_of(config, pairs)
     earlier = checkpoint_to_resume(config, settings)
     if earlier is None:
@@ -99,16 +97,20 @@ def _fresh(
         raise UserError(
             f"{pairs.path}: pairs not yet scored in {store.root}; run: {line}"
         ) from None
-    first = aliases_of(config.refs, config.method)[
-        0
-    ]  # the policy starts there, whatever the method uses
+    # The policy starts from the first reference, whichever of them the method uses.
+    first = aliases_of(config.refs, config.method)[0]
     base = store.resolve(first, specs)
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
     source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
     tokens = _planned_tokens(config, source, ranks, half)
     folder = _made(Path(config.output_dir))
-    scores = join(pairs, store, records, folder / SCORES, refs_config=config.refs_config)
+    try:
+        scores = join(pairs, store, records, folder / SCORES, refs_config=config.refs_config)
+    except UserError:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     refuse_missing(scores, config.max_missing)
     return Start(
         pairs,
@@ -121,14 +123,6 @@ def _fresh(
         is_base=is_base and records[0].identity == base.identity,
         exact=not half and base.inputs["dtype"] == "float32",
     )
-
-
-def _pairs(config: TrainConfig) -> PairShards:
-    """The folder of pairs, prepared first where --data is given."""
-    folder = config.pairs or PAIRS
-    if config.data is not None:
-        return prepare(PrepareConfig(source=config.data, out=folder))
-    return PairShards(folder)
 
 
 def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, half: bool) -> int:
