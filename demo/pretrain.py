@@ -2,16 +2,17 @@
 
     python -m mrpo.demo.pretrain llama demo-run/data/corpus-llama.jsonl demo-run/references/llama
 
-A model this small gains little from a second core, so the demo trains the three side by side, one
-thread each.
+A model this small gains little from a second core, so the demo trains the three side by side, a
+process with one thread each.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,28 +28,25 @@ LEARNING_RATE = 5e-3
 IGNORED = -100  # the label of padding
 
 
-def pretrain_all(corpora: dict[Family, Path], folder: Path, seed: int) -> dict[Family, Path]:
-    """Train every reference that `folder` does not have yet; returns their folders."""
-    folders = {family: folder / family for family in corpora}
-    missing = [family for family in corpora if not folders[family].is_dir()]
-    if missing:
-        # Fresh processes: a fork of one that has used torch may hang.
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(len(missing), spawn, initializer=_one_thread) as pool:
-            jobs = [
-                pool.submit(pretrain, family, corpora[family], folders[family], seed)
-                for family in missing
-            ]
-            for job in jobs:
-                print(job.result())
-    return folders
+def pretrain_all(corpora: Mapping[Family, Path], folder: Path, seed: int) -> int:
+    """Train every reference that `folder` does not have yet; returns an exit code."""
+    missing = [family for family in corpora if not (folder / family).is_dir()]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    jobs = []
+    for family in missing:
+        settings = [family, corpora[family], folder / family, str(seed)]
+        command = [sys.executable, "-m", "mrpo.demo.pretrain", *settings]
+        jobs.append(subprocess.Popen(command, env=one_thread))
+    return max((job.wait() for job in jobs), key=abs, default=0)
 
 
 def pretrain(family: Family, corpus: Path, folder: Path, seed: int = 0) -> str:
     """Write a trained reference to `folder`, which appears complete; returns a line about it."""
     from torch import nn, optim
     from tqdm import tqdm
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     chats = [json.loads(line)["messages"] for line in corpus.open(encoding="utf-8")]
     # The roles' names are in every rendered text, so the tokenizer should know them as words.
     words = [message[part] for chat in chats for message in chat for part in ("role", "content")]
@@ -93,12 +91,6 @@ def pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
     return token_ids, labels
 
 
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
 if __name__ == "__main__":
-    family, corpus, folder = sys.argv[1:]
-    print(pretrain(family, Path(corpus), Path(folder)))  # type: ignore[arg-type]
+    family, corpus, folder, *seed = sys.argv[1:]
+    print(pretrain(family, Path(corpus), Path(folder), *map(int, seed)))  # type: ignore[arg-type]

@@ -49,7 +49,8 @@ def demo(config: DemoConfig) -> int:
         seed=config.seed,
     )
     print("Training three tiny references side by side", flush=True)
-    pretrain_all(files.corpora, out / "references", config.seed)
+    if code := pretrain_all(files.corpora, out / "references", config.seed):
+        return code
     (out / "refs.yaml").write_text(
         "".join(
             f"{family}: {{model: references/{family}, dtype: float32}}\n" for family in FAMILIES

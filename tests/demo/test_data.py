@@ -1,4 +1,4 @@
-"""The demo's files: the same for the same seed, pairs as promised, corpora with one strength each."""
+"""The demo's files: the same for the same seed, and corpora with one strength each."""
 
 from __future__ import annotations
 
