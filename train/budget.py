@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UserError
+from .checkpoint import TrainState
 from .distributed import Ranks
 
 START = {"cpu": 2048, "cuda": 8192}
@@ -31,11 +32,16 @@ class TokenBudget:
     per_token: float = 0.0  # bytes that a step has taken on top, for each token of its largest row
 
     @classmethod
-    def of(cls, max_tokens: int | str, device: torch.device, begin: int) -> TokenBudget:
-        """The budget that `--max-tokens` names; for auto one that begins at `begin`."""
-        if max_tokens != "auto":
-            return cls(int(max_tokens), grows=False)
-        return cls(begin, grows=device.type == "cuda")
+    def of(
+        cls, asked: int | str, device: torch.device, planned: int, state: TrainState
+    ) -> TokenBudget:
+        """What `--max-tokens` asks for, the plan's number for auto; a resumed run goes on with
+        the budget that was in force, unless it asks for another."""
+        tokens = planned if asked == "auto" else int(asked)
+        if state.asked_tokens == asked and state.max_tokens is not None:
+            tokens = state.max_tokens
+        state.asked_tokens = asked
+        return cls(tokens, grows=asked == "auto" and device.type == "cuda")
 
     def fits(self, row_tokens: int, ranks: Ranks) -> bool:
         """Whether a row's memory can be had at this moment, as far as earlier steps tell."""

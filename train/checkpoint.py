@@ -47,6 +47,7 @@ class TrainState:
     pairs: int = 0  # trained on so far
     tokens: int = 0  # computed by the decoder so far
     max_tokens: int | None = None  # the token budget in force
+    asked_tokens: int | str | None = None  # what --max-tokens said
     sums: dict[str, float] = field(default_factory=dict)  # of the steps since the log's last line
 
 

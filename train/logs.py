@@ -44,9 +44,9 @@ class RunLog:
         self.path = folder / LOG_FILE
         self.trackers = trackers
         self._file = self.path.open("a", encoding="utf-8") if first else None
-        self._bar = tqdm(
-            total=total, initial=step, unit="step", disable=not first, dynamic_ncols=True
-        )
+        # None: not where nobody watches.
+        hidden = None if first else True
+        self._bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
 
     def write(self, step: int, values: Values) -> None:
         """Append a line; everything in it goes to the trackers too."""
@@ -68,11 +68,6 @@ class RunLog:
             refresh=False,
         )
         self._bar.update(step - self._bar.n)
-
-    def note(self, text: str) -> None:
-        """A line for the person watching, above the bar."""
-        if not self._bar.disable:
-            self._bar.write(text)
 
     def sync(self) -> int:
         """Bring the log to disk; its length in bytes, which a checkpoint keeps."""

@@ -75,28 +75,13 @@ def train(config: TrainConfig) -> int:
 
 def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
     """Read the scores, load the policy, and put in place what a checkpoint has."""
-    method = method_of(config)
-    source = ScoredPairs(
-        start.pairs,
-        start.scores,
-        prompt_numbers=method.weighting == "fitted",
-        fraction=config.train_fraction,
-    )
-    method = source.prepared(method)
-    training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
+    source, method, training, held_out = _read_scores(config, start, ranks)
     num_pairs = sum(map(len, training))
     steps = total_steps(config, num_pairs)
-    if num_pairs == 0:
-        more = "; raise --train-fraction" if config.train_fraction < 1 else ""
-        raise UserError(f"{start.pairs.path}: no pair to train on, {unusable:,} lack a score{more}")
     ranks.say(_summary(config, method, start, steps))
-    ranks.say(
-        f"pairs       {num_pairs:,} to train on, {sum(map(len, held_out)):,} held out, "
-        f"{unusable:,} without a score of the base"
-    )
     forward, optimizer = _load(config, start, ranks, half)
     state = start.checkpoint.state if start.checkpoint else TrainState()
-    budget = TokenBudget.of(config.max_tokens, ranks.device, state.max_tokens or start.tokens)
+    budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state)
     streams = partial(
         PairStream,
         source,
@@ -156,6 +141,30 @@ def finish(run: Run, start: Start) -> None:
     ranks.barrier()
 
 
+def _read_scores(
+    config: TrainConfig, start: Start, ranks: Ranks
+) -> tuple[ScoredPairs, Method, list[Rows], list[Rows]]:
+    """The pairs with their scores, the method with its weights, rows to train on and held out."""
+    method = method_of(config)
+    source = ScoredPairs(
+        start.pairs,
+        start.scores,
+        prompt_numbers=method.weighting == "fitted",
+        fraction=config.train_fraction,
+    )
+    method = source.prepared(method)
+    training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
+    num_pairs = sum(map(len, training))
+    if num_pairs == 0:
+        more = "; raise --train-fraction" if config.train_fraction < 1 else ""
+        raise UserError(f"{start.pairs.path}: no pair to train on, {unusable:,} lack a score{more}")
+    ranks.say(
+        f"pairs       {num_pairs:,} to train on, {sum(map(len, held_out)):,} held out, "
+        f"{unusable:,} without a score of the base"
+    )
+    return source, method, training, held_out
+
+
 def _load(
     config: TrainConfig, start: Start, ranks: Ranks, half: bool
 ) -> tuple[PairForward, optim.AdamW]:
@@ -164,6 +173,9 @@ def _load(
     optimizer = make_optimizer(policy, config)
     if start.checkpoint is not None:
         checkpoint.load(start.checkpoint, policy, optimizer)
+    if not policy.packs:
+        model_type = policy.lm.config.model_type
+        ranks.say(f"rows        one response each: packing is not tested for {model_type}")
     return PairForward(policy, ranks, autocast=half and ranks.world == 1), optimizer
 
 

@@ -187,6 +187,20 @@ def test_layers_are_compiled_on_request(
     assert compiled == [("LlamaDecoderLayer", {"dynamic": True})] * 2
 
 
+def test_architecture_that_is_not_packed_trains_and_says_so(
+    inputs: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("mrpo.model.load.PACKABLE", frozenset())
+    train(inputs.config(tmp_path / "run", max_steps=3, warmup_ratio=0.0))
+    assert (
+        "rows        one response each: packing is not tested for llama" in capsys.readouterr().out
+    )
+    packed, single = (
+        [line["loss"] for line in log_of(one) if "loss" in line] for one in (run, tmp_path / "run")
+    )
+    assert single == pytest.approx(packed, rel=1e-3)
+
+
 def test_text_pairs_without_held_out_ones(inputs: Any, tmp_path: Path, scored: Any) -> None:
     rows = [
         {"prompt": f"{n} eggs are", "chosen": f" {n} eggs", "rejected": " she sells"}
@@ -239,7 +253,7 @@ def test_pairs_not_yet_scored_are_named_with_the_line_to_run(inputs: Any, tmp_pa
     prepare(PrepareConfig(source=str(tmp_path / "new.jsonl"), out=str(tmp_path / "pairs")))
     with pytest.raises(UserError, match=r"not yet scored.*1 for llama.*run: mrpo precompute"):
         train(inputs.config(tmp_path / "run", pairs=str(tmp_path / "pairs")))
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_policy_too_large_for_memory_is_refused_before_loading(

@@ -1,0 +1,104 @@
+"""What a run says: the log's lines, the bar, the trackers."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mrpo.errors import UserError
+from mrpo.train.logs import RunLog, check_trackers, cut, open_trackers
+
+FAKE = """
+calls = []
+def init(**known): calls.append(("init", known))
+def log(values, step): calls.append(("log", values, step))
+def finish(): calls.append(("finish",))
+"""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_undefined_value_is_null_and_goes_to_no_tracker(tmp_path: Path) -> None:
+    seen = []
+
+    class Tracker:
+        def log(self, values: dict[str, float], step: int) -> None:
+            seen.append((values, step))
+
+        def close(self) -> None:
+            seen.append(({}, -1))
+
+    log = RunLog(tmp_path, [Tracker()], first=True, step=0, total=2)
+    log.write(1, {"loss": 0.5, "other": float("nan"), "none": None})
+    log.close()
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 1, "loss": 0.5, "other": None, "none": None}
+    assert seen == [({"step": 1, "loss": 0.5}, 1), ({}, -1)]
+
+
+def test_log_is_cut_to_what_a_checkpoint_knows_of(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, [], first=True, step=0, total=9)
+    log.write(1, {"loss": 1.0})
+    known = log.sync()
+    log.write(2, {"loss": 2.0})
+    log.close()
+    cut(tmp_path, known)
+    log = RunLog(tmp_path, [], first=True, step=1, total=9)
+    log.write(2, {"loss": 3.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [1.0, 3.0]
+
+
+def test_bar_shows_loss_accuracy_speed_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    log = RunLog(tmp_path, [], first=True, step=2, total=10)
+    log.show(5, 0.6931, 0.5, 12345.6)
+    log.close()
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "5/10" in shown
+    assert "loss 0.6931, accuracy 0.50, 12,346 tokens/s" in shown
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, [], first=False, step=0, total=2)
+    log.write(1, {"loss": 0.5})
+    assert log.sync() == 0
+    log.close()
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_hosted_tracker_gets_name_settings_and_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / f"{name}.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    (tracker,) = open_trackers(f"none,{name}", "my run", tmp_path, {"beta": 0.1}, step=0)
+    tracker.log({"loss": 0.5}, 3)
+    tracker.close()
+    (_, known), logged, finished = sys.modules[name].calls
+    assert known["name"] == "my run"
+    assert known["config"] == {"beta": 0.1}
+    assert known["resume"] == "allow"
+    assert (logged, finished) == (("log", {"loss": 0.5}, 3), ("finish",))
+    monkeypatch.delitem(sys.modules, name)
+
+
+def test_tracker_that_is_not_installed_is_named_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mrpo.train.logs.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        check_trackers("wandb")
+    assert check_trackers("none") == check_trackers("") == []
