@@ -1,4 +1,4 @@
-"""The rules of the house, kept by reading the sources: who may import whom, and what stays light."""
+"""The rules of the house, kept by reading the sources: who imports whom, and what stays light."""
 
 from __future__ import annotations
 
