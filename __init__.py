@@ -18,7 +18,7 @@ _EXPORTS = {
     "multi_dpo_loss": "train.losses",
 }
 
-__all__ = list(_EXPORTS)  # noqa: PLE0604
+__all__ = list(_EXPORTS)
 __version__ = "0.1.0"
 
 

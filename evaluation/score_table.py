@@ -135,7 +135,7 @@ def _read_pairs(
         kept = np.random.default_rng(seed).choice(len(places), sample, replace=False)
         places = places[np.sort(kept)]
     columns = list(dict.fromkeys(["pair_id", *PAIR_COLUMNS, "chosen_bytes", "rejected_bytes"]))
-    parts = []
+    parts: list[pa.Table] = []
     for shard in range(len(pairs.names)):
         wanted = places[places[:, 0] == shard, 1]
         if len(wanted) or not parts:

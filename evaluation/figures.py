@@ -1,0 +1,215 @@
+"""What the stored scores of each reference look like, in numbers; no weights, no texts.
+
+Every figure is a pure function of the arrays of `score_table.py`. NaN where a reference has
+nothing to compute it from. `checks.py` looks for faults, `doctor.py` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..train.methods import parse_method
+from ..train.normalize import NORMALIZATIONS, normalize_logps
+from ..train.scores import PairScores
+from ..train.virtual import ctro_clip
+from ..train.weightings import arwc_weights
+from .intervals import Interval, mean_intervals
+from .score_table import ReferenceScores, ScoreTable
+
+EPSILON = 0.1  # MRPO's default half-width of CTRO
+UNITS = {"none": "summed", "token": "per token", "byte": "per byte"}
+DOMINATES = 0.5  # share of the pull on the virtual reference beyond which one decides alone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceFigures:
+    """One reference. Accuracies, saturation: by normalization ("none", "token", "byte")."""
+
+    alias: str
+    identity: str
+    pairs: int  # scored
+    missing: dict[str, int]  # pairs without a score, by reason
+    chosen_bits_per_byte: float
+    rejected_bits_per_byte: float
+    nats_per_token: float
+    bytes_per_token: float
+    accuracy: dict[str, Interval]  # share of pairs whose chosen response is the likelier one
+    margin: float  # mean of log pi(chosen) − log pi(rejected), nats
+    margin_scale: float  # its standard deviation
+    length_bias: float  # share of the margins' variance that the difference in bytes explains
+    saturation: dict[str, float]  # share of responses that CTRO moves to its bound
+    first_loss: float  # of DPO with this reference, where the policy starts at the base
+    boundary: float  # share of responses whose first scored token begins inside the prompt
+    end_of_turn: float  # share of the log-probs that the end of turn makes
+    end_of_turn_nats: float  # −log-prob of the end of turn, mean
+    agreement: dict[str, float]  # share of pairs on which both prefer the same response
+    correlation: dict[str, float]  # of the margins
+    difficulty: dict[str, float]  # correlation of how hard responses of equal length are
+    dominance: dict[str, float]  # share of pairs that it decides alone, by kind
+
+
+def figures(table: ScoreTable, beta: float, epsilon: float = EPSILON) -> list[ReferenceFigures]:
+    """The figures of every reference; the first is the base."""
+    scores = table.pair_scores()
+    saturated = {unit: saturation(scores, epsilon, unit) for unit in NORMALIZATIONS}
+    dominant = dominance(scores, epsilon)
+    hard = [difficulty(table, reference) for reference in table.references]
+    base = table.references[0]
+    result = []
+    for k, reference in enumerate(table.references):
+        logps, size = reference.logps, table.response_bytes
+        others = [j for j in range(len(table.references)) if j != k]
+        bits = _bits_per_byte(logps, size)
+        total = _mean_ratio(-logps, reference.tokens)
+        result.append(
+            ReferenceFigures(
+                alias=reference.alias,
+                identity=reference.record.identity,
+                pairs=int(reference.scored.sum()),
+                missing=reference.missing,
+                chosen_bits_per_byte=bits[0],
+                rejected_bits_per_byte=bits[1],
+                nats_per_token=total,
+                bytes_per_token=_mean_ratio(size, reference.tokens),
+                accuracy=accuracies(logps, reference.tokens, size, table.prompts),
+                margin=_mean(reference.margins),
+                margin_scale=float(np.nanstd(reference.margins))
+                if reference.scored.any()
+                else np.nan,
+                length_bias=correlation(reference.margins, size[:, 0] - size[:, 1]) ** 2,
+                saturation={unit: saturated[unit][k] for unit in NORMALIZATIONS},
+                first_loss=_mean(np.logaddexp(0, -beta * (base.margins - reference.margins))),
+                boundary=_mean(reference.boundary),
+                end_of_turn=_mean_ratio(reference.end_logps, logps),
+                end_of_turn_nats=_mean(-reference.end_logps),
+                agreement={
+                    table.aliases[j]: agreement(reference, table.references[j]) for j in others
+                },
+                correlation={
+                    table.aliases[j]: correlation(reference.margins, table.references[j].margins)
+                    for j in others
+                },
+                difficulty={table.aliases[j]: correlation(hard[k], hard[j]) for j in others},
+                dominance={kind: float(shares[k]) for kind, shares in dominant.items()},
+            )
+        )
+    return result
+
+
+def accuracies(
+    logps: np.ndarray, tokens: np.ndarray, response_bytes: np.ndarray, prompts: np.ndarray
+) -> dict[str, Interval]:
+    """How often the chosen response is the likelier one, by normalization: all [N, 2]."""
+    right = [
+        preferred(normalize_logps(logps, unit, tokens, response_bytes)) for unit in NORMALIZATIONS
+    ]
+    return dict(zip(NORMALIZATIONS, mean_intervals(np.stack(right, axis=1), prompts)))
+
+
+def preferred(logps: np.ndarray) -> np.ndarray:
+    """[N] 1 where the first of two log-probs [N, 2] is the larger, else 0; NaN where unknown."""
+    return np.where(np.isnan(logps).any(axis=1), np.nan, logps[:, 0] > logps[:, 1])
+
+
+def agreement(one: ReferenceScores, other: ReferenceScores) -> float:
+    """Share of the pairs that both scored on which both prefer the same response."""
+    both = preferred(one.logps) == preferred(other.logps)
+    return _mean(np.where(one.scored & other.scored, both, np.nan))
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's, over the entries that both have; NaN where one of them is constant."""
+    one, other = one.ravel(), other.ravel()
+    known = ~np.isnan(one) & ~np.isnan(other)
+    a, b = one[known], other[known]
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def difficulty(table: ScoreTable, reference: ReferenceScores) -> np.ndarray:
+    """[N, 2] how much less likely a response is than its length lets expect, in nats / √byte.
+
+    The part of the log-prob that a line in bytes leaves over. Which responses are hard for their
+    length is a property of the text: references that compute the right thing agree on it.
+    """
+    size = table.response_bytes
+    known = ~np.isnan(reference.logps)
+    if known.sum() < 3:
+        return np.full_like(reference.logps, np.nan)
+    line = np.stack([np.ones(known.sum()), size[known]], axis=1)
+    fit = np.linalg.lstsq(line, reference.logps[known], rcond=None)[0]
+    return (reference.logps - fit[0] - fit[1] * size) / np.sqrt(np.maximum(size, 1))
+
+
+def dominance(scores: PairScores, epsilon: float) -> dict[str, np.ndarray]:
+    """Share of the pairs that each reference decides alone, [K] by kind.
+
+    A reference's pull is the derivative of the virtual reference's log-prob by its own, the mean
+    over both responses; all pulls sum to 1. Weights are ARWC's; "mrpo" is harmonic after CTRO.
+    """
+    raw = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), "none")
+    weights = arwc_weights(*raw)
+    clipped = ctro_clip(*raw, epsilon)
+    pulls = {
+        "harmonic": [_shares(weights, -logps) for logps in raw],
+        "geometric": [weights, weights],
+        "arithmetic": [_shares(weights, logps) for logps in raw],
+        "mrpo": [_shares(weights, -logps) for logps in clipped],
+    }
+    usable = ~np.isnan(raw[0]).all(axis=1)
+    return {
+        kind: ((chosen + rejected)[usable] / 2 > DOMINATES).mean(0)
+        for kind, (chosen, rejected) in pulls.items()
+    }
+
+
+def method_first_loss(
+    scores: PairScores, aliases: Sequence[str], method: str, beta: float
+) -> float:
+    """The loss that a method begins with where the policy starts at the base; DPO's is ln 2."""
+    targets = parse_method(method, aliases, beta=beta).targets(scores)
+    virtual = targets.virtual_chosen_logps - targets.virtual_rejected_logps
+    base = scores.ref_chosen_logps[:, 0] - scores.ref_rejected_logps[:, 0]
+    return _mean(np.logaddexp(0, -beta * (base - virtual)))
+
+
+def _shares(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """[N, K] weights · exp(logits), rows summing to 1; 0 where a reference is missing."""
+    logits = np.where(np.isnan(logits) | (weights == 0), -np.inf, logits)
+    largest = logits.max(axis=1, keepdims=True)
+    parts = weights * np.exp(logits - np.where(np.isfinite(largest), largest, 0))
+    total = parts.sum(axis=1, keepdims=True)
+    return parts / np.where(total > 0, total, np.nan)
+
+
+def saturation(scores: PairScores, epsilon: float, unit: str) -> list[float]:
+    """Share of each reference's responses that CTRO moves, [K]; 0 for the base."""
+    chosen, rejected = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), unit)
+    clipped = ctro_clip(chosen, rejected, epsilon)
+    known = ~np.isnan(clipped[0])
+    moved = 0.5 * (clipped[0] != chosen) + 0.5 * (clipped[1] != rejected)
+    return [_mean(np.where(known, moved, np.nan)[:, k]) for k in range(chosen.shape[1])]
+
+
+def _bits_per_byte(logps: np.ndarray, response_bytes: np.ndarray) -> list[float]:
+    """Of the chosen and of the rejected responses."""
+    return [
+        _mean_ratio(-logps[:, branch], response_bytes[:, branch]) / float(np.log(2))
+        for branch in (0, 1)
+    ]
+
+
+def _mean_ratio(values: np.ndarray, units: np.ndarray) -> float:
+    """Σ values / Σ units over the entries that have both."""
+    known = ~np.isnan(values) & ~np.isnan(units)
+    total = float(units[known].sum())
+    return float(values[known].sum()) / total if total else float("nan")
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
