@@ -1,0 +1,208 @@
+"""Kills a real `mrpo precompute` again and again until it is done, and looks at what is there.
+
+    python benchmarks/kills.py --kills 100 --publish
+
+Two runs at a time work on one store, each until SIGKILL ends its parent, its worker, or both: at a
+random moment while it starts, loads or scores, or at an aimed one, around the flush and the rename
+of a file of scores and of the reference's record. A last run finishes; the store is then compared
+with that of an undisturbed run. A row counts as scored when its shard's scoring begins. The test
+tests/precompute/test_kills.py is this with 8 kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mrpo.benchmarks.killed_run import VICTIMS, Kill, Run, finish, killed, make_kills
+from mrpo.data.config import PrepareConfig
+from mrpo.data.prepare import prepare
+from mrpo.data.store import ReferenceScores, Store
+from mrpo.data.store_files import TEMPORARY
+from mrpo.demo.models import write_reference
+
+WRITERS = 2  # runs at a time
+SHARD = 4  # pairs
+SHARDS_A_KILL = 6  # so many that the kills come before the end
+CLOSE = 1e-3  # nats
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "store.md"
+
+
+@dataclass(slots=True)
+class Result:
+    """What there was after the last run, beside what an undisturbed run gives."""
+
+    kills: list[Kill]
+    pairs: int
+    scored: int  # rows, over all runs
+    repeated: int  # of them, the most that any one death cost
+    unscored: int  # pairs
+    differing: int  # pairs that only one of the two stores has, or with other counts
+    doubled: int  # rows beyond one a pair in the files
+    damaged: int  # files, after any kill
+    difference: float  # nats, the largest
+    verified: bool
+    left: int  # temporary files of killed writers
+    seconds: float
+
+    def broken(self) -> list[str]:
+        """The promises that did not hold."""
+        promises = {
+            "the same ids and counts": self.unscored == self.differing == 0,
+            f"log-probs within {CLOSE:g} nats": self.difference <= CLOSE,
+            "no row twice": self.doubled == 0,
+            "no damaged file": self.damaged == 0,
+            "each death repeats at most one shard": self.repeated <= SHARD
+            and 0 <= self.scored - self.pairs <= len(self.kills) * SHARD,
+            "`mrpo store verify` passes": self.verified,
+        }
+        return [text for text, held in promises.items() if not held]
+
+    def table(self) -> str:
+        """Markdown: what was measured beside what is promised."""
+        died = Counter(kill.victim for kill in self.kills)
+        who = ", ".join(f"{name} {died[name]}" for name in VICTIMS)
+        rows = [
+            (f"SIGKILLs of a run over {self.pairs:,} pairs ({who})", f"{len(self.kills)}", "–"),
+            ("pairs without a score", f"{self.unscored}", "0"),
+            ("pairs that differ in id or counts", f"{self.differing}", "0"),
+            ("largest difference of a log-prob, nats", f"{self.difference:.1e}", f"{CLOSE:g}"),
+            ("rows that stand twice", f"{self.doubled}", "0"),
+            ("damaged files after any kill", f"{self.damaged}", "0"),
+            (
+                "rows scored again in all",
+                f"{self.scored - self.pairs}",
+                f"{len(self.kills) * SHARD}",
+            ),
+            ("… by one kill, at most", f"{self.repeated}", f"{SHARD} (a shard)"),
+            ("`mrpo store verify`", "passes" if self.verified else "FAILS", "passes"),
+        ]
+        lines = ["| | measured | promised |", "|---|---|---|"]
+        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def kill_test(folder: Path, kills: Sequence[Kill]) -> Result:
+    """Prepare pairs in the folder and score them with all these deaths; nothing else is there."""
+    started = time.monotonic()
+    pairs = write_workload(folder, SHARDS_A_KILL * len(kills))
+    with ThreadPoolExecutor(WRITERS) as pool:
+        undisturbed = pool.submit(lambda: finish(Run(folder, "undisturbed", store="undisturbed")))
+        damaged = sum(pool.map(lambda at: killed(folder, *at), enumerate(kills)))
+        undisturbed.result()
+    finish(Run(folder, "run-last"))
+    store, expected = Store(folder / "store"), Store(folder / "undisturbed")
+    (identity,) = store.identities()
+    got, wanted = by_id(store.scores(identity)), by_id(expected.scores(identity))
+    begun = scored_rows(folder)
+    verify = [sys.executable, "-m", "mrpo.cli", "store", "verify", "--store", store.root]
+    return Result(
+        kills=list(kills),
+        pairs=pairs,
+        scored=sum(len(ids) for _, ids in begun),
+        repeated=worst_repeat(begun),
+        differing=sum(counts(got.get(name)) != counts(wanted.get(name)) for name in got | wanted),
+        unscored=pairs - len(got),
+        doubled=store.scores(identity).num_rows() - len(got),
+        damaged=damaged,
+        difference=max(difference(got[name], wanted[name]) for name in got.keys() & wanted),
+        verified=subprocess.run(verify, check=False, stdout=subprocess.DEVNULL).returncode == 0,
+        left=len(list(folder.glob(f"store/*/**/{TEMPORARY}*"))),
+        seconds=time.monotonic() - started,
+    )
+
+
+def write_workload(folder: Path, shards: int) -> int:
+    """An untrained tiny reference, refs.yaml and prepared pairs; the number of pairs."""
+    texts = ["How many eggs are left? She has 16 - 3 - 4 = 9 eggs, and sells them."] * 8
+    model = write_reference(folder / "model", "llama", texts, vocab_size=300, hidden_size=32)
+    (folder / "refs.yaml").write_text(json.dumps({"tiny": {"model": str(model)}}))
+    dice = random.Random(0)
+    lines = []
+    for number in range(shards * SHARD):
+        prompt, chosen, rejected = (
+            " ".join(dice.choices(texts[0].split(), k=dice.randint(2, 40))) for _ in range(3)
+        )
+        turns = {"prompt": ("user", f"{number}: {prompt}")}
+        turns |= {"chosen": ("assistant", chosen + "."), "rejected": ("assistant", rejected + "!")}
+        row = {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    source, out = str(folder / "pairs.jsonl"), str(folder / "pairs")
+    return prepare(PrepareConfig(source=source, out=out, shard_pairs=SHARD)).num_pairs
+
+
+def by_id(scores: ReferenceScores) -> dict[bytes, dict[str, Any]]:
+    """The rows as a reader gets them. Raises where it gets a pair twice."""
+    rows = scores.read().to_pylist()
+    found = {row["pair_id"]: row for row in rows}
+    assert len(found) == len(rows), "a reader gets a pair twice"
+    return found
+
+
+def counts(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """All of a row but its log-probs."""
+    return row and {name: value for name, value in row.items() if not name.endswith("logp")}
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest of a pair's log-probs, in nats."""
+    return max(abs(one[name] - other[name]) for name in one if name.endswith("logp"))
+
+
+def scored_rows(folder: Path) -> list[tuple[str, list[str]]]:
+    """(run, ids of a shard whose scoring it began), the first begun first."""
+    told = [
+        (line["time"], path.stem, line["ids"])
+        for path in folder.glob("run-*.scored")
+        for line in map(json.loads, path.read_text().splitlines())
+    ]
+    return [(run, ids) for _, run, ids in sorted(told)]
+
+
+def worst_repeat(begun: Sequence[tuple[str, list[str]]]) -> int:
+    """The most rows of any one run that a later one had to score again."""
+    lost: Counter[str] = Counter()
+    later: set[str] = set()
+    for run, ids in reversed(begun):
+        lost[run] += len(later.intersection(ids))
+        later.update(ids)
+    return max(lost.values())
+
+
+def publish(result: Result) -> None:
+    """Put the table into its place in docs/store.md."""
+    begin, end = "<!-- kills -->\n", "<!-- end of kills -->"
+    before, rest = PAGE.read_text().split(begin)
+    PAGE.write_text(f"{before}{begin}{result.table()}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of counts and delays")
+    parser.add_argument("--publish", action="store_true", help="write the table to docs/store.md")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        result = kill_test(Path(folder), make_kills(arguments.kills, arguments.seed))
+    print(result.table())
+    print(f"\n{result.seconds:.0f} s; {result.left} temporary files of killed writers are left")
+    for promise in result.broken():
+        print(f"broken: {promise}", file=sys.stderr)
+    if arguments.publish:
+        publish(result)
+    return bool(result.broken())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
