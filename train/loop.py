@@ -70,11 +70,11 @@ def train_steps(run: Run) -> bool:
             if last or state.step % config.logging_steps == 0:
                 run.log.write(state.step, values | run.meter.line())
             asked = run.forward.ranks.any(stop.asked)
-            save = last or asked or state.step % config.save_steps == 0
+            due = last or state.step % config.save_steps == 0
             accuracy = None
-            if state.step % config.eval_steps == 0 or (save and not asked):
+            if due or state.step % config.eval_steps == 0:
                 accuracy = evaluate(run)
-            if save:
+            if due or asked:
                 save_checkpoint(run, accuracy)
             if asked and not last:
                 return False
@@ -137,7 +137,8 @@ def backward(run: Run, batch: StepBatch) -> None:
                         f"step {run.state.step + 1}: rank {ranks.rank} is out of memory at "
                         f"{budget.tokens} tokens; go on with --resume and a smaller --max-tokens"
                     ) from None
-        budget.halve(max(len(rows) for rows, _ in shares))
+        largest = max(len(rows) for rows, _ in shares)
+        budget.halve(int(ranks.max(torch.tensor(largest))))
     if run.optimizer.state:  # from the second step on: the first does not hold the moments yet
         budget.learn(longest, ranks, bound=len(shares) > 1)
     run.meter.add(batch, ranks.sum(totals).tolist())

@@ -98,10 +98,11 @@ def test_undisturbed_log_has_every_step_once(killed: Path) -> None:
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7]
 
 
+@pytest.mark.parametrize("save_steps", [3, 100])
 def test_sigterm_saves_within_the_step_and_resume_goes_on(
-    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
 ) -> None:
-    config = inputs.config(tmp_path / "plain", save_steps=100)
+    config = inputs.config(tmp_path / "plain", save_steps=save_steps)
     assert train(config) == 0
     step = loop.optimizer_step
 
