@@ -79,7 +79,8 @@ def make_domains(seed: int) -> dict[str, Domain]:
 
 def facts(rng: random.Random) -> Domain:
     """Every fact of the world, told in two ways and asked in a third."""
-    asked, told = [], []
+    asked: list[Example] = []
+    told: list[Example] = []
     towns = ["".join(parts) for parts in product(TOWN_STARTS.split(), TOWN_ENDS.split())]
     for town, (fact, values) in product(towns, FACTS.items()):
         value, *others = rng.sample(values.split(), len(values.split()))
