@@ -1,0 +1,145 @@
+"""`mrpo doctor`: whether each reference's scores can be trusted, and what it is worth.
+
+    scores -> figures -> checks (-> probe) -> verdicts -> tables, doctor.json
+
+Everything but the probe works from the store alone; no weights are opened for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from ..data.join import precompute_line
+from ..data.references import ReferenceSpec, load_refs
+from ..data.shards import PairShards
+from ..data.store import NotScored, ReferenceRecord, Store, open_store
+from ..errors import UserError
+from ..settings import write_resolved
+from .checks import check_scores
+from .config import DoctorConfig
+from .diagnosis import Advice, Verdict, advise, verdicts
+from .doctor_table import describe
+from .figures import ReferenceFigures, figures, method_first_loss
+from .findings import Finding
+from .probe import ProbeReport, probe
+from .results import free_path, write_json
+from .score_table import ScoreTable, load_scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """All that doctor found; what doctor.json holds."""
+
+    pairs: int  # looked at
+    of_pairs: int
+    references: list[ReferenceFigures]
+    findings: dict[str, list[Finding]]
+    probes: list[ProbeReport]
+    verdicts: list[Verdict]
+    advice: Advice
+    first_loss: float  # of MRPO with all references, where the policy starts at the base
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Print the diagnosis and write it; 1 where a reference is broken, else 0."""
+    out = free_path(config.out)
+    diagnosis = diagnose(config)
+    for line in describe(diagnosis):
+        print(line)
+    write_resolved(config, out.with_suffix(".yaml"))
+    write_json(out, diagnosis)
+    print(out)
+    return int(any(one.state == "broken" for one in diagnosis.verdicts))
+
+
+def diagnose(config: DoctorConfig) -> Diagnosis:
+    """Read the scores, look for faults, weigh the references."""
+    pairs, store = PairShards(config.pairs), open_store(config.store)
+    specs = load_refs(config.refs_config)
+    records = _records(config, pairs, store, specs)
+    table = load_scores(pairs, store, records, sample=config.sample)
+    for reference in table.references:
+        if not reference.scored.any():
+            line = precompute_line(pairs, store, [reference.alias], config.refs_config)
+            raise UserError(f"reference {reference.alias} has no score of these pairs; run: {line}")
+    numbers = figures(table, config.beta, config.epsilon)
+    found = check_scores(table, numbers, _vocabularies(records, specs))
+    probes = _probes(config, table, specs, pairs, store)
+    for report in probes:
+        found[report.alias] += report.findings
+    advice = advise(table, numbers, found)
+    return Diagnosis(
+        pairs=len(table),
+        of_pairs=pairs.num_pairs,
+        references=numbers,
+        findings=found,
+        probes=probes,
+        verdicts=verdicts(numbers, found, advice, store.root),
+        advice=advice,
+        first_loss=method_first_loss(table.pair_scores(), table.aliases, "mrpo", config.beta),
+    )
+
+
+def _records(
+    config: DoctorConfig, pairs: PairShards, store: Store, specs: Mapping[str, ReferenceSpec]
+) -> list[ReferenceRecord]:
+    aliases = [alias.strip() for alias in config.refs.split(",") if alias.strip()]
+    if not aliases or len(set(aliases)) < len(aliases):
+        raise UserError(f"--refs {config.refs!r}: name each reference once, as llama,mistral")
+    try:
+        return [store.resolve(alias, specs) for alias in aliases]
+    except NotScored as error:
+        line = precompute_line(pairs, store, aliases, config.refs_config)
+        raise UserError(f"{error}; run: {line}") from None
+
+
+def _probes(
+    config: DoctorConfig,
+    table: ScoreTable,
+    specs: Mapping[str, ReferenceSpec],
+    pairs: PairShards,
+    store: Store,
+) -> list[ProbeReport]:
+    """A probe of each reference, one after the other; none without --probe."""
+    if not config.probe:
+        return []
+    known = [_spec_of(reference.record, specs) for reference in table.references]
+    reports = []
+    for k, spec in enumerate(known):
+        others = [other for j, other in enumerate(known) if j != k and other is not None]
+        reports.append(probe(table, k, spec, others, pairs, store, config.probe))
+    return reports
+
+
+def _spec_of(record: ReferenceRecord, specs: Mapping[str, ReferenceSpec]) -> ReferenceSpec | None:
+    """The entry of refs.yaml under which the scores were made, where it is still there."""
+    spec = specs.get(record.alias)
+    return spec if spec is not None and spec.entry() == record.entry else None
+
+
+def _vocabularies(
+    records: Sequence[ReferenceRecord], specs: Mapping[str, ReferenceSpec]
+) -> dict[str, int]:
+    """Tokens of each reference's vocabulary, where its configuration is on this machine."""
+    sizes = {}
+    for record in records:
+        spec = _spec_of(record, specs)
+        if spec is not None and (size := _vocabulary(spec)):
+            sizes[record.alias] = size
+    return sizes
+
+
+def _vocabulary(spec: ReferenceSpec) -> int | None:
+    try:
+        path: Any = spec.model_folder and spec.model_folder / "config.json"
+        path = path or try_to_load_from_cache(spec.model, "config.json", revision=spec.revision)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UserError, OSError, TypeError, ValueError):
+        return None
+    return content.get("vocab_size") or content.get("text_config", {}).get("vocab_size")
