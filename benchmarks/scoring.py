@@ -1,0 +1,267 @@
+"""Scoring side by side: ours (hf, vllm), vLLM without sharing, and TRL 1.16's precompute pass.
+
+    python benchmarks/scoring.py               # a CPU: 256 HH-RLHF pairs, 7.1 M parameters
+    python benchmarks/scoring.py --gpu         # a GPU: 1.2 B parameters, pairs as they are and long
+    python benchmarks/scoring.py --publish     # keeps what comes out: benchmarks/results, docs
+
+All score the same pairs with the same weights, each in a process of its own, in turns, several
+rounds. Measured is the pass alone: from token ids to sums that are stored (ours in the score
+store, TRL's in its cache), after a warm-up on other pairs; imports, loading and tokenizing are not
+in it. Tokens count each prompt twice, once a response, whatever a program computes. The share of
+the matrix rate counts it once: useful operations a second over those of a plain matrix product
+of the same precision, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from mrpo.benchmarks.common import (
+    LONG,
+    MATRIX,
+    OPTIONS,
+    Child,
+    Figures,
+    machine,
+    machine_line,
+    main,
+    median,
+    publish,
+    rounds_of,
+    spread,
+    table,
+)
+from mrpo.benchmarks.workload import (
+    SIZES,
+    long_pairs,
+    messages,
+    real_pairs,
+    rendered,
+    tokens_twice,
+    useful_flops,
+    write_model,
+    write_pairs,
+)
+from mrpo.data.shards import PairShards
+
+TRL, HF, VLLM = "TRL 1.16", "mrpo hf", "mrpo vllm"
+UNSHARED, BFLOAT16 = ", prompts not shared", ", bfloat16"
+ON_CPU = [MATRIX, TRL, TRL + BFLOAT16, HF, HF + BFLOAT16, VLLM + UNSHARED, VLLM]
+ON_GPU = [TRL, HF, VLLM + UNSHARED, VLLM]  # all in bfloat16, and each on long pairs too
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What parent and children agree on."""
+
+    size: str = "small"
+    pairs: int = 256  # as they are
+    long_pairs: int = 0
+    warm_up: int = 16  # further pairs, scored before the clock starts
+    trl_batch: int = 8  # pairs; by default TRL takes the training batch's size
+    gpu: bool = False
+
+    @property
+    def memory(self) -> str:
+        """The figure that counts."""
+        return "gpu_peak_mb" if self.gpu else "peak_mb"
+
+    def precision(self, variant: str) -> str:
+        return "bfloat16" if self.gpu or BFLOAT16 in variant else "float32"
+
+
+GPU = Options(size="large", pairs=2048, long_pairs=512, warm_up=128, trl_batch=32, gpu=True)
+
+
+def run_child(child: Child) -> None:
+    if child.variant.startswith(TRL):
+        score_in_trl(child)
+    elif child.variant.startswith(VLLM):
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, ample for this model
+        score_here(child, "vllm", share_prompts=UNSHARED not in child.variant)
+    else:
+        score_here(child, "hf", autocast=BFLOAT16 in child.variant)
+
+
+def keep(child: Child, chosen: Any, rejected: Any) -> None:
+    """The sums of log-probs, to be compared with the other variants'."""
+    sums = np.stack([np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)], 1)
+    np.save(child.folder / f"{child.variant}.npy", sums)
+
+
+def score_here(child: Child, engine: Any, **settings: Any) -> None:
+    """Engine hf or vllm, as the worker of `mrpo precompute` runs it."""
+    from mrpo.data.rendering import Renderer
+    from mrpo.data.store import Store
+    from mrpo.model.packing import padded_tokens
+    from mrpo.precompute.engines.base import EngineSettings, load_engine
+    from mrpo.precompute.scoring import score_rows, sort_out
+
+    if engine == "vllm":
+        import vllm  # noqa: F401
+    else:
+        import mrpo.precompute.engines.hf  # noqa: F401
+    measurement, options = child.measurement, Options(**child.options)
+    measurement.imported()
+    shards, renderer = PairShards(child.pairs), Renderer.load(child.model)
+    with measurement.timed("tokenizing_seconds"):
+        pairs = rendered(renderer, shards.pairs(0))
+    rows = sort_out(shards.pair_ids(0)[: -options.warm_up], pairs[: -options.warm_up], None, None)
+    settings |= {"dtype": SIZES[options.size].dtype, "longest": max(map(padded_tokens, pairs))}
+    loaded = load_engine(engine, EngineSettings(alias="one", model=child.model, **settings))
+    loaded.score(pairs[-options.warm_up :])
+    with TemporaryDirectory() as store, measurement.timed():
+        scored = score_rows(rows, loaded, keep_token_logps=False, progress=lambda pairs: None)
+        Store(store).scores("0" * 32).add(scored.table)
+    keep(child, scored.table["chosen_logp"], scored.table["rejected_logp"])
+    measurement.figures |= {"tokens": tokens_twice(rows.pairs), "facts": loaded.facts}
+    for name in ("cached_tokens", "asked_again"):
+        measurement.figures[name] = getattr(loaded, name, None)
+
+
+def score_in_trl(child: Child) -> None:
+    """`_precompute_ref_logps` of a DPOTrainer, which calls it as soon as it is made."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    measurement, options = child.measurement, Options(**child.options)
+    measurement.imported()
+    rows = messages(PairShards(child.pairs).pairs(0))
+    count = len(rows) - options.warm_up
+
+    class Timed(DPOTrainer):
+        def _prepare_dataset(self, *arguments: Any) -> Any:
+            with measurement.timed("tokenizing_seconds"):
+                return super()._prepare_dataset(*arguments)
+
+        def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
+            others = dataset.select(range(count, len(dataset)))
+            super()._precompute_ref_logps(others, *arguments)
+            dataset = dataset.select(range(count))
+            with measurement.timed():
+                return super()._precompute_ref_logps(dataset, *arguments)
+
+    trainer = Timed(
+        model=child.model,
+        args=DPOConfig(
+            output_dir=str(child.folder / "trl"),
+            precompute_ref_log_probs=True,
+            max_length=None,
+            per_device_train_batch_size=options.trl_batch,
+            bf16=options.precision(child.variant) == "bfloat16",
+            gradient_checkpointing=False,
+            use_cpu=not options.gpu,
+            report_to="none",
+            model_init_kwargs={"dtype": SIZES[options.size].dtype},
+        ),
+        train_dataset=Dataset.from_list(rows),
+    )
+    scored: Any = trainer.train_dataset
+    keep(child, scored["ref_chosen_logps"][:], scored["ref_rejected_logps"][:])
+    parts = {"prompt_ids": 2, "chosen_ids": 1, "rejected_ids": 1}
+    measurement.figures["tokens"] = sum(
+        times * sum(map(len, scored[name][:])) for name, times in parts.items()
+    )
+
+
+def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figures]:
+    """Write the model and the sets of pairs; what each set is."""
+    from mrpo.data.rendering import Renderer
+
+    pairs = real_pairs(data, folder)
+    write_model(folder / "model", SIZES[options.size], pairs)
+    (folder / OPTIONS).write_text(json.dumps(asdict(options)))
+    renderer, workload = Renderer.load(folder / "model"), {}
+    sets = {"real": (pairs, options.pairs), "long": (long_pairs(pairs), options.long_pairs)}
+    for name, (source, count) in sets.items():
+        if count:
+            shards = write_pairs(folder / name, source, count + options.warm_up)
+            shown = rendered(renderer, shards.pairs(0)[:count])
+            workload[name] = {
+                "pairs": count,
+                "tokens": tokens_twice(shown),
+                "prompt_tokens": sum(pair.chosen.start for pair in shown),
+                "flops": useful_flops(folder / "model", shown),
+            }
+    return workload
+
+
+def side_by_side(arguments: Namespace, folder: Path) -> None:
+    """Measure, and show what came out."""
+    options = GPU if arguments.gpu else Options()
+    if arguments.small:
+        options = replace(options, size="tiny", pairs=24, warm_up=8, long_pairs=8 * arguments.gpu)
+    workload = make_workload(folder, arguments.data, options)
+    variants = ON_CPU
+    if arguments.gpu:
+        variants = [MATRIX, *ON_GPU, *(name + LONG for name in ON_GPU)]
+    runs = rounds_of(__file__, variants, folder, arguments.rounds, arguments.only)
+    results = {
+        "machine": machine(),
+        "options": asdict(options),
+        "workload": workload,
+        "differences": differences(list(runs), folder),
+        "runs": runs,
+    }
+    markdown = report(results, options)
+    print(markdown)
+    if arguments.publish:
+        publish("scoring-gpu" if arguments.gpu else "scoring-cpu", results, markdown)
+
+
+def differences(variants: list[str], folder: Path) -> dict[str, float]:
+    """The largest difference of a sum from hf's in the weights' own precision, in nats."""
+    found = {}
+    for variant in variants:
+        exact = folder / f"{HF}{LONG if LONG in variant else ''}.npy"
+        if variant != MATRIX and exact.exists():
+            found[variant] = float(
+                np.abs(np.load(folder / f"{variant}.npy") - np.load(exact)).max()
+            )
+    return found
+
+
+def report(results: dict[str, Any], options: Options) -> str:
+    """A table in Markdown for each set of pairs."""
+    parts = [machine_line(results["machine"]) + "."]
+    runs = results["runs"]
+    head = ["", "tokens/s", "TRL's", "pairs/s", "of matrix rate", "memory, MB"]
+    for of, facts in results["workload"].items():
+        rows, ending = [], LONG if of == "long" else ""
+        for variant in (name for name in runs if name != MATRIX and (LONG in name) == bool(ending)):
+            seconds = median(runs[variant], "seconds")
+            peers = median(runs[TRL + ending], "seconds") if TRL + ending in runs else float("nan")
+            rate = median(runs[MATRIX], options.precision(variant))
+            memory = f"{median(runs[variant], options.memory):,.0f}"
+            rows.append(
+                [
+                    variant.removesuffix(ending),
+                    f"{facts['tokens'] / seconds:,.0f}",
+                    f"{peers / seconds:.2f} ×",
+                    f"{facts['pairs'] / seconds:.1f}",
+                    f"{facts['flops'] / seconds / rate:.0%}",
+                    # vLLM takes what it is given of a GPU, in a process of its own.
+                    "–" if options.gpu and variant.startswith(VLLM) else memory,
+                    f"{results['differences'].get(variant, float('nan')):.1e}",
+                    f"{spread(runs[variant], 'seconds'):.0%}",
+                ]
+            )
+        tokens, prompt = (facts[name] / facts["pairs"] for name in ("tokens", "prompt_tokens"))
+        parts.append(
+            f"{facts['pairs']} pairs of {tokens:.0f} tokens on average, their prompts of "
+            f"{prompt:.0f} counted twice; medians of {len(runs[MATRIX])} rounds:"
+        )
+        parts.append(table([*head, "difference, nats", "spread"], rows))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main(__doc__.split("\n")[0], side_by_side, run_child)

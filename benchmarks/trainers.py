@@ -1,0 +1,142 @@
+"""The programs that `training.py` puts side by side, each as the child of a measurement runs it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mrpo.benchmarks.common import Child
+from mrpo.benchmarks.workload import messages
+from mrpo.data.shards import PairShards
+
+RATE, BETA, SEED = 1e-4, 0.1, 1
+
+
+def scores_file(pairs: Path) -> Path:
+    """The base's sums of log-probs [N, 2] of a folder of pairs."""
+    return pairs.with_suffix(".scores.npy")
+
+
+def order_file(pairs: Path) -> Path:
+    """The rows of a folder of pairs in the order in which they are trained on."""
+    return pairs.with_suffix(".order.npy")
+
+
+def train_here(child: Child, method: str, references: int) -> None:
+    """`mrpo train` to the end of its loop; the times are those of its own log, a line a step."""
+    from mrpo.train.config import TrainConfig
+    from mrpo.train.distributed import Ranks
+    from mrpo.train.loop import train_steps
+    from mrpo.train.run import set_up
+    from mrpo.train.start import find_start
+
+    child.measurement.imported()
+    options, out = child.options, child.folder / f"run-{time.time_ns()}"
+    config = TrainConfig(
+        output_dir=str(out),
+        pairs=str(child.pairs),
+        refs=",".join(f"ref{k}" for k in range(references)),
+        refs_config=str(child.folder / "refs.yaml"),
+        store=str(child.folder / "store"),
+        method=method,
+        beta=BETA,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        max_steps=options["warm_up"] + options["steps"],
+        batch_pairs=options["batch_pairs"],
+        max_tokens=options["max_tokens"],
+        seed=SEED,
+        eval_steps=2**31,
+        save_steps=2**31,
+    )
+    ranks = Ranks.start(config.device)
+    run = set_up(config, find_start(config, ranks, options["gpu"]), ranks, options["gpu"])
+    train_steps(run)
+    run.log.close()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    seconds = [line["perf/step_seconds"] for line in lines[options["warm_up"] :]]
+    child.measurement.figures |= {
+        "seconds": sum(seconds),
+        "step_seconds": seconds,
+        "losses": [line["loss"] for line in lines],
+    }
+    keep(child, run.forward.policy.lm)
+
+
+def train_in_trl(child: Child, cached: bool, checkpointing: bool) -> None:
+    """A DPOTrainer over the pairs in our order; `cached` scores go in as docs/trl.md shows."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    child.measurement.imported()
+    options, losses, ends = child.options, [], []
+    rows = messages(PairShards(child.pairs).pairs(0))
+    if cached:
+        for row, (chosen, rejected) in zip(rows, np.load(scores_file(child.pairs)).tolist()):
+            row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    class Recording(DPOTrainer):
+        def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
+            return dataset
+
+        def compute_loss(self, *arguments: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*arguments, **kwargs)
+            losses.append(loss.detach())
+            return loss
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_log(self, *arguments: Any, **kwargs: Any) -> None:
+            if len(ends) <= options["warm_up"] + options["steps"]:  # the last line is a summary
+                ends.append(time.perf_counter())
+
+    steps = options["warm_up"] + options["steps"]
+    trainer = Recording(
+        model=child.model,
+        args=DPOConfig(
+            output_dir=str(child.folder / "trl"),
+            beta=BETA,
+            precompute_ref_log_probs=cached,
+            max_length=None,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=options["trl_batch"],
+            gradient_accumulation_steps=options["batch_pairs"] // options["trl_batch"],
+            train_sampling_strategy="sequential",
+            max_steps=steps,
+            logging_steps=1,
+            gradient_checkpointing=checkpointing,
+            bf16=options["gpu"],
+            use_cpu=not options["gpu"],
+            save_strategy="no",
+            report_to="none",
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=Dataset.from_list([rows[i] for i in np.load(order_file(child.pairs))]),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    seconds = np.diff(ends)[options["warm_up"] :].tolist()
+    child.measurement.figures |= {
+        "seconds": sum(seconds),
+        "step_seconds": seconds,
+        "losses": np.reshape([loss.item() for loss in losses], (steps, -1)).mean(1).tolist(),
+    }
+    keep(child, trainer.model)
+
+
+def keep(child: Child, model: Any) -> None:
+    """The final weights, to be compared with the other variants'."""
+    import torch
+
+    if not child.options["gpu"]:
+        torch.save(model.state_dict(), child.folder / f"{child.variant}.pt")

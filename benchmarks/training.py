@@ -1,0 +1,263 @@
+"""Training side by side: ours, and TRL 1.16 with scores precomputed and with its reference loaded.
+
+    python benchmarks/training.py             # a CPU: 16 steps of 8 HH-RLHF pairs, 7.1 M parameters
+    python benchmarks/training.py --gpu       # a GPU: 1.2 B parameters, pairs as they are and long
+    python benchmarks/training.py --publish   # keeps what comes out: benchmarks/results, docs
+
+DPO on the same pairs in the same order from the same scores and weights, each program in a process
+of its own, in turns, several rounds. Measured are whole optimizer steps, data loading and logs
+included; imports, loading, checkpoints and evaluations are not in it. TRL's own pass for the
+scores is not either: `scoring.py` measures that. On the CPU all is float32, and the losses of the
+steps and the final weights are compared; on the GPU it is bfloat16 over float32 weights.
+
+The second table is ours with MRPO from 1, 2, 4 and 8 references, whose scores are the base's with
+noise: what a step costs does not depend on what they say.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mrpo.benchmarks.common import (
+    LONG,
+    MATRIX,
+    OPTIONS,
+    Child,
+    Figures,
+    machine,
+    machine_line,
+    main,
+    measure,
+    median,
+    publish,
+    rounds_of,
+    spread,
+    table,
+)
+from mrpo.benchmarks.trainers import RATE, SEED, order_file, scores_file, train_here, train_in_trl
+from mrpo.benchmarks.workload import (
+    SIZES,
+    long_pairs,
+    real_pairs,
+    rendered,
+    tokens_twice,
+    useful_flops,
+    write_model,
+    write_pairs,
+    write_scores,
+)
+from mrpo.data.shards import PairShards
+from mrpo.train.stream import window
+
+SCORES, OURS, MANY = "scores", "mrpo", "mrpo, K = "
+TRL, IN_LOOP = "TRL 1.16, scores precomputed", "TRL 1.16, reference in the loop"
+CHECKPOINTED = f"{TRL}, checkpointing"  # as TRL has it by default
+K = (1, 2, 4, 8)
+MORE_ROUNDS = 2  # for the small differences between numbers of references
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What parent and children agree on."""
+
+    size: str = "small"
+    batch_pairs: int = 8
+    trl_batch: int = 8  # pairs of TRL's micro-batch
+    max_tokens: int | str = "auto"  # of ours; on a GPU `auto` would fill the card
+    steps: int = 16
+    warm_up: int = 0  # steps before the clock starts
+    long_pairs: bool = False
+    gpu: bool = False
+
+    @property
+    def memory(self) -> str:
+        """The figure that counts."""
+        return "gpu_peak_mb" if self.gpu else "peak_mb"
+
+
+TINY = Options(size="tiny", steps=3)
+GPU = Options(
+    size="large",
+    batch_pairs=64,
+    trl_batch=16,
+    max_tokens=8192,
+    steps=12,
+    warm_up=4,
+    long_pairs=True,
+    gpu=True,
+)
+
+
+def run_child(child: Child) -> None:
+    if child.variant == SCORES:
+        for folder in (child.folder / "real", child.folder / "long"):
+            if folder.is_dir():
+                np.save(scores_file(folder), write_scores(child.folder, PairShards(folder), max(K)))
+    elif child.variant.startswith(MANY):
+        train_here(child, "mrpo", int(child.variant.removeprefix(MANY)))
+    elif child.variant.startswith(OURS):
+        train_here(child, "dpo:ref0", 1)
+    else:
+        train_in_trl(child, IN_LOOP not in child.variant, CHECKPOINTED in child.variant)
+
+
+def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figures]:
+    """Write the model, the sets of pairs and their scores; what each set is."""
+    from mrpo.data.rendering import Renderer
+
+    pairs = real_pairs(data, folder)
+    write_model(folder / "model", SIZES[options.size], pairs)
+    (folder / OPTIONS).write_text(json.dumps(asdict(options)))
+    renderer, workload = Renderer.load(folder / "model"), {}
+    sets = {"real": iter(pairs), "long": long_pairs(pairs)}
+    before = options.batch_pairs * options.warm_up
+    for name in sets if options.long_pairs else ["real"]:
+        count = before + options.batch_pairs * options.steps
+        shards = write_pairs(folder / name, sets[name], count)
+        [(_, rows)], order = window([np.arange(count)], SEED, epoch=0, number=0)
+        np.save(order_file(folder / name), rows[order])
+        shown = rendered(renderer, [shards.pairs(0)[row] for row in rows[order][before:]])
+        workload[name] = {
+            "pairs": len(shown),
+            "tokens": tokens_twice(shown),
+            "prompt_tokens": sum(pair.chosen.start for pair in shown),
+            "flops": 3 * useful_flops(folder / "model", shown),
+        }
+    measure(__file__, SCORES, folder)
+    return workload
+
+
+def side_by_side(arguments: Namespace, folder: Path) -> None:
+    """Measure, and show what came out."""
+    options = TINY if arguments.small else GPU if arguments.gpu else Options()
+    workload = make_workload(folder, arguments.data, options)
+    variants = [MATRIX, IN_LOOP, CHECKPOINTED, TRL, OURS]
+    if options.long_pairs:
+        variants += [name + LONG for name in variants[1:]]
+    runs = rounds_of(__file__, variants, folder, arguments.rounds, arguments.only)
+    rounds = arguments.rounds + MORE_ROUNDS
+    runs |= rounds_of(__file__, [f"{MANY}{k}" for k in K], folder, rounds, arguments.only)
+    results = {
+        "machine": machine(),
+        "options": asdict(options),
+        "learning_rate": RATE,
+        "workload": workload,
+        "agreement": {} if options.gpu else agreement(runs, folder),
+        "runs": runs,
+    }
+    markdown = report(results, options)
+    print(markdown)
+    if arguments.publish:
+        publish("training-gpu" if arguments.gpu else "training-cpu", results, markdown)
+
+
+def agreement(runs: dict[str, list[Figures]], folder: Path) -> dict[str, Figures]:
+    """How far losses and final weights are from those of TRL with the same scores."""
+    if TRL not in runs:
+        return {}
+    start = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict()
+    losses, found = np.array(runs[TRL][-1]["losses"]), {}
+    theirs = torch.load(folder / f"{TRL}.pt")
+    moved = flat(theirs, start)
+    for variant in (IN_LOOP, CHECKPOINTED, OURS):
+        if variant in runs:
+            apart = flat(torch.load(folder / f"{variant}.pt"), theirs)
+            found[variant] = {
+                "loss": float(np.abs(np.array(runs[variant][-1]["losses"]) / losses - 1).max()),
+                "weights": float(apart.norm() / moved.norm()),
+                "weight": float(apart.abs().max()),
+                "moved": float(moved.abs().max()),
+            }
+    return found
+
+
+def flat(one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+    """The difference of two sets of weights, in float64, as one vector."""
+    return torch.cat([(one[name].double() - other[name].double()).flatten() for name in other])
+
+
+def report(results: dict[str, Any], options: Options) -> str:
+    """The tables in Markdown: side by side, agreement, numbers of references."""
+    parts, runs = [machine_line(results["machine"]) + "."], results["runs"]
+    rate = median(runs[MATRIX], "bfloat16" if options.gpu else "float32")
+    for of, facts in results["workload"].items():
+        tokens, prompt = (facts[name] / facts["pairs"] for name in ("tokens", "prompt_tokens"))
+        parts.append(
+            f"{options.steps} steps of {options.batch_pairs} pairs, of {tokens:.0f} tokens on "
+            f"average with their prompts of {prompt:.0f} counted twice; medians of "
+            f"{len(runs[MATRIX])} rounds:"
+        )
+        ending = LONG if of == "long" else ""
+        names = [name + ending for name in (IN_LOOP, CHECKPOINTED, TRL, OURS)]
+        parts.append(speeds([name for name in names if name in runs], runs, facts, rate, options))
+    if results["agreement"]:
+        parts.append(
+            f"Losses and final weights beside those of {TRL}, learning rate "
+            f"{results['learning_rate']:g}:"
+        )
+        parts.append(agreements(results["agreement"]))
+    many = {k: runs[f"{MANY}{k}"] for k in K if f"{MANY}{k}" in runs}
+    if many:
+        parts.append(f"MRPO from K references, medians of {len(many[K[0]])} rounds:")
+        parts.append(references(many, options))
+    return "\n\n".join(parts)
+
+
+def speeds(
+    names: list[str], runs: dict[str, list[Figures]], facts: Figures, rate: float, options: Options
+) -> str:
+    head = ["", "pairs/s", "TRL's", "of matrix rate", "memory, MB", "TRL's", "spread"]
+    peers = next((runs[name] for name in names if name.startswith(TRL) and "check" not in name), [])
+    rows = []
+    for name in names:
+        seconds, memory = median(runs[name], "seconds"), median(runs[name], options.memory)
+        rows.append(
+            [
+                name.removesuffix(LONG),
+                f"{facts['pairs'] / seconds:.2f}",
+                f"{median(peers, 'seconds') / seconds:.2f} ×" if peers else "–",
+                f"{facts['flops'] / seconds / rate:.0%}",
+                f"{memory:,.0f}",
+                f"{memory / median(peers, options.memory):.2f} ×" if peers else "–",
+                f"{spread(runs[name], 'seconds'):.0%}",
+            ]
+        )
+    return table(head, rows)
+
+
+def agreements(found: dict[str, Figures]) -> str:
+    head = ["", "losses, relative", "weights, relative to the way trained"]
+    head += ["one weight", "one weight's way"]
+    rows = [
+        [name, *(f"{of[key]:.1e}" for key in ("loss", "weights", "weight", "moved"))]
+        for name, of in found.items()
+    ]
+    return table(head, rows)
+
+
+def references(many: dict[int, list[Figures]], options: Options) -> str:
+    first = many[K[0]]
+    rows = [
+        [
+            str(k),
+            f"{1000 * median(runs, 'seconds') / options.steps:.0f}",
+            f"{median(runs, 'seconds') / median(first, 'seconds') - 1:+.1%}",
+            f"{spread(runs, 'seconds'):.1%}",
+            f"{median(runs, options.memory) - median(first, options.memory):+.1f}",
+        ]
+        for k, runs in many.items()
+    ]
+    return table(["K", "ms a step", "to K = 1", "spread", "memory to K = 1, MB"], rows)
+
+
+if __name__ == "__main__":
+    main(__doc__.split("\n")[0], side_by_side, run_child)

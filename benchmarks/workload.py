@@ -1,0 +1,190 @@
+"""The model and the pairs of the side-by-side benchmarks: real text, weights by chance.
+
+The small model is a Llama of 7.1 million parameters with a vocabulary of 16,384 learned from the
+pairs' own dialogues; the large one has the shape of Llama 3.2 1B and is for a GPU. Speed and
+memory depend on shapes and lengths alone, and agreement of two programs is as well seen on random
+weights. The pairs are HH-RLHF's, as they are and, for long rows, several put together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from mrpo.data.config import PrepareConfig
+from mrpo.data.pairs import Message, Pair
+from mrpo.data.prepare import prepare
+from mrpo.data.shards import PairShards
+
+if TYPE_CHECKING:
+    from mrpo.data.rendering import RenderedPair, Renderer
+
+HH = "hh_harmless_test.jsonl.gz"
+TOKENIZER_SIZE = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A Llama with tied embeddings."""
+
+    vocabulary: int
+    width: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    dtype: str  # of the weights on disk
+
+
+SMALL = Size(TOKENIZER_SIZE, 256, 688, 4, 4, 2, "float32")
+TINY = Size(TOKENIZER_SIZE, 64, 128, 2, 2, 1, "float32")  # to try a benchmark out
+LARGE = Size(128_256, 2048, 8192, 16, 32, 8, "bfloat16")
+SIZES = {"small": SMALL, "tiny": TINY, "large": LARGE}
+
+
+def real_pairs(data: Path, folder: Path) -> list[Pair]:
+    """The usable pairs of HH-RLHF's harmless test set, in its order."""
+    source = data / HH
+    if not source.is_file():
+        sys.exit(
+            f"error: {source}: no such file; the benchmarks take real pairs: download "
+            "harmless-base/test.jsonl.gz of anthropics/hh-rlhf, name it so, and give --data FOLDER"
+        )
+    shards = prepare(PrepareConfig(source=str(source), out=str(folder / "all")))
+    return [pair for shard in range(len(shards.names)) for pair in shards.pairs(shard)]
+
+
+def long_pairs(pairs: Sequence[Pair], prompt: int = 1400, response: int = 900) -> Iterator[Pair]:
+    """Endless pairs of more than so many characters: dialogues one after another, then a response
+    that is the text of several."""
+    source = cycle(map(_turns, pairs))
+    while True:
+        turns: list[Message] = []
+        while _length(turns) < prompt:
+            question, answer, _ = next(source)
+            turns += [*question, *answer]
+        question, chosen, rejected = next(source)
+        while min(_length(chosen), _length(rejected)) < response:
+            _, more_chosen, more_rejected = next(source)
+            chosen, rejected = [*chosen, *more_chosen], [*rejected, *more_rejected]
+        yield Pair([*turns, *question], [_joined(chosen)], [_joined(rejected)])
+
+
+def messages(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+    """The pairs as rows in the format that TRL and `mrpo prepare` take."""
+    return [dict(zip(("prompt", "chosen", "rejected"), _turns(pair))) for pair in pairs]
+
+
+def write_pairs(folder: Path, pairs: Iterable[Pair], count: int) -> PairShards:
+    """The first `count` pairs as `mrpo prepare` writes them."""
+    source = folder.with_suffix(".jsonl")
+    with source.open("w", encoding="utf-8") as file:
+        for row in messages(islice(pairs, count)):
+            file.write(json.dumps(row) + "\n")
+    return prepare(PrepareConfig(source=str(source), out=str(folder)))
+
+
+def write_model(folder: Path, size: Size, pairs: Sequence[Pair]) -> None:
+    """A model folder with a tokenizer that has read the pairs."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from mrpo.demo.models import build_tokenizer
+
+    texts = (turn["content"] for pair in pairs for turns in _turns(pair) for turn in turns)
+    tokenizer = build_tokenizer("llama", texts, TOKENIZER_SIZE)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def rendered(renderer: Renderer, pairs: Sequence[Pair]) -> list[RenderedPair]:
+    """The pairs as token ids; none of them is refused."""
+    from mrpo.data.rendering import RenderedPair
+
+    shown = renderer.render_many(pairs)
+    assert all(isinstance(pair, RenderedPair) for pair in shown)
+    return shown  # type: ignore[return-value]
+
+
+def tokens_twice(pairs: Sequence[RenderedPair]) -> int:
+    """Tokens of all sequences, each prompt counted for both responses."""
+    return sum(len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)
+
+
+def useful_flops(model: Path, pairs: Sequence[RenderedPair]) -> int:
+    """Floating-point operations of one forward over the pairs, each prompt once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mrpo.model.flops import forward_flops
+    from mrpo.model.logps import SequenceLogps
+
+    with torch.device("meta"):
+        logps = SequenceLogps(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
+    return sum(forward_flops(logps, logps.collate([pair], "cpu")) for pair in pairs)
+
+
+def write_scores(folder: Path, pairs: PairShards, references: int) -> np.ndarray:
+    """A store of the model's own scores as `ref0`, and of further references, whose scores are
+    these with noise; returns the first one's sums [N, 2], chosen and rejected."""
+    from mrpo.data.references import load_refs
+    from mrpo.data.rendering import Renderer
+    from mrpo.data.store import ReferenceRecord, Store
+    from mrpo.precompute.engines.base import EngineSettings, load_engine
+    from mrpo.precompute.scoring import score_rows, sort_out
+
+    model, store, random = str(folder / "model"), Store(folder / "store"), np.random.default_rng(0)
+    entries = {f"ref{k}": {"model": model, "dtype": "float32"} for k in range(references)}
+    (folder / "refs.yaml").write_text(json.dumps(entries))
+    engine = load_engine("hf", EngineSettings(alias="ref0", model=model))
+    rows = sort_out(pairs.pair_ids(0), Renderer.load(model).render_many(pairs.pairs(0)), None, None)
+    scored = score_rows(rows, engine, keep_token_logps=False, progress=lambda pairs: None).table
+    exact = np.stack([scored[name].to_numpy() for name in ("chosen_logp", "rejected_logp")], 1)
+    for alias, spec in load_refs(folder / "refs.yaml").items():
+        inputs = {"model": {"reference": alias}, "dtype": "float32"}
+        record = store.record(ReferenceRecord(alias=alias, entry=spec.entry(), inputs=inputs))
+        noise = 1 + 0.02 * random.standard_normal(exact.shape) * (alias != "ref0")
+        for name, column in zip(("chosen_logp", "rejected_logp"), (exact * noise).T):
+            place = scored.schema.get_field_index(name)
+            scored = scored.set_column(place, scored.schema.field(name), pa.array(column))
+        store.scores(record.identity).add(scored)
+    return exact
+
+
+def _turns(pair: Pair) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt, chosen and rejected, which are messages here."""
+    assert isinstance(pair.prompt, list)
+    assert isinstance(pair.chosen, list)
+    assert isinstance(pair.rejected, list)
+    return pair.prompt, pair.chosen, pair.rejected
+
+
+def _length(turns: Sequence[Message]) -> int:
+    return sum(len(turn["content"]) for turn in turns)
+
+
+def _joined(turns: Sequence[Message]) -> Message:
+    return {"role": "assistant", "content": " ".join(turn["content"] for turn in turns)}
