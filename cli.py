@@ -131,7 +131,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     default = None if setting.required else setting.default
     if setting.positional:
         note: Any = typer.Argument(help=setting.help, show_default=False)
-    elif kind is bool:
+    elif kind is bool and default is not False:
         note = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
     else:
         note = typer.Option(flag, help=text)
