@@ -89,6 +89,10 @@ def server_urls(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dic
         entries = [f"{specs[0].alias}={entries[0]}"]
     servers = dict(entry.partition("=")[::2] for entry in entries)
     for spec in specs:
+        if "@" in servers.get(spec.alias, ""):
+            raise UserError(
+                "--server: credentials in a URL end up in logs; put the key into $VLLM_API_KEY"
+            )
         if not servers.get(spec.alias, "").startswith(("http://", "https://")):
             raise UserError(
                 f"--server {config.server!r} has no URL for {spec.alias}; a server serves one "

@@ -54,6 +54,7 @@ def precompute(config: PrecomputeConfig) -> int:
     references = [_resolve(spec, store, config, engine) for spec in specs]
     plans = make_plans(references, pairs, store, config, engine)
     print_plans(plans, pairs, store, engine)
+    sys.stdout.flush()  # before hours of work, also where stdout is a file
     if config.dry_run:
         return 0
     logs = _logs(store)
@@ -67,6 +68,7 @@ def precompute(config: PrecomputeConfig) -> int:
             job = _job(plan, pairs, store, config, engine, servers)
             outcome = ReferenceRun(job, groups, plan.survey.todo, logs).run()
             record_run(store, plan, outcome, pairs)
+            print(f"{plan.reference.alias}: finished, {outcome.pairs:,} pairs", file=sys.stderr)
         outcomes.append(outcome)
     unscored = print_summary(plans, outcomes, pairs, store)
     return _verdict(plans, outcomes, unscored)
@@ -74,9 +76,10 @@ def precompute(config: PrecomputeConfig) -> int:
 
 def _verdict(plans: Sequence[Plan], outcomes: Sequence[Outcome], unscored: Sequence[int]) -> int:
     """0 where nothing is left to do; what went wrong otherwise."""
-    for plan, outcome in zip(plans, outcomes):
+    for plan, outcome, left in zip(plans, outcomes, unscored):
+        who = "reference" if left else "a worker, whose part others did, of reference"
         for crash in outcome.crashes:
-            print(f"reference {plan.reference.alias} failed: {crash}", file=sys.stderr)
+            print(f"{who} {plan.reference.alias} failed: {crash}", file=sys.stderr)
     if not any(unscored):
         return 0
     mistakes = dict.fromkeys(text for outcome in outcomes for text in outcome.mistakes)
