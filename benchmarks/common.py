@@ -156,6 +156,11 @@ def median(runs: Sequence[Figures], name: str) -> float:
     return statistics.median(run[name] for run in runs)
 
 
+def peak_memory(runs: Sequence[Figures]) -> float:
+    """Median peak in MB: the GPU's where one was used, else resident above the imports."""
+    return median(runs, "gpu_peak_mb" if "gpu_peak_mb" in runs[0] else "peak_mb")
+
+
 def spread(runs: Sequence[Figures], name: str) -> float:
     """(largest - smallest) / median of the repeats."""
     values = [run[name] for run in runs]

@@ -34,6 +34,7 @@ from mrpo.benchmarks.common import (
     machine_line,
     main,
     median,
+    peak_memory,
     publish,
     rounds_of,
     spread,
@@ -68,11 +69,6 @@ class Options:
     warm_up: int = 16  # further pairs, scored before the clock starts
     trl_batch: int = 8  # pairs; by default TRL takes the training batch's size
     gpu: bool = False
-
-    @property
-    def memory(self) -> str:
-        """The figure that counts."""
-        return "gpu_peak_mb" if self.gpu else "peak_mb"
 
     def precision(self, variant: str) -> str:
         return "bfloat16" if self.gpu or BFLOAT16 in variant else "float32"
@@ -240,7 +236,7 @@ def report(results: dict[str, Any], options: Options) -> str:
             seconds = median(runs[variant], "seconds")
             peers = median(runs[TRL + ending], "seconds") if TRL + ending in runs else float("nan")
             rate = median(runs[MATRIX], options.precision(variant))
-            memory = f"{median(runs[variant], options.memory):,.0f}"
+            memory = f"{peak_memory(runs[variant]):,.0f}"
             rows.append(
                 [
                     variant.removesuffix(ending),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mrpo.benchmarks.common import (
     main,
     measure,
     median,
+    peak_memory,
     publish,
     rounds_of,
     spread,
@@ -78,13 +79,7 @@ class Options:
     long_pairs: bool = False
     gpu: bool = False
 
-    @property
-    def memory(self) -> str:
-        """The figure that counts."""
-        return "gpu_peak_mb" if self.gpu else "peak_mb"
 
-
-TINY = Options(size="tiny", steps=3)
 GPU = Options(
     size="large",
     batch_pairs=64,
@@ -138,7 +133,9 @@ def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figur
 
 def side_by_side(arguments: Namespace, folder: Path) -> None:
     """Measure, and show what came out."""
-    options = TINY if arguments.small else GPU if arguments.gpu else Options()
+    options = GPU if arguments.gpu else Options()
+    if arguments.small:
+        options = replace(options, size="tiny", batch_pairs=8, trl_batch=4, steps=3)
     workload = make_workload(folder, arguments.data, options)
     variants = [MATRIX, IN_LOOP, CHECKPOINTED, TRL, OURS]
     if options.long_pairs:
@@ -198,7 +195,7 @@ def report(results: dict[str, Any], options: Options) -> str:
         )
         ending = LONG if of == "long" else ""
         names = [name + ending for name in (IN_LOOP, CHECKPOINTED, TRL, OURS)]
-        parts.append(speeds([name for name in names if name in runs], runs, facts, rate, options))
+        parts.append(speeds([name for name in names if name in runs], runs, facts, rate))
     if results["agreement"]:
         parts.append(
             f"Losses and final weights beside those of {TRL}, learning rate "
@@ -212,14 +209,12 @@ def report(results: dict[str, Any], options: Options) -> str:
     return "\n\n".join(parts)
 
 
-def speeds(
-    names: list[str], runs: dict[str, list[Figures]], facts: Figures, rate: float, options: Options
-) -> str:
+def speeds(names: list[str], runs: dict[str, list[Figures]], facts: Figures, rate: float) -> str:
     head = ["", "pairs/s", "TRL's", "of matrix rate", "memory, MB", "TRL's", "spread"]
     peers = next((runs[name] for name in names if name.startswith(TRL) and "check" not in name), [])
     rows = []
     for name in names:
-        seconds, memory = median(runs[name], "seconds"), median(runs[name], options.memory)
+        seconds, memory = median(runs[name], "seconds"), peak_memory(runs[name])
         rows.append(
             [
                 name.removesuffix(LONG),
@@ -227,7 +222,7 @@ def speeds(
                 f"{median(peers, 'seconds') / seconds:.2f} ×" if peers else "–",
                 f"{facts['flops'] / seconds / rate:.0%}",
                 f"{memory:,.0f}",
-                f"{memory / median(peers, options.memory):.2f} ×" if peers else "–",
+                f"{memory / peak_memory(peers):.2f} ×" if peers else "–",
                 f"{spread(runs[name], 'seconds'):.0%}",
             ]
         )
@@ -252,7 +247,7 @@ def references(many: dict[int, list[Figures]], options: Options) -> str:
             f"{1000 * median(runs, 'seconds') / options.steps:.0f}",
             f"{median(runs, 'seconds') / median(first, 'seconds') - 1:+.1%}",
             f"{spread(runs, 'seconds'):.1%}",
-            f"{median(runs, options.memory) - median(first, options.memory):+.1f}",
+            f"{peak_memory(runs) - peak_memory(first):+.1f}",
         ]
         for k, runs in many.items()
     ]
