@@ -49,9 +49,9 @@ def evaluate(config: EvaluateConfig) -> None:
     """Score what is not scored yet, print the figures and write them."""
     out = free_path(config.out)
     runs = _listed(config.runs)
+    ground = _ground(config, [run_settings(run) for run in runs])
     policies = [policy_at(path) for path in _listed(config.policies)]
     policies += [policy_of_run(run) for run in runs]
-    ground = _ground(config, [run_settings(run) for run in runs])
     split = None if config.split == "all" else config.split
     base = _base(ground, split)
     records = score_policies(

@@ -1,0 +1,173 @@
+"""Evaluate says what train says where both mean the same, and scores a policy once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from mrpo.data.config import PrepareConfig
+from mrpo.data.prepare import prepare
+from mrpo.data.store import ReferenceRecord
+from mrpo.errors import UserError
+from mrpo.evaluation.config import EvaluateConfig
+from mrpo.evaluation.evaluate import evaluate
+from mrpo.evaluation.judgement import policy_figures, right
+from mrpo.evaluation.score_table import ReferenceScores, ScoreTable
+from mrpo.precompute.config import PrecomputeConfig
+from mrpo.precompute.run import precompute
+from mrpo.tests.evaluation.scored_pairs import chat
+from mrpo.train.config import TrainConfig
+from mrpo.train.run import train
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str, Path]
+) -> dict[str, Any]:
+    """Two runs against llama, of all weights and of an adapter: the settings that they share."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    made = [
+        chat(f"Question {n}?", f"Answer {n} is {n * n}.", f"No answer to {n}.", "ab"[n % 2])
+        for n in range(40)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    source, pairs = str(folder / "rows.jsonl"), str(folder / "pairs")
+    prepare(PrepareConfig(source=source, out=pairs, validation_fraction=0.4))
+    entries = {"llama": {"model": str(tiny_references["llama"])}}
+    (folder / "refs.yaml").write_text(yaml.safe_dump(entries))
+    shared = {
+        "pairs": pairs,
+        "refs": "llama",
+        "refs_config": str(folder / "refs.yaml"),
+        "store": str(folder / "store"),
+    }
+    assert precompute(PrecomputeConfig(**shared, engine="hf")) == 0
+    for name, more in {"full": {}, "lora": {"lora_rank": 4}}.items():
+        config = TrainConfig(
+            output_dir=str(folder / "runs" / name),
+            method="dpo",
+            max_steps=4,
+            learning_rate=1e-2,
+            device="cpu",
+            **shared,
+            **more,
+        )
+        assert train(config) == 0
+    return shared | {"folder": folder}
+
+
+def evaluated(trained: dict[str, Any], out: Path, **settings: Any) -> dict[str, Any]:
+    evaluate(EvaluateConfig(out=str(out), **settings))
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def test_reward_accuracy_is_the_one_that_train_ended_with(
+    trained: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = [trained["folder"] / "runs" / name for name in ("full", "lora")]
+    listed = ",".join(map(str, runs))
+    content = evaluated(trained, tmp_path / "evaluate.json", runs=listed)
+    assert content["base"]["name"] == "llama"
+    for run, policy in zip(runs, content["policies"]):
+        final = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        assert policy["name"] == run.name
+        overall = policy["overall"]
+        assert overall["pairs"] == final["eval_pairs"]
+        assert overall["accuracy"]["reward"]["value"] == pytest.approx(
+            final["eval_rewards/accuracies"], abs=1e-12
+        )
+        margin = final["eval_rewards/margins"] / 0.1  # beta
+        assert overall["reward_margin"]["value"] == pytest.approx(margin, abs=1e-4)
+        sources = policy["by_source"]
+        assert sum(one["pairs"] for one in sources.values()) == overall["pairs"]
+    assert capfd.readouterr().out.splitlines()[-1] == str(tmp_path / "evaluate.json")
+    assert (tmp_path / "evaluate.yaml").is_file()
+
+    again = evaluated(trained, tmp_path / "again.json", runs=listed)
+    assert again == content
+    assert "0 to score" in capfd.readouterr().err
+
+
+def test_the_base_itself_has_no_rewards_and_its_stored_likelihoods(
+    trained: dict[str, Any], tmp_path: Path, tiny_references: dict[str, Path]
+) -> None:
+    given = {name: trained[name] for name in ("pairs", "refs_config", "store")}
+    content = evaluated(
+        trained,
+        tmp_path / "evaluate.json",
+        policies=str(tiny_references["llama"]),
+        base="llama",
+        **given,
+    )
+    policy = content["policies"][0]
+    assert policy["identity"] == content["base"]["identity"]  # not scored again
+    assert policy["overall"]["reward_margin"]["value"] == 0
+    assert policy["overall"]["accuracy"]["sum"] == content["base"]["overall"]["accuracy"]["sum"]
+
+
+def test_yardsticks_by_hand() -> None:
+    """Three pairs; the policy's chosen log-probs −4, −6, −6, rejected −8, −5, −9.
+
+    Summed it is right about 1 and 3. Per token, with 2 and 8 tokens in pair 1: −2 against −1,
+    wrong. The base's margins are 5, −3, 3, the policy's 4, −1, 3: more only in pair 2; in pair 3
+    they are equal, which is not more.
+    """
+    policy = stored([[-4, -8], [-6, -5], [-6, -9]], [[2, 8], [1, 1], [1, 1]])
+    base = stored([[-5, -10], [-7, -4], [-4, -7]], np.ones((3, 2)))
+    table = ScoreTable(
+        places=np.zeros((3, 2), int),
+        ids=np.zeros(3, "V16"),
+        sources=np.array(["a", "a", "b"]),
+        prompts=np.arange(3),
+        prompt_bytes=np.ones(3),
+        response_bytes=np.array([[1.0, 4.0], [2.0, 1.0], [2.0, 1.0]]),
+        references=[base, policy],
+    )
+    assert {name: values.tolist() for name, values in right(table, 1).items()} == {
+        "reward": [0.0, 1.0, 0.0],
+        "sum": [1.0, 0.0, 1.0],
+        "token": [0.0, 0.0, 1.0],
+        "byte": [0.0, 1.0, 1.0],  # −4 : −2, −3 : −5, −3 : −9
+    }
+    found = policy_figures(table, 1, "policy")
+    assert found.overall.margin.value == pytest.approx(2.0)
+    assert found.overall.reward_margin.value == pytest.approx(1 / 3)
+    assert [found.by_source[name].pairs for name in "ab"] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "nothing to evaluate"),
+        ({"runs": "nowhere"}, "no train.yaml there"),
+        ({"policies": "org/name"}, "--base is missing"),
+        ({"policies": "org/name", "out": "table.csv"}, "results are JSON"),
+    ],
+)
+def test_mistakes_are_one_line(
+    settings: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(EvaluateConfig(**settings))
+    assert "\n" not in str(error.value)
+
+
+def stored(logps: Any, tokens: Any) -> ReferenceScores:
+    values = np.array(logps, float)
+    return ReferenceScores(
+        record=ReferenceRecord(alias="x", entry={}, inputs={}),
+        logps=values,
+        end_logps=values * 0,
+        tokens=np.array(tokens, float),
+        prompt_tokens=np.ones(len(values)),
+        boundary=values * 0,
+        reasons=np.full(len(values), "", object),
+    )
