@@ -166,6 +166,33 @@ def test_a_killed_run_takes_its_worker_along_and_two_workers_share_what_is_left(
     assert logs == {"llama.log", "llama-0.log", "llama-1.log"}
 
 
+IDLE = """
+import subprocess, threading, time
+from mrpo.precompute.worker import _end_with_parent
+engine = subprocess.Popen(["sleep", "300"])
+threading.Thread(target=_end_with_parent, daemon=True).start()
+print(engine.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_worker_that_is_busy_ends_with_its_parent_and_takes_its_engines_along() -> None:
+    """It tells nothing meanwhile, so only the end of its stdin can say that the parent is gone."""
+    worker = subprocess.Popen(
+        [sys.executable, "-c", IDLE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    engine = int(worker.stdout.readline())
+    assert not gone(engine)
+    worker.stdin.close()
+    assert worker.wait(10) == -signal.SIGKILL
+    wait_for(lambda: gone(engine), seconds=10)
+
+
 RECORDING = """
 import json, pathlib, sys
 job = json.loads(sys.stdin.readline())
