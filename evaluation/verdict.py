@@ -155,11 +155,14 @@ def _by_size(outcome: Outcome) -> list[str]:
             )
     best = max(outcome.growth, key=lambda name: final.accuracy[name].value)
     change, step = outcome.growth[best], outcome.fractions[-2:]
-    grows = change.low > 0
+    says = "no sign that more pairs would help."
+    if change.low > 0:
+        says = "more pairs would help."
+    elif change.high < 0:
+        says = "more pairs did worse; look at the learning rate and the labels."
     lines.append(
         f"From {step[0]:.3g} to {step[1]:.3g} of the training pairs {best} changes by "
-        f"{points(change)}: "
-        + ("more pairs would help." if grows else "no sign that more pairs would help.")
+        f"{points(change)}: {says}"
     )
     return lines
 
