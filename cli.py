@@ -29,6 +29,8 @@ COMMANDS = {
     "train": ("train.config:TrainConfig", "train.run:train"),
     "evaluate": ("evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate"),
     "doctor": ("evaluation.config:DoctorConfig", "evaluation.doctor:doctor"),
+    "compare": ("evaluation.compare_config:CompareConfig", "evaluation.compare:compare"),
+    "report": ("evaluation.report_config:ReportConfig", "evaluation.report:report"),
     "audit": ("evaluation.audit_config:AuditConfig", "evaluation.audit:audit"),
     "export": ("train.export_config:ExportConfig", "train.export:export"),
     "demo": ("demo.config:DemoConfig", "demo.run:demo"),
