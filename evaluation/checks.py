@@ -48,9 +48,10 @@ def check_scores(
         faults = alone[k] + (_found(check_copies(table, k)) if scored[k] else [])
         if k in sound:
             others = [j for j in sound if j != k]
+            vocabulary = vocabularies.get(reference.alias)
             faults += _found(
-                check_other_tokenizer(table, figures, k, others)
-                or check_likelihood(figures, k, others, vocabularies.get(reference.alias))
+                check_other_tokenizer(table, figures, k, others, vocabulary)
+                or check_likelihood(figures, k, others, vocabulary)
             )
             faults += [] if faults else _found(check_difficulty(figures, k, others))
         found[reference.alias] = faults + _found(check_missing(figures[k]))

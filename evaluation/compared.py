@@ -15,7 +15,7 @@ from .score_table import ReferenceScores, ScoreTable
 
 SAME = 0.98  # share of equal rows from which two references are one
 SAME_TOKENS = 0.95  # share of pairs with equal token counts that two tokenizers don't reach
-WORSE = 1.3  # times the bits per byte of the reference whose token counts it has
+GUESSED = 0.9  # of the nats of a blind guess: no model that knows its tokens needs as many
 FAR_WORSE = 2.5  # times the bits per byte of the best reference
 ODD = 0.6  # agreement on hard responses below which a reference stands apart ...
 AGREED = 0.85  # ... where others agree with one another this much
@@ -49,10 +49,17 @@ def check_copies(table: ScoreTable, k: int) -> Finding | None:
 
 
 def check_other_tokenizer(
-    table: ScoreTable, figures: list[ReferenceFigures], k: int, others: Sequence[int]
+    table: ScoreTable,
+    figures: list[ReferenceFigures],
+    k: int,
+    others: Sequence[int],
+    vocabulary: int | None,
 ) -> Finding | None:
-    """Another reference's token counts, at a far lower likelihood."""
-    reference = table.references[k]
+    """Another reference's token counts, at a likelihood that no model of that tokenizer has.
+
+    Models of one family share a tokenizer, and a small one may need twice the bits of a large one.
+    """
+    reference, nats = table.references[k], figures[k].nats_per_token
     for j in others:
         other = table.references[j]
         both = reference.scored & other.scored
@@ -60,7 +67,10 @@ def check_other_tokenizer(
             continue
         same = float((reference.tokens[both] == other.tokens[both]).all(axis=1).mean())
         own, theirs = _bits(figures[k]), _bits(figures[j])
-        if same > SAME_TOKENS and own > WORSE * theirs:
+        blind = own > FAR_WORSE * theirs
+        if vocabulary is not None:
+            blind = own > theirs and nats > GUESSED * np.log(vocabulary)
+        if same > SAME_TOKENS and blind:
             return Finding(
                 "fault",
                 "tokens",

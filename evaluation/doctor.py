@@ -27,7 +27,7 @@ from .diagnosis import Advice, Verdict, advise, verdicts
 from .doctor_table import describe
 from .figures import ReferenceFigures, figures, method_first_loss
 from .findings import Finding
-from .probe import ProbeReport, probe
+from .probe import REFUTED, ProbeReport, probe
 from .results import free_path, write_json
 from .score_table import ScoreTable, load_scores
 
@@ -72,6 +72,8 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     found = check_scores(table, numbers, _vocabularies(records, specs))
     probes = _probes(config, table, specs, pairs, store)
     for report in probes:
+        if report.confirms:
+            found[report.alias] = [one for one in found[report.alias] if one.code not in REFUTED]
         found[report.alias] += report.findings
     advice = advise(table, numbers, found)
     return Diagnosis(

@@ -19,7 +19,8 @@ FOLLOWS = 0.5  # correlation with a length that is surely meant
 CLEARLY = 0.1  # by which one correlation must exceed another
 NO_RELATION = 0.25  # correlation with the length that only unrelated rows have
 BELOW_OTHERS = 0.3  # by which a correlation may fall short of the best other reference's
-SPREAD = 0.25  # of log lengths (standard deviation) below which correlations say little
+SPREAD = 0.25  # of log tokens (standard deviation) below which a slope says little
+WIDE = 0.4  # of log bytes above which any tokenizer's counts follow them; made-up data has less
 SPIKE = 6.0  # standard deviations by which a cut stands out, in number and in bytes
 
 
@@ -51,7 +52,7 @@ def check_swapped(table: ScoreTable, k: int, lengths: Lengths) -> Finding | None
         ("log-probs follow", lengths.nats, lengths.response_bytes),
     ):
         own, crossed = _follows(values, by), _follows(values, by[:, ::-1])
-        if crossed > max(own + CLEARLY, FOLLOWS):
+        if crossed > max(own + CLEARLY, FOLLOWS) and _surely_above(crossed, own, len(values)):
             return _swapped(
                 f"{what} the other response's length (r {crossed:.2f}), not its own ({own:.2f})"
             )
@@ -96,7 +97,9 @@ def check_truncated(table: ScoreTable, reference: ReferenceScores) -> Finding | 
         cut = int(frequency.argmax())
         nearby = np.delete(frequency[max(0, cut - 10) : cut + 11], min(10, cut)).mean()
         below = counts < cut
-        if frequency[cut] < nearby + SPIKE * (1 + np.sqrt(nearby)) or below.sum() < FEWEST:
+        if frequency[cut] < nearby + SPIKE * (1 + np.sqrt(nearby)):
+            continue
+        if len(np.unique(counts[below])) < FEWEST:
             continue
         line = np.polyfit(counts[below], size[below], 1)
         noise = float((size[below] - np.polyval(line, counts[below])).std())
@@ -115,7 +118,8 @@ def check_truncated(table: ScoreTable, reference: ReferenceScores) -> Finding | 
 def check_shuffled(table: ScoreTable, k: int, lengths: Lengths) -> Finding | None:
     """Token counts that do not go with the texts, or log-probs that do not go with the counts."""
     others = [_lengths(table, other) for j, other in enumerate(table.references) if j != k]
-    spread = float(np.nanstd(lengths.response_bytes))
+    if not np.std(lengths.response_bytes) > WIDE:
+        return None
     for what, own, theirs in (
         ("token counts", lengths.tokens, [other.tokens for other in others]),
         ("log-probs", lengths.nats, [other.nats for other in others]),
@@ -124,8 +128,7 @@ def check_shuffled(table: ScoreTable, k: int, lengths: Lengths) -> Finding | Non
         best = max(
             (correlation(one, by.response_bytes) for one, by in zip(theirs, others)), default=np.nan
         )
-        unrelated = related < NO_RELATION and spread > SPREAD
-        if unrelated or related < min(best - BELOW_OTHERS, FOLLOWS + 0.2):
+        if related < NO_RELATION or related < min(best, 1.0) - BELOW_OTHERS:
             against = f", {best:.2f} for another reference" if best == best else ""
             return Finding(
                 "fault",
@@ -155,6 +158,12 @@ def _follows(values: np.ndarray, by: np.ndarray) -> float:
     """How well the responses of each branch go with a length, the lower of both; −1 if unknown."""
     both = [correlation(values[:, branch], by[:, branch]) for branch in (0, 1)]
     return -1.0 if np.isnan(both).any() else min(both)
+
+
+def _surely_above(one: float, other: float, pairs: int) -> bool:
+    """Whether a correlation exceeds another by more than chance does (Fisher's z)."""
+    difference = np.arctanh(min(one, 0.999)) - np.arctanh(min(other, 0.999))
+    return bool(difference > 4 * np.sqrt(2 / pairs))
 
 
 def _known(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,8 @@ from .probe_renderings import check_template, mistaken_rendering
 from .score_table import ReferenceScores, ScoreTable, pairs_at
 
 LONGEST = 4096  # tokens of a sequence beyond which full logits are no small thing
+# What can't be where stored and recomputed scores agree, however much the numbers look like it.
+REFUTED = {"sign", "swapped", "means", "truncated", "shuffled", "tokens", "unlikely", "odd"}
 AGREE = 0.95  # share of responses whose stored and recomputed scores must be the same
 OTHER_TOKENS = 0.25  # share whose counts may differ: the plain way cuts some tokens elsewhere
 
@@ -43,6 +45,11 @@ class ProbeReport:
     difference: float = float("nan")  # mean |stored − recomputed|, nats per token
     other_tokens: int = 0  # responses whose stored token counts are others
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the stored scores are those of the text that they should be of."""
+        return self.skipped is None and not self.findings
 
 
 def probe(
