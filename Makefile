@@ -14,6 +14,14 @@ STORE       ?= store
 POLICY      ?=
 METHOD      ?= mrpo
 RUN         ?= $(subst :,-,$(subst /,-,$(METHOD)))
+# What `compare` trains; by default DPO with each reference, and MRPO with all.
+comma := ,
+space := $(subst ,, )
+METHODS     ?= $(subst $(space),$(comma),$(addprefix dpo:,$(subst $(comma), ,$(REFS)))),mrpo
+SEEDS       ?= 3
+FRACTIONS   ?= 1
+# What `report` shows beside the references.
+FOLDERS     ?= $(wildcard runs/compare)
 ENGINE      ?= auto
 ARGS        ?=
 
@@ -64,6 +72,17 @@ precompute: setup
 train: setup
 	$(MRPO) train --pairs $(PAIRS) $(REFERENCES) $(if $(POLICY),--policy $(POLICY)) \
 	    --method $(METHOD) $(if $(BETA),--beta $(BETA)) --output-dir runs/$(RUN) $(ARGS)
+
+evaluate: setup
+	$(MRPO) evaluate --runs runs/$(RUN) --out runs/$(RUN)/evaluate.json $(ARGS)
+
+compare: setup
+	$(MRPO) compare --pairs $(PAIRS) $(REFERENCES) $(if $(POLICY),--policy $(POLICY)) \
+	    --methods $(METHODS) --seeds $(SEEDS) --fractions $(FRACTIONS) \
+	    $(if $(BETA),--beta $(BETA)) --output-dir runs/compare $(ARGS)
+
+report: setup
+	$(MRPO) report $(FOLDERS) --pairs $(PAIRS) $(REFERENCES) --out report.html $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
