@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from mrpo.errors import UserError
-from mrpo.settings import Setting, build, options, settings_of
+from mrpo.settings import ELSEWHERE, Setting, build, options, settings_of
 
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
@@ -60,6 +60,9 @@ def main() -> None:
         message = error.format_message().rstrip(".")
         if message:  # none where a group was called without a command: its help was shown
             way_out = f"; see `{context.command_path} --help`" if context else ""
+            option = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+            if option in ELSEWHERE:
+                way_out = f"; {ELSEWHERE[option]}"
             print(f"error: {message}{way_out}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
@@ -134,7 +137,8 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     elif kind is bool and default is not False:
         note = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
     else:
-        note = typer.Option(flag, help=text)
+        also = [f"--{setting.also.replace('_', '-')}"] if setting.also else []
+        note = typer.Option(flag, *also, help=text)
     annotation: Any = Annotated[kind | None if default is None else kind, note]
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

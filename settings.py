@@ -8,6 +8,7 @@ A command's settings live in the `config.py` of the folder that does the work:
         source: Annotated[str, Arg("a positional argument")]
         out: Annotated[str, "a required option, --out"]
         shard_pairs: Annotated[int, "an option, --shard-pairs"] = 8192
+        policy: Annotated[str, "an option of two names", Also("model_name_or_path")]
 
 `cli.py` makes the flags from it; this module merges a YAML file with flags and writes the
 result beside a command's output. Standard library and PyYAML only, so that help stays fast.
@@ -35,6 +36,23 @@ class Arg:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Also:
+    """A second name of a field, which users of another tool know it by; as a flag and in YAML."""
+
+    name: str
+
+
+# Names of TRL that nothing here equals, and what takes their place.
+_BATCH = "--batch-pairs is the pairs of an optimizer step, over all devices and micro-batches"
+ELSEWHERE = {
+    "per_device_train_batch_size": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "ref_model": "references are --refs, scored beforehand by `mrpo precompute`",
+    "precompute_ref_log_probs": "references are always scored beforehand, by `mrpo precompute`",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
     """One field of a settings class, as flags and YAML see it."""
 
@@ -43,6 +61,7 @@ class Setting:
     help: str
     default: Any
     positional: bool
+    also: str | None = None
 
     @property
     def required(self) -> bool:
@@ -58,28 +77,32 @@ def settings_of(config: type) -> list[Setting]:
     hints = typing.get_type_hints(config, include_extras=True)
     fields = []
     for field in _given(config):
-        kind, note = typing.get_args(hints[field.name])[:2]
+        kind, note, *more = typing.get_args(hints[field.name])
         positional = isinstance(note, Arg)
         text = note.help if positional else note
-        fields.append(Setting(field.name, kind, text, field.default, positional))
+        also = more[0].name if more else None
+        fields.append(Setting(field.name, kind, text, field.default, positional, also))
     return fields
 
 
 def build(config: type[Config], flags: Mapping[str, Any], file: str | None = None) -> Config:
     """The settings from given flags over a YAML file over defaults.
 
-    Raises `UserError` for a key that the command does not have, a value of the wrong type and a
-    required setting that is missing.
+    Raises `UserError` for a key that the command does not have or that is there under two names,
+    a value of the wrong type and a required setting that is missing.
     """
     known = {setting.name: setting for setting in settings_of(config)}
+    also = {setting.also: setting.name for setting in known.values() if setting.also}
     values: dict[str, Any] = {}
     if file is not None:
         for key, value in _read_yaml(file).items():
             name = str(key).replace("-", "_")
+            name = also.get(name, name)
             if name not in known:
-                raise UserError(
-                    f"{file}: unknown key {key!r}; this command knows {', '.join(known)}"
-                )
+                way_out = ELSEWHERE.get(name, f"this command knows {', '.join(known)}")
+                raise UserError(f"{file}: unknown key {key!r}; {way_out}")
+            if name in values:
+                raise UserError(f"{file}: {key!r} is {name!r}, which is there too; keep one")
             values[name] = _checked(known[name], value, file)
     for name, value in flags.items():
         values[name] = _checked(known[name], value, "command line")

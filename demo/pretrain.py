@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,27 +22,49 @@ from .models import Family, build_model, build_tokenizer, save_reference
 if TYPE_CHECKING:
     from torch import Tensor
 
-# One layer is enough for the demo's domains, and learns them in half the time of two.
-VOCAB_SIZE, HIDDEN_SIZE, LAYERS = 1200, 96, 1
-BATCH_CHATS = 64
-LEARNING_RATE = 5e-3
 IGNORED = -100  # the label of padding
 
 
-def pretrain_all(corpora: Mapping[Family, Path], folder: Path, seed: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The size of a reference, and how it is trained.
+
+    The defaults are the demo's: one layer is enough for its domains, and learns them in half the
+    time of two.
+    """
+
+    vocab_size: int = 1200
+    hidden_size: int = 96
+    layers: int = 1
+    context: int = 1024  # tokens; of a longer chat the beginning is read
+    batch_chats: int = 64
+    learning_rate: float = 5e-3
+
+
+DEMO = Recipe()
+
+
+def pretrain_all(
+    corpora: Mapping[Family, Path], folder: Path, seed: int, recipe: Recipe = DEMO
+) -> int:
     """Train every reference that `folder` does not have yet; returns an exit code."""
     missing = [family for family in corpora if not (folder / family).is_dir()]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     jobs = []
     for family in missing:
-        settings = [family, corpora[family], folder / family, str(seed)]
+        settings = [family, corpora[family], folder / family, str(seed), json.dumps(asdict(recipe))]
         command = [sys.executable, "-m", "mrpo.demo.pretrain", *settings]
         jobs.append(subprocess.Popen(command, env=one_thread))
     return max((job.wait() for job in jobs), key=abs, default=0)
 
 
-def pretrain(family: Family, corpus: Path, folder: Path, seed: int = 0) -> str:
-    """Write a trained reference to `folder`, which appears complete; returns a line about it."""
+def pretrain(
+    family: Family, corpus: Path, folder: Path, seed: int = 0, recipe: Recipe = DEMO
+) -> str:
+    """Write a trained reference to `folder`, which appears complete; returns a line about it.
+
+    One pass over the corpus in its order, `recipe.batch_chats` chats a step.
+    """
     from torch import nn, optim
     from tqdm import tqdm
     from transformers.utils import logging
@@ -50,16 +73,25 @@ def pretrain(family: Family, corpus: Path, folder: Path, seed: int = 0) -> str:
     chats = [json.loads(line)["messages"] for line in corpus.open(encoding="utf-8")]
     # The roles' names are in every rendered text, so the tokenizer should know them as words.
     words = [message[part] for chat in chats for message in chat for part in ("role", "content")]
-    tokenizer = build_tokenizer(family, words, VOCAB_SIZE)
+    tokenizer = build_tokenizer(family, words, recipe.vocab_size)
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
-    sequences = tokenizer(texts, add_special_tokens=False).input_ids  # the template has its own
-    batches = [sequences[i : i + BATCH_CHATS] for i in range(0, len(sequences), BATCH_CHATS)]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids  # the template has its own
+    sequences = [token_ids[: recipe.context] for token_ids in encoded]
+    size = recipe.batch_chats
+    batches = [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
-    model = build_model(family, len(tokenizer), hidden_size=HIDDEN_SIZE, layers=LAYERS, seed=seed)
+    model = build_model(
+        family,
+        len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        layers=recipe.layers,
+        context=recipe.context,
+        seed=seed,
+    )
     model.train()
     optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     schedule = optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=len(batches), pct_start=0.1
+        optimizer, recipe.learning_rate, total_steps=len(batches), pct_start=0.1
     )
     for batch in tqdm(batches, desc=family, unit=" steps", disable=None):
         token_ids, labels = pad(batch)
@@ -92,5 +124,6 @@ def pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    family, corpus, folder, *seed = sys.argv[1:]
-    print(pretrain(family, Path(corpus), Path(folder), *map(int, seed)))  # type: ignore[arg-type]
+    family, corpus, folder, *rest = sys.argv[1:]
+    seed, settings = int(rest[0]) if rest else 0, json.loads(rest[1]) if rest[1:] else {}
+    print(pretrain(family, Path(corpus), Path(folder), seed, Recipe(**settings)))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 
 from mrpo.errors import UserError
-from mrpo.settings import Arg, build, settings_of, write_resolved
+from mrpo.settings import Also, Arg, build, settings_of, write_resolved
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,6 +23,7 @@ class Example:
     clip: Annotated[float | Literal["none"], "a number or none"] = 0.5
     fast: Annotated[bool, "quickly"] = False
     refs: Annotated[str | None, "a list"] = None
+    policy: Annotated[str, "a model", Also("model_name_or_path")] = "x"
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
@@ -30,6 +31,12 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     file.write_text("source: here\nrate: 1e-5\nsteps: 3\nrefs: [a, b]\nclip: none\n")
     example = build(Example, {"steps": 4, "clip": "0.25"}, str(file))
     assert example == Example(source="here", rate=1e-5, steps=4, refs="a,b", clip=0.25)
+
+
+def test_a_second_name_is_the_same_setting(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("source: here\nmodel-name-or-path: there\n")
+    assert build(Example, {}, str(file)).policy == "there"
 
 
 def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
@@ -49,6 +56,8 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
         ("rate: 1", ["source is missing"]),
         ("- a list", ["mapping"]),
         ("a: [", ["not YAML"]),
+        ("gradient_accumulation_steps: 4", ["unknown key", "--batch-pairs"]),
+        ("policy: a\nmodel_name_or_path: b", ["'model_name_or_path' is 'policy'", "keep one"]),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ..errors import UserError
+from ..settings import Also
 
 POSITIVE = (
     "learning_rate", "train_fraction", "num_train_epochs", "max_steps", "batch_pairs",
@@ -34,7 +35,9 @@ class TrainConfig:
         str | None, "Folder of pairs as `mrpo prepare` writes it; by default `pairs`."
     ] = None
     data: Annotated[
-        str | None, "A source to prepare into that folder first, as `mrpo prepare` takes it."
+        str | None,
+        "A source to prepare into that folder first, as `mrpo prepare` takes it.",
+        Also("dataset_name"),
     ] = None
     refs: Annotated[
         str | None, "Aliases in order, the base first. By default those that --method names."
@@ -42,9 +45,13 @@ class TrainConfig:
     refs_config: Annotated[str, "The file that says what an alias is."] = "configs/refs.yaml"
     store: Annotated[str | None, "The score store. By default $MRPO_STORE, else `store`."] = None
     policy: Annotated[
-        str | None, "Hub id or folder to start from. By default the base reference's model."
+        str | None,
+        "Hub id or folder to start from. By default the base reference's model.",
+        Also("model_name_or_path"),
     ] = None
-    policy_revision: Annotated[str | None, "Commit, branch or tag of a policy on the Hub."] = None
+    policy_revision: Annotated[
+        str | None, "Commit, branch or tag of a policy on the Hub.", Also("model_revision")
+    ] = None
     chat_template: Annotated[
         str | None, "A .jinja file in place of the policy's own chat template."
     ] = None
@@ -101,7 +108,9 @@ class TrainConfig:
     max_missing: Annotated[
         float, "Refuse when a larger share of pairs lacks a reference's score for good."
     ] = 0.05
-    lora_rank: Annotated[int | None, "Train a LoRA adapter of this rank, not all weights."] = None
+    lora_rank: Annotated[
+        int | None, "Train a LoRA adapter of this rank, not all weights.", Also("lora_r")
+    ] = None
     lora_alpha: Annotated[int | None, "LoRA's scale. By default twice the rank."] = None
     lora_dropout: Annotated[float, "Dropout before the LoRA matrices."] = 0.0
     lora_target_modules: Annotated[str, "Layers that get LoRA, by comma."] = "all-linear"
