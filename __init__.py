@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "arwc_weights": "train.weightings",
-    "max_margin_weights": "train.weightings",
-    "ctro_clip": "train.virtual",
-    "virtual_reference": "train.virtual",
-    "preference_loss": "train.losses",
-    "multi_dpo_loss": "train.losses",
+    "arwc_weights": "train.mathematics.weightings",
+    "max_margin_weights": "train.mathematics.weightings",
+    "ctro_clip": "train.mathematics.virtual",
+    "virtual_reference": "train.mathematics.virtual",
+    "preference_loss": "train.mathematics.losses",
+    "multi_dpo_loss": "train.mathematics.losses",
 }
 
 __all__ = list(_EXPORTS)

@@ -1,7 +1,7 @@
 """From figures and findings to a verdict: one line a reference, and what to do with all of them.
 
 Whether a reference can be trusted is one question (`findings.py`), what it adds is another: the
-weights that predict the labels (`train/fitted.py`) and their intervals answer that.
+weights that predict the labels (`train/mathematics/fitted.py`) and their intervals answer that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..train.fitted import fit_weights
+from ..train.mathematics.fitted import fit_weights
 from .figures import UNITS, ReferenceFigures
 from .findings import Finding
 from .intervals import Interval

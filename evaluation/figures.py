@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..train.mathematics.normalize import NORMALIZATIONS, normalize_logps
+from ..train.mathematics.virtual import ctro_clip
+from ..train.mathematics.weightings import arwc_weights
 from ..train.methods import parse_method
-from ..train.normalize import NORMALIZATIONS, normalize_logps
 from ..train.scores import PairScores
-from ..train.virtual import ctro_clip
-from ..train.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceScores, ScoreTable
 

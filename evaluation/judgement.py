@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..train.normalize import normalize_logps
+from ..train.mathematics.normalize import normalize_logps
 from .figures import preferred
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceScores, ScoreTable

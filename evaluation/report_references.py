@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..train.normalize import NORMALIZATIONS
-from ..train.weightings import arwc_weights
+from ..train.mathematics.normalize import NORMALIZATIONS
+from ..train.mathematics.weightings import arwc_weights
 from .charts import Chart, Curve, Grid, Lines, Range, Ranges, Section, Table
 from .doctor import Diagnosis
 from .figures import UNITS, agreement, saturation

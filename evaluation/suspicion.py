@@ -1,8 +1,8 @@
 """Which labels deserve a second look, from the references' scores alone: numbers in, ranks out.
 
 A reference's margin per byte, divided by its usual size, is one unit for all references. How much
-each counts is learned from the labels (`train/fitted.py`), so that a reference that predicts
-nothing says nothing here. Three questions, each a score by which pairs are ranked:
+each counts is learned from the labels (`train/mathematics/fitted.py`), so that a reference that
+predicts nothing says nothing here. Three questions, each a score by which pairs are ranked:
 
 - against:  do the references find the label unlikely?
 - divided:  does one reference clearly prefer the chosen, another clearly the rejected response?
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..train.fitted import fit_weights
+from ..train.mathematics.fitted import fit_weights
 
 SIGNIFICANT = 3.84  # likelihood ratio (chi-squared, 95 %) at which length predicts labels
 NEWTON_STEPS, RIDGE = 50, 1e-3  # of the regression on length

@@ -62,6 +62,13 @@ def test_imports_go_one_way(path: Path) -> None:
                 assert path.name.startswith("rendering"), f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "train" / "mathematics").glob("*.py")))
+def test_the_mathematics_stands_alone(path: Path) -> None:
+    for name, _ in imports(path):
+        if name.startswith("mrpo."):
+            assert name == "mrpo.errors" or name.startswith("mrpo.train.mathematics"), name
+
+
 def test_command_line_with_all_its_help_loads_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "pyarrow", "datasets", "vllm", "numpy", "peft"]
     code = (

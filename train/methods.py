@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from .losses import check_loss
-from .normalize import check_normalize
+from .mathematics.losses import check_loss
+from .mathematics.normalize import check_normalize
+from .mathematics.virtual import KINDS
+from .mathematics.weightings import WEIGHTINGS, fixed_weights
 from .objective import SEPARATE, Method
-from .virtual import KINDS
-from .weightings import WEIGHTINGS, fixed_weights
 
 __all__ = [
     "METHODS",

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .arrays import normalized
-from .fitted import FittedWeights, fit_weights
-from .losses import margin_loss, sft_loss
-from .normalize import normalize_logps
+from .mathematics.arrays import normalized
+from .mathematics.fitted import FittedWeights, fit_weights
+from .mathematics.losses import margin_loss, sft_loss
+from .mathematics.normalize import normalize_logps
+from .mathematics.virtual import ctro_clip, virtual_reference
+from .mathematics.weightings import FROM_HELD_OUT, PER_PAIR
 from .scores import PairScores, ReferenceTargets, to_tensor
-from .virtual import ctro_clip, virtual_reference
-from .weightings import FROM_HELD_OUT, PER_PAIR
 
 SEPARATE = "separate"  # the kind of multi-dpo: the losses are averaged, not the references
 

@@ -21,9 +21,9 @@ from ..data.prompts import in_fraction, prompt_number
 from ..data.shards import PairShards
 from ..data.store_files import LocalFiles
 from ..errors import UserError
+from .mathematics.weightings import FROM_HELD_OUT
 from .objective import Method
 from .scores import PairScores
-from .weightings import FROM_HELD_OUT
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
 WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")

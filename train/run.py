@@ -37,8 +37,8 @@ from .guards import compare_with_base
 from .held_out import BATCH_PAIRS, HeldOut
 from .logs import RunLog, cut, open_trackers
 from .loop import Run, train_steps
+from .mathematics.normalize import beta_warning
 from .meter import Meter
-from .normalize import beta_warning
 from .objective import Method
 from .policy import PolicySource, load_config, load_policy, make_optimizer, write_model
 from .resume import CHECKPOINTS, MODEL

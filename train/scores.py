@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .arrays import present_in_both
-from .normalize import normalize_logps
+from .mathematics.arrays import present_in_both
+from .mathematics.normalize import normalize_logps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

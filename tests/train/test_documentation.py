@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mrpo import ctro_clip, multi_dpo_loss, preference_loss, virtual_reference
-from mrpo.train.losses import LOSS_TYPES
+from mrpo.train.mathematics.losses import LOSS_TYPES
+from mrpo.train.mathematics.normalize import NORMALIZATIONS
+from mrpo.train.mathematics.virtual import KINDS
+from mrpo.train.mathematics.weightings import WEIGHTINGS
 from mrpo.train.methods import METHODS
-from mrpo.train.normalize import NORMALIZATIONS
-from mrpo.train.virtual import KINDS
-from mrpo.train.weightings import WEIGHTINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "mathematics.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 from mrpo.errors import UserError
 from mrpo.train.export import export
 from mrpo.train.export_config import ExportConfig
-from mrpo.train.fitted import fit_weights
+from mrpo.train.mathematics.fitted import fit_weights
 
 ALIASES = ["llama", "mistral", "qwen"]
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add"}}]

@@ -13,7 +13,7 @@ from mrpo.data.prompts import in_fraction
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
-from mrpo.train.fitted import fit_weights
+from mrpo.train.mathematics.fitted import fit_weights
 from mrpo.train.methods import parse_method
 from mrpo.train.rows import ScoredPairs, stacked
 from mrpo.train.run import train

@@ -18,11 +18,11 @@ from mrpo import (
     virtual_reference,
 )
 from mrpo.errors import UserError
-from mrpo.train.fitted import fit_weights
-from mrpo.train.losses import sft_loss
+from mrpo.train.mathematics.fitted import fit_weights
+from mrpo.train.mathematics.losses import sft_loss
+from mrpo.train.mathematics.weightings import vaw_weights, vdw_weights
 from mrpo.train.methods import Method, named_references, parse_method
 from mrpo.train.scores import PairScores, ReferenceTargets
-from mrpo.train.weightings import vaw_weights, vdw_weights
 
 ALIASES = ["llama", "mistral", "qwen"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mrpo import arwc_weights, ctro_clip, multi_dpo_loss, preference_loss, virtual_reference
-from mrpo.train.virtual import KINDS, adaptive_epsilon
+from mrpo.train.mathematics.virtual import KINDS, adaptive_epsilon
 
 PROPERTY = settings(deadline=None, max_examples=100, derandomize=True)
 BETA = 0.3

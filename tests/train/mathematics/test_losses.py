@@ -13,7 +13,7 @@ import torch
 import mrpo
 from mrpo import arwc_weights, ctro_clip, multi_dpo_loss, preference_loss, virtual_reference
 from mrpo.errors import UserError
-from mrpo.train.losses import LOSS_TYPES, margin_loss, sft_loss
+from mrpo.train.mathematics.losses import LOSS_TYPES, margin_loss, sft_loss
 
 ARRAYS = pytest.mark.parametrize("make", [np.array, torch.tensor])
 Make = Callable[..., Any]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mrpo.errors import UserError
-from mrpo.train.normalize import beta_warning, normalize_logps
+from mrpo.train.mathematics.normalize import beta_warning, normalize_logps
 
 
 def test_references_divide_by_their_own_tokens_or_by_the_bytes_of_the_response() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from array_api_compat import array_namespace, device
 
-from ..errors import UserError
+from ...errors import UserError
 from .arrays import Array, in_float64, like, normalized, present_in_both
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mrpo import arwc_weights, max_margin_weights
 from mrpo.errors import UserError
-from mrpo.train.weightings import (
+from mrpo.train.mathematics.weightings import (
     FROM_HELD_OUT,
     PER_PAIR,
     fixed_weights,

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from array_api_compat import array_namespace, device, is_array_api_obj, to_device
 
-from ..errors import UserError
+from ...errors import UserError
 
 Array: TypeAlias = Any
 """A torch tensor or a numpy array (or any other array of the standard)."""

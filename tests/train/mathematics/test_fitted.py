@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrpo.errors import UserError
-from mrpo.train.fitted import FOLDS, RIDGE, fit_weights
+from mrpo.train.mathematics.fitted import FOLDS, RIDGE, fit_weights
 
 SIMULATIONS = 100
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array_api_compat import array_namespace
 
-from ..errors import UserError
+from ...errors import UserError
 from .arrays import Array, in_float64, like, normalized, present_in_both, weights_like
 
 

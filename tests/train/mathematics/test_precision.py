@@ -21,9 +21,9 @@ from mrpo import (
     preference_loss,
     virtual_reference,
 )
-from mrpo.train.losses import LOSS_TYPES
-from mrpo.train.virtual import KINDS
-from mrpo.train.weightings import uniform_weights, vaw_weights, vdw_weights
+from mrpo.train.mathematics.losses import LOSS_TYPES
+from mrpo.train.mathematics.virtual import KINDS
+from mrpo.train.mathematics.weightings import uniform_weights, vaw_weights, vdw_weights
 
 mpmath.mp.dps = 60
 FLOAT32_LOGP = st.floats(-10_000, -(2.0**-10), width=32)
