@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_run_again_it_makes_nothing_again(first: tuple[Path, str]) -> None:
     assert again.returncode == 0, again.stderr
     assert made(out) == before
     assert (out / "accuracy.txt").read_text() == table
+
+
+def test_doctor_finds_its_references_healthy(first: tuple[Path, str]) -> None:
+    """Texts by template, of few lengths, are no fault; nor is a reference that knows one domain."""
+    out, _ = first
+    command = [sys.executable, "-m", "mrpo.cli", "doctor", "--refs", "llama,mistral,qwen"]
+    command += ["--pairs", str(out / "pairs"), "--refs-config", str(out / "refs.yaml")]
+    command += ["--store", str(out / "store"), "--probe", "8"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for alias in ("llama", "mistral", "qwen"):
+        assert re.search(rf"^{alias} +healthy ", ran.stdout, re.MULTILINE), ran.stdout
 
 
 def test_two_demos_do_not_mix_in_one_folder(first: tuple[Path, str]) -> None:
