@@ -2,6 +2,7 @@
 
     python benchmarks/store.py --pairs 1000000 --folder /tmp/store-benchmark
     python benchmarks/store.py --pairs 10000000 --folder /tmp/store-benchmark    # the full run
+    … --publish                                         # keeps it: benchmarks/results, docs
 
 Generates a folder of chat pairs (and a small one, to compare memory with), a store with scores of
 several references, and the same pairs with 1 % new ones; then measures each step in a process of
@@ -25,8 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from store_generated import SMALL, generate
-
+from mrpo.benchmarks.store_generated import SMALL, generate
 from mrpo.data.join import JoinedScores, join
 from mrpo.data.rendering import RenderedPair, RenderedSequence
 from mrpo.data.shards import PairShards
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--references", type=int, default=5)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--publish", action="store_true", help="write benchmarks/results and docs")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
@@ -192,7 +193,13 @@ def main() -> None:
     folder = arguments.folder / f"{arguments.pairs}-{arguments.references}"
     generate(folder, arguments.pairs, arguments.references)
     figures = {step: measured(folder, step) for step in STEPS}
-    print(table(arguments.pairs, arguments.references, figures))
+    shown = table(arguments.pairs, arguments.references, figures)
+    print(shown)
+    if arguments.publish:
+        from mrpo.benchmarks.common import publish  # here: a step's memory has no part in it
+
+        of = {"pairs": arguments.pairs, "references": arguments.references, "steps": figures}
+        publish("store", of, shown)
 
 
 if __name__ == "__main__":

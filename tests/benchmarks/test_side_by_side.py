@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mrpo.benchmarks import scoring, training
+from mrpo.benchmarks import scoring, store, training
 from mrpo.benchmarks.common import DOCUMENT, RESULTS, median, spread, table
 from mrpo.benchmarks.workload import long_pairs, real_pairs, write_pairs
 
@@ -69,3 +69,11 @@ def test_the_document_shows_what_was_measured() -> None:
             assert shown == script.report(results, script.Options(**results["options"])) + "\n"
         else:
             assert "|" not in shown, f"{name}: a table without its figures"
+
+
+def test_the_document_shows_what_was_measured_of_the_store() -> None:
+    shown = DOCUMENT.read_text().split("<!-- store -->\n")[1].split("<!-- end of store -->")[0]
+    path = RESULTS / "store.json"
+    assert path.exists() or "|" not in shown, "a table without its figures"
+    if path.exists():
+        assert shown == store.table(*json.loads(path.read_text()).values()) + "\n"

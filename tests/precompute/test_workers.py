@@ -1,0 +1,223 @@
+"""Worker processes of `mrpo precompute`: killed, out of memory, at fault, and on their GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrpo.errors import UserError
+from mrpo.precompute import preflight, process
+from mrpo.precompute.run import precompute
+from mrpo.tests.precompute.workspace import Workspace, rows
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition: Any, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def command_line(workspace: Workspace) -> Iterator[list[str]]:
+    """A process of its own that runs `precompute`, to be killed."""
+    config = workspace.config(refs="llama")
+    code = (
+        "import json, sys\n"
+        "from mrpo.precompute.config import PrecomputeConfig\n"
+        "from mrpo.precompute.run import precompute\n"
+        "sys.exit(precompute(PrecomputeConfig(**json.loads(sys.argv[1]))))"
+    )
+    settings = {name: getattr(config, name) for name in config.__slots__}
+    return [sys.executable, "-c", code, json.dumps(settings)]
+
+
+def test_a_killed_run_takes_its_worker_along_and_two_workers_share_what_is_left(
+    workspace: Workspace, command_line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed when the second file appears; what is there then is complete and stays."""
+    pairs = workspace.prepare(rows(120), shard_pairs=2)
+    run = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(workspace.scores("llama").names()) >= 2)
+    workers = children(run.pid)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert workers
+    wait_for(lambda: all(gone(worker) for worker in workers), seconds=10)
+    kept = workspace.scores("llama").names()
+    assert 2 <= len(kept) < 60
+    assert workspace.scores("llama").damaged() == []
+
+    assert precompute(workspace.config(refs="llama", data_parallel_size=2)) == 0
+    assert f"{120 - 2 * len(kept)} pairs scored (" in capsys.readouterr().out
+    names = workspace.scores("llama").names()
+    assert set(kept) < set(names)
+    assert len(names) == 60
+    assert workspace.scores("llama").num_rows() == pairs.num_pairs
+    assert len(workspace.by_id("llama")) == 120
+    logs = {path.name for path in Path(workspace.store.root).glob("logs/*/*.log")}
+    assert logs == {"llama.log", "llama-0.log", "llama-1.log"}
+
+
+IDLE = """
+import subprocess, threading, time
+from mrpo.precompute.worker import _end_with_parent
+engine = subprocess.Popen(["sleep", "300"])
+threading.Thread(target=_end_with_parent, daemon=True).start()
+print(engine.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_worker_that_is_busy_ends_with_its_parent_and_takes_its_engines_along() -> None:
+    """It tells nothing meanwhile, so only the end of its stdin can say that the parent is gone."""
+    worker = subprocess.Popen(
+        [sys.executable, "-c", IDLE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    engine = int(worker.stdout.readline())
+    assert not gone(engine)
+    worker.stdin.close()
+    assert worker.wait(10) == -signal.SIGKILL
+    wait_for(lambda: gone(engine), seconds=10)
+
+
+RECORDING = """
+import json, pathlib, sys
+job = json.loads(sys.stdin.readline())
+with open({path!r}, "a") as jobs: print(json.dumps(job), file=jobs)
+def tell(**event): print(json.dumps(event), flush=True)
+"""
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Jobs]:
+    """Puts a worker of a few lines in place of the real one; gives the jobs it was given."""
+    path = tmp_path / "jobs.jsonl"
+
+    def install(code: str) -> Jobs:
+        script = RECORDING.format(path=str(path)) + code
+        monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", script))
+        return Jobs(path)
+
+    return install
+
+
+class Jobs:
+    """The jobs that workers were given so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(json.loads, self.path.read_text().splitlines())
+
+
+def test_a_damaged_file_is_set_aside_and_its_pairs_are_missing_again(
+    workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = workspace.prepare(rows(12), shard_pairs=6)
+    workspace.score("llama", pairs)
+    name = workspace.scores("llama").names()[0]
+    (path,) = Path(workspace.store.root).glob(f"*/scores/{name}")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    worker("")
+    assert precompute(workspace.config(refs="llama")) == 1
+    printed = capsys.readouterr().out
+    assert f"damaged, set aside, its pairs are scored again: {name}" in printed
+    assert "6 pairs in the store; 6 to score (" in printed
+    assert "llama: 0 pairs scored; 6 from the store; 6 NOT SCORED" in printed
+    assert path.with_name(f"{name}.bad").exists()
+    workspace.score("llama", pairs)
+    assert len(workspace.by_id("llama")) == 12
+
+
+def test_a_worker_out_of_memory_is_replaced_by_one_with_half_the_batch(
+    workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.prepare(rows(4))
+    jobs = worker(
+        "tell(event='ready', facts={'max_tokens': job['settings']['max_tokens']})\n"
+        "print('torch.OutOfMemoryError: CUDA out of memory', file=sys.stderr)\n"
+        "sys.exit(1)\n"
+    )
+    assert precompute(workspace.config(refs="llama", max_tokens=1200)) == 1
+    assert [job["settings"]["max_tokens"] for job in jobs] == [1200, 600, 300]
+    told = capsys.readouterr().err
+    assert "llama: out of memory; going on with 600 tokens at once" in told
+    assert "reference llama failed: exit code 1; the end of " in told
+
+
+def test_a_workers_mistake_is_one_line_and_names_what_is_left(
+    workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.prepare(rows(4))
+    worker("tell(event='error', text=job['settings']['alias'] + ' is broken'); sys.exit(2)")
+    with pytest.raises(UserError, match=r"^llama is broken; qwen is broken$"):
+        precompute(workspace.config(refs="llama,qwen"))
+    assert "llama: 0 pairs scored; 0 from the store; 4 NOT SCORED" in capsys.readouterr().out
+
+
+def test_a_worker_killed_by_the_system_is_said_to_be(
+    workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.prepare(rows(4))
+    worker("import os; os.kill(os.getpid(), 9)")
+    assert precompute(workspace.config(refs="qwen")) == 1
+    assert "reference qwen failed: killed by SIGKILL" in capsys.readouterr().err
+
+
+def test_bfloat16_scores_have_an_identity_of_their_own(workspace: Workspace, worker: Any) -> None:
+    workspace.prepare(rows(3))
+    jobs = worker("")
+    precompute(workspace.config(refs="llama"))
+    precompute(workspace.config(refs="llama", bf16=True))
+    exact, fast = jobs
+    assert (exact["settings"]["autocast"], fast["settings"]["autocast"]) == (False, True)
+    assert exact["identity"] != fast["identity"]
+    newest = workspace.store.references()[-1]
+    assert (newest.identity, newest.inputs["autocast"]) == (fast["identity"], "bfloat16")
+
+
+def test_groups_of_gpus_go_to_workers(
+    workspace: Workspace, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four GPUs: two workers of two each; a third worker has none left."""
+    workspace.prepare(rows(4))
+    seen = workspace.folder / "devices"
+    worker(f"import os; print(os.environ['CUDA_VISIBLE_DEVICES'], file=open({str(seen)!r}, 'a'))")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(preflight, "_matrix_rate", lambda: 1e12)
+    options = {"refs": "llama", "engine": "vllm", "tensor_parallel_size": 2}
+    precompute(workspace.config(**options, data_parallel_size=2))
+    assert sorted(seen.read_text().split()) == ["0,1", "2,3"]
+    with pytest.raises(UserError, match="3 workers of 2 GPUs need 6, there are 4"):
+        precompute(workspace.config(**options, data_parallel_size=3))

@@ -1,0 +1,134 @@
+"""What `mrpo train` refuses or warns of: scores, policies and settings that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mrpo.data.config import PrepareConfig
+from mrpo.data.prepare import prepare
+from mrpo.data.shards import PairShards
+from mrpo.errors import UserError
+from mrpo.train.run import train
+
+
+def test_pairs_missing_for_good(inputs: Any, tmp_path: Path, scored: Any) -> None:
+    """In the base: dropped. In another: the others' weights. In too many: refused."""
+    pairs = PairShards(inputs.root / "pairs")
+    reasons = {"llama": 2, "qwen": 3, "mistral": 0}
+    scored(tmp_path, pairs, list(reasons), missing=reasons)
+    changes = {"store": str(tmp_path / "store"), "max_steps": None, "batch_pairs": 48}
+    with pytest.raises(
+        UserError, match=r"llama has no score for 4 of 48 pairs \(4 beyond_context\)"
+    ):
+        train(inputs.config(tmp_path / "run", **changes))
+    train(inputs.config(tmp_path / "run", **changes, max_missing=0.2))
+    card = (tmp_path / "run/model/README.md").read_text()
+    split = [s for shard in range(2) for s in pairs.table(shard)["split"].to_pylist()]
+    lost = sum(s == "train" for s in (*split[:2], *split[30:32]))
+    assert f"| pairs trained on | {split.count('train') - lost} |" in card
+
+
+def test_pairs_not_yet_scored_are_named_with_the_line_to_run(inputs: Any, tmp_path: Path) -> None:
+    row = {"prompt": "never scored", "chosen": " a", "rejected": " b"}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row))
+    prepare(PrepareConfig(source=str(tmp_path / "new.jsonl"), out=str(tmp_path / "pairs")))
+    with pytest.raises(UserError, match=r"not yet scored.*1 for llama.*run: mrpo precompute"):
+        train(inputs.config(tmp_path / "run", pairs=str(tmp_path / "pairs")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_policy_too_large_for_memory_is_refused_before_loading(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with a 70 B model's config and no weights: nothing tries to load them."""
+    policy = shutil.copytree(inputs.references["llama"], tmp_path / "policy")
+    (policy / "model.safetensors").unlink()
+    config = json.loads((policy / "config.json").read_text())
+    sizes = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "head_dim": 128,
+    }
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8}
+    (policy / "config.json").write_text(json.dumps(config | sizes | heads))
+    with pytest.raises(UserError, match=r"the policy needs about 1\d{3}\.\d GiB and .* are free"):
+        train(inputs.config(tmp_path / "run", policy=str(policy)))
+    assert "68,459,175,936 parameters trained" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_that_differs_from_its_scores_is_said_loudly(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(inputs.config(tmp_path / "same", max_steps=1))
+    assert "guard       +0.0e+00 nats" in capsys.readouterr().out
+    train(inputs.config(tmp_path / "other", max_steps=1, policy=str(inputs.references["qwen"])))
+    assert "guard" not in capsys.readouterr().out
+    entries = yaml.safe_load((inputs.root / "refs.yaml").read_text())
+    folder = shutil.copytree(entries["llama"]["model"], tmp_path / "changed")
+    weights = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.load_state_dict({name: 1.2 * tensor for name, tensor in weights.items()})
+    kept = tmp_path / "kept"
+    shutil.move(entries["llama"]["model"], kept)
+    try:
+        shutil.copytree(kept, entries["llama"]["model"])
+        model.save_pretrained(entries["llama"]["model"])
+        train(inputs.config(tmp_path / "changed-run", max_steps=1))
+    finally:
+        shutil.rmtree(entries["llama"]["model"])
+        shutil.move(kept, entries["llama"]["model"])
+    assert "WARNING: the policy is NOT the base reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report_to": "wandbb"}, "--report-to wandbb: must be none or some of"),
+        ({"refs": None}, "no references: give --refs"),
+        ({"refs": "llama,gemma"}, "gemma"),
+        ({"refs": "llama,llama"}, "stands there twice"),
+        ({"method": "mrpoo"}, "'mrpoo' is unknown"),
+        ({"device": "tpu"}, "--device tpu: must be cpu or cuda"),
+        ({"policy": "no/such-model"}, "policy no/such-model: no model to load"),
+        ({"policy_revision": "main"}, "--policy-revision goes with --policy"),
+        ({"chat_template": "none.jinja"}, "--chat-template none.jinja: can't be read"),
+        ({"max_length": 3}, "no pair is left that the policy can take"),
+        ({"lora_rank": 2, "lora_target_modules": "nothing"}, "--lora-target-modules nothing"),
+        ({"pairs": "nowhere"}, "nowhere holds no prepared pairs"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistake_is_one_line(
+    inputs: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        train(inputs.config(tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_output_below_a_file_is_refused(inputs: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output-dir .*file/run: Not a directory"):
+        train(inputs.config(tmp_path / "file" / "run"))
+
+
+def test_damaged_scores_of_a_run_are_noticed(inputs: Any, tmp_path: Path) -> None:
+    train(inputs.config(tmp_path / "run", max_steps=1))
+    shutil.rmtree(tmp_path / "run" / "model")
+    (part, *_) = sorted((tmp_path / "run" / "scores").glob("part-*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.slice(0, len(table) - 1), part)
+    with pytest.raises(UserError, match="damaged"):
+        train(inputs.config(tmp_path / "run", max_steps=1, resume=True))
