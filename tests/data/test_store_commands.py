@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from mrpo.data import store_remote
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
@@ -246,44 +245,6 @@ def test_pull_joins_names_and_keeps_the_newer_date(store: Store, make: Any, tmp_
     assert store.resolve("mine").recorded == mine.recorded
     assert store.resolve("theirs").recorded == theirs.recorded
     assert store.scores(mine.identity).num_rows() == 5
-
-
-class FakeHub:
-    """A repository as push sees it: a list of commits, and the files of all of them."""
-
-    def __init__(self) -> None:
-        self.commits: list[list[str]] = []
-
-    def create_commit(self, repo_id: str, operations: list[Any], **options: Any) -> None:
-        assert (repo_id, options["repo_type"], options["revision"]) == (
-            "org/name",
-            "dataset",
-            "main",
-        )
-        self.commits.append([operation.path_in_repo for operation in operations])
-
-
-def test_push_to_the_hub_makes_few_commits(
-    store: Store, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub
-    from huggingface_hub import HfFileSystem
-
-    record = store.record(make.record())
-    for seed in range(5):
-        store.scores(record.identity).add(make.scores(make.ids(5, seed=seed)))
-    hub = FakeHub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: hub)
-    monkeypatch.setattr(HfFileSystem, "ls", lambda *_, **__: [])
-    monkeypatch.setattr(HfFileSystem, "cat_file", lambda *_, **__: b"")
-    monkeypatch.setattr(HfFileSystem, "_repo_and_revision_exist", lambda *_: (True, None))
-    monkeypatch.setattr(store_remote, "COMMIT_FILES", 3)
-    assert push(PushConfig(target="hf://datasets/org/name/team", store=store.root)) == 0
-    assert [len(commit) for commit in hub.commits] == [3, 2, 1]
-    prefix = f"team/{record.identity}"
-    sent = [name for commit in hub.commits[:2] for name in commit]
-    assert all(name.startswith(f"{prefix}/scores/") for name in sent)
-    assert hub.commits[2] == [f"{prefix}/reference.json"]
 
 
 def test_no_token_reaches_a_manifest_or_the_output(
