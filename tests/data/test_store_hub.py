@@ -71,7 +71,9 @@ class Answering(BaseHTTPRequestHandler):
         listed = f"/api/{REPOSITORY}/tree/main"
         if path.startswith(listed):
             entries = self.server.listing(path.removeprefix(listed).strip("/"))
-            return self.answer(404 if entries is None else 200, json.dumps(entries).encode())
+            if entries is None:
+                return self.answer(404, b'{"error": "not found"}')
+            return self.answer(200, json.dumps(entries).encode())
         if path in (f"/api/{REPOSITORY}", f"/api/{REPOSITORY}/revision/main"):
             state = {"id": "org/name", "sha": COMMIT, "siblings": []}
             return self.answer(200, json.dumps(state).encode())
@@ -114,6 +116,8 @@ class Answering(BaseHTTPRequestHandler):
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that the client is sent to; the tests' offline mode is lifted for it."""
     server = Hub()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
