@@ -12,7 +12,7 @@ from .results import columns
 from .verdict import points
 
 if TYPE_CHECKING:
-    from .outcome import Comparison, Result
+    from .compare_results import Comparison, Result
 
 HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
 

@@ -23,9 +23,9 @@ from .cells import methods_of
 from .charts import Section, Table
 from .compare import RESULT, SETTINGS, aliases_over
 from .compare_config import CompareConfig
+from .compare_results import read_comparison
 from .config import DoctorConfig
 from .doctor import diagnose
-from .outcome import read_comparison
 from .page import to_html
 from .policies import RESOLVED
 from .report_compare import compare_section, logs_by_method

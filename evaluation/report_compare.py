@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table
+from .compare_results import Comparison, Result
 from .compare_table import accuracy_rows
-from .outcome import Comparison, Result
 from .report_runs import Log, read_log
 
 ONE, SEVERAL = "one reference", "several references"

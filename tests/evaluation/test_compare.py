@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mrpo import cli
-from mrpo.evaluation.outcome import Comparison, read_comparison
+from mrpo.evaluation.compare_results import Comparison, read_comparison
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]

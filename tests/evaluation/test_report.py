@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from mrpo.evaluation.charts import Curve, Grid, Lines, Range, Ranges, Section, Table, thinned
+from mrpo.evaluation.compare_results import Comparison, Result, RunResult, Scoring
 from mrpo.evaluation.comparison import resample, standing
 from mrpo.evaluation.intervals import Interval
-from mrpo.evaluation.outcome import WORDS, Comparison, Result, RunResult, Scoring
+from mrpo.evaluation.outcome import WORDS
 from mrpo.evaluation.page import to_html
 from mrpo.evaluation.results import write_json
 from mrpo.evaluation.svg import ticks, to_svg
