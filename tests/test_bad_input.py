@@ -200,3 +200,12 @@ def test_a_non_finite_score_is_refused_and_not_stored(
     write(prepared / "refs.yaml", ["broken: broken"])
     refused(precompute(mrpo, prepared, "broken"), "broken", "not finite")
     assert not list((prepared / "store").rglob("*.parquet"))
+
+
+def test_flags_of_trl_work_or_say_what_takes_their_place(mrpo: Run, tmp_path: Path) -> None:
+    known = ("--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "no.jsonl")
+    folders = ("--output_dir", tmp_path / "run", "--pairs", tmp_path / "pairs", "--refs", "llama")
+    refused(mrpo("train", *folders, *known), "no.jsonl")
+    batch = mrpo("train", *folders, "--per_device_train_batch_size", 4)
+    refused(batch, "--per-device-train-batch-size", "--batch-pairs is the pairs of an optimizer")
+    assert files_below(tmp_path) == set()
