@@ -105,7 +105,7 @@ def _worth(alias: str, advice: Advice) -> str:
         return "keep"
     if len(advice.drop) == len(advice.weights):
         return "keep: these pairs are too few, or the references too alike, to weigh them"
-    return f"drop it or leave it: its fitted weight may be 0 ({advice.weights[alias]})"
+    return f"drop it or leave it: its fitted weight is {advice.weights[alias]}, and may be 0"
 
 
 def _worst_first(findings: Sequence[Finding]) -> list[Finding]:

@@ -7,7 +7,8 @@ from importlib import import_module
 
 import pytest
 
-MODULES = ["virtual", "weightings", "losses", "normalize", "fitted", "methods"]
+NAMES = ("virtual", "weightings", "losses", "normalize", "fitted")
+MODULES = [*(f"mathematics.{name}" for name in NAMES), "methods"]
 
 
 @pytest.mark.parametrize("name", MODULES)
