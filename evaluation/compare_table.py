@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .judgement import YARDSTICKS
 from .results import columns
-from .verdict import points
+from .verdict import percent, points
 
 if TYPE_CHECKING:
     from .compare_results import Comparison, Result
@@ -28,7 +28,7 @@ def describe(comparison: Comparison) -> Iterator[str]:
     for fraction in reversed(comparison.fractions):
         yield ""
         if len(comparison.fractions) > 1:
-            yield f"trained on {fraction:g} of the pairs"
+            yield f"trained on {percent(fraction)} of the pairs"
         yield from columns(accuracy_rows(comparison, fraction))
     yield ""
     for scoring in comparison.scoring:

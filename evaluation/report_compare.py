@@ -8,6 +8,7 @@ from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table
 from .compare_results import Comparison, Result
 from .compare_table import accuracy_rows
 from .report_runs import Log, read_log
+from .verdict import percent
 
 ONE, SEVERAL = "one reference", "several references"
 
@@ -16,7 +17,7 @@ def compare_section(comparison: Comparison) -> Section:
     """Everything in compare.json."""
     tables = [
         Table(
-            title=f"Accuracy in %, trained on {fraction:g} of the pairs",
+            title=f"Accuracy in %, trained on {percent(fraction)} of the pairs",
             rows=[["method", *rows[0][1:]], *rows[1:]],
             note=f"{comparison.pairs:,} held-out pairs of {comparison.prompts:,} prompts, "
             f"{len(comparison.seeds)} seeds, with 95 % intervals over both; rewards measured from "

@@ -150,21 +150,26 @@ def _by_size(outcome: Outcome) -> list[str]:
         if standing.gains and final.gains and stance(standing) != stance(final):
             gain = standing.gains[0]
             lines.append(
-                f"With {fraction:.3g} of the training pairs the answer is another: {gain.method} "
-                f"against {gain.over} {points(gain.gain)}."
+                f"With {percent(fraction)} of the training pairs the answer is another: "
+                f"{gain.method} against {gain.over} {points(gain.gain)}."
             )
     best = max(outcome.growth, key=lambda name: final.accuracy[name].value)
     change, step = outcome.growth[best], outcome.fractions[-2:]
-    says = "no sign that more pairs would help."
+    says = "whether more pairs would help is not settled."
     if change.low > 0:
         says = "more pairs would help."
     elif change.high < 0:
         says = "more pairs did worse; look at the learning rate and the labels."
     lines.append(
-        f"From {step[0]:.3g} to {step[1]:.3g} of the training pairs {best} changes by "
+        f"From {percent(step[0])} to {percent(step[1])} of the training pairs {best} changes by "
         f"{points(change)}: {says}"
     )
     return lines
+
+
+def percent(fraction: float) -> str:
+    """A share of the training pairs, as 20 %."""
+    return f"{100 * fraction:.3g} %"
 
 
 def _signed(value: float) -> str:

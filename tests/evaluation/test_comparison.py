@@ -158,5 +158,5 @@ def test_the_learning_curve_is_put_into_words() -> None:
     standings = [standing(draws, at, METHODS, SINGLE) for at in (0, 1)]
     grown = {name: growth(draws, m, 0, 1) for m, name in enumerate(METHODS)}
     lines = verdict(outcome(fractions=[0.05, 1.0], standings={"reward": standings}, growth=grown))
-    assert any(line.startswith("With 0.05 of the training pairs the answer is") for line in lines)
+    assert any(line.startswith("With 5 % of the training pairs the answer is") for line in lines)
     assert any("mrpo changes by +30" in line and "more pairs would help" in line for line in lines)
