@@ -18,7 +18,7 @@ from ..train.config import TrainConfig
 from ..train.methods import aliases_of
 from .config import EvaluateConfig
 from .judgement import YARDSTICKS, Judgement, PolicyFigures, policy_figures
-from .policies import policy_at, policy_of_run, run_settings, score_policies
+from .policies import policy_at, policy_of_run, run_names, run_settings, score_policies
 from .results import columns, free_path, write_json
 from .score_table import NOT_SCORED, ScoreTable, load_scores
 
@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> None:
     runs = _listed(config.runs)
     ground = _ground(config, [run_settings(run) for run in runs])
     policies = [policy_at(path) for path in _listed(config.policies)]
-    policies += [policy_of_run(run) for run in runs]
+    policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
     split = None if config.split == "all" else config.split
     base = _base(ground, split)
     records = score_policies(

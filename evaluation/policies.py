@@ -85,7 +85,22 @@ def run_settings(run: str) -> TrainConfig:
     return build(TrainConfig, {}, str(path))
 
 
-def policy_of_run(run: str) -> Policy:
+def run_names(runs: Sequence[str]) -> list[str]:
+    """The end of each run's path, as long as it takes to tell them apart.
+
+    >>> run_names(["/runs/dpo", "/runs/mrpo"]), run_names(["/dpo/seed-1", "/mrpo/seed-1"])
+    (['dpo', 'mrpo'], ['dpo/seed-1', 'mrpo/seed-1'])
+    """
+    paths = [Path(run).resolve().parts for run in runs]
+    longest = max(map(len, paths), default=1)
+    ends = (["/".join(path[-length:]) for path in paths] for length in range(1, longest + 1))
+    names = next(ends, [])
+    while len(set(names)) < len(set(paths)):
+        names = next(ends)
+    return names
+
+
+def policy_of_run(run: str, name: str) -> Policy:
     """A finished run's model, shown pairs as in training."""
     folder = Path(run)
     if not (folder / MODEL).is_dir():
@@ -94,7 +109,7 @@ def policy_of_run(run: str) -> Policy:
         )
     found = checkpoints(folder / CHECKPOINTS)
     kwargs = found[-1].settings[POLICY]["chat_template_kwargs"] if found else {}
-    return policy_at(str(folder / MODEL), folder.resolve().name, kwargs)
+    return policy_at(str(folder / MODEL), name, kwargs)
 
 
 def score_policies(

@@ -17,6 +17,7 @@ from mrpo.errors import UserError
 from mrpo.evaluation.config import EvaluateConfig
 from mrpo.evaluation.evaluate import evaluate
 from mrpo.evaluation.judgement import policy_figures, right
+from mrpo.evaluation.policies import run_names
 from mrpo.evaluation.score_table import ReferenceScores, ScoreTable
 from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.run import precompute
@@ -110,6 +111,16 @@ def test_the_base_itself_has_no_rewards_and_its_stored_likelihoods(
     assert policy["identity"] == content["base"]["identity"]  # not scored again
     assert policy["overall"]["reward_margin"]["value"] == 0
     assert policy["overall"]["accuracy"]["sum"] == content["base"]["overall"]["accuracy"]["sum"]
+
+
+def test_runs_are_named_by_what_tells_their_paths_apart() -> None:
+    assert run_names(["/a/dpo", "/b/mrpo"]) == ["dpo", "mrpo"]
+    assert run_names(["/dpo/all/seed-1", "/mrpo/all/seed-1"]) == [
+        "dpo/all/seed-1",
+        "mrpo/all/seed-1",
+    ]
+    assert run_names(["/a/x", "/a/x"]) == ["x", "x"]
+    assert run_names([]) == []
 
 
 def test_yardsticks_by_hand() -> None:
