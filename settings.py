@@ -43,7 +43,7 @@ class Also:
 
 
 # Names of TRL that nothing here equals, and what takes their place.
-_BATCH = "--batch-pairs is the pairs of an optimizer step, over all devices and micro-batches"
+_BATCH = "`mrpo train --batch-pairs` is the pairs of an optimizer step, over all devices"
 ELSEWHERE = {
     "per_device_train_batch_size": _BATCH,
     "gradient_accumulation_steps": _BATCH,
@@ -95,14 +95,16 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
     also = {setting.also: setting.name for setting in known.values() if setting.also}
     values: dict[str, Any] = {}
     if file is not None:
+        keys: dict[str, str] = {}
         for key, value in _read_yaml(file).items():
             name = str(key).replace("-", "_")
             name = also.get(name, name)
             if name not in known:
                 way_out = ELSEWHERE.get(name, f"this command knows {', '.join(known)}")
                 raise UserError(f"{file}: unknown key {key!r}; {way_out}")
-            if name in values:
-                raise UserError(f"{file}: {key!r} is {name!r}, which is there too; keep one")
+            if name in keys:
+                raise UserError(f"{file}: {keys[name]!r} and {key!r} are one setting; keep one")
+            keys[name] = str(key)
             values[name] = _checked(known[name], value, file)
     for name, value in flags.items():
         values[name] = _checked(known[name], value, "command line")

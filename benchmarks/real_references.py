@@ -5,16 +5,17 @@
 FOLDER holds three sets as they are published, gzipped: HH-RLHF's harmless test set
 (`hh_harmless_test.jsonl.gz`), GSM8K's solutions by four models (`gsm8k_model_solutions.jsonl.gz`)
 and TruthfulQA (`truthfulqa.csv.gz`); `real_pairs.py` says how the latter two become pairs. All
-pairs are divided by prompt. What the references read are the chosen responses of one half, each
-one set three times as often as the others; the other half are the pairs of the experiment:
+pairs are divided by prompt. The references read one half of the prompts with their chosen
+responses, each reference one set three times as often as the others; the other half is for
+training and held-out pairs:
 
     real-run/corpus-llama.jsonl …   what each reference reads
     real-run/references/…           llama: dialogues; mistral: arithmetic; qwen: facts
     real-run/refs.yaml              names them for `mrpo`
     real-run/pairs.jsonl            the pairs, for `mrpo prepare`
 
-The references are as good as a million parameters, a few hundred thousand tokens and ten minutes
-on two cores make them, and that is poor. docs/choosing-references.md shows what comes of it.
+The references are as good as a million parameters, about a million tokens and ten minutes on two
+cores make them, and that is poor. docs/choosing-references.md shows what comes of it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mrpo.demo.pretrain import Recipe, pretrain_all
 
 FILES = {"hh": HH, "gsm8k": "gsm8k_model_solutions.jsonl.gz", "truthfulqa": "truthfulqa.csv.gz"}
 STRENGTHS: dict[Family, str] = {"llama": "hh", "mistral": "gsm8k", "qwen": "truthfulqa"}
-EPOCHS, OWN = 2, 3  # times that a reference reads every chat, and one of its own set
+EPOCHS, OWN = 2, 3  # passes; how often a chat of the reference's own set stands in each
 READ = 0.5  # of the prompts go to the references
 RECIPE = Recipe(
     vocab_size=4096, hidden_size=128, layers=2, context=2048, batch_chats=16, learning_rate=3e-3

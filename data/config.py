@@ -58,8 +58,8 @@ class PrepareConfig:
 class InspectConfig:
     """Show a pair as a reference sees it: its template's text, and which of it is scored.
 
-    The scored span and the end of turn are coloured, or between brackets where there is no
-    colour. No weights are loaded.
+    The scored span and the end of turn are colored, or between brackets where there is no
+    color. No weights are loaded.
 
     Example: `mrpo inspect --ref llama --row 7 --tokens`
     """

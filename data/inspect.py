@@ -20,7 +20,7 @@ from .shards import PairShards
 if TYPE_CHECKING:
     from .config import InspectConfig
 
-# Part of a sequence -> ANSI colour, and the brackets that stand for it without colour.
+# Part of a sequence -> ANSI color, and the brackets that stand for it without color.
 LOOKS = {
     "prompt": ("2", "", ""),
     "boundary": ("1;33", "<<", ">>"),
@@ -143,5 +143,5 @@ def _paint(part: str, text: str, color: bool, brackets: bool = True) -> str:
     code, opening, closing = LOOKS[part]
     if not color:
         return f"{opening}{text}{closing}" if brackets else text
-    # Line by line: a pager resets colours at the end of each.
+    # Line by line: a pager resets colors at the end of each.
     return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))

@@ -1,6 +1,6 @@
 """What rendering asks of a tokenizer: to be there, and offsets that cover the text.
 
-Tokenizers differ in how characters lie under tokens: a normaliser joins some (NFC), a character of
+Tokenizers differ in how characters lie under tokens: a normalizer joins some (NFC), a character of
 several bytes lies under several tokens, a control token swallows the white space beside it, a
 post-processor trims spaces off. `spans` makes one account of it, which `rendering.py` splits.
 """
@@ -73,7 +73,7 @@ def spans(
 ) -> Iterator[tuple[int, int, int]]:
     """(token index, begin, end) from the last token to the first, in characters of `text`.
 
-    Characters that a normaliser dropped or joined to others (under NFC the accent to its letter)
+    Characters that a normalizer dropped or joined to others (under NFC the accent to its letter)
     are under no token of the tokenizer's own; here the token in front of them holds them. An added
     token is taken literally: without the white space that it swallows, and holding nothing more.
     """

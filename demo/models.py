@@ -103,7 +103,7 @@ def build_model(
     context: int = 1024,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A randomly initialised float32 causal LM of the family's architecture."""
+    """A randomly initialized float32 causal LM of the family's architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -21,6 +21,7 @@ from .models import Family, build_model, build_tokenizer, save_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 IGNORED = -100  # the label of padding
 
@@ -80,15 +81,7 @@ def pretrain(
     size = recipe.batch_chats
     batches = [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
-    model = build_model(
-        family,
-        len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        layers=recipe.layers,
-        context=recipe.context,
-        seed=seed,
-    )
-    model.train()
+    model = _untrained(family, len(tokenizer), recipe, seed).train()
     optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     schedule = optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=len(batches), pct_start=0.1
@@ -107,6 +100,17 @@ def pretrain(
     return (
         f"{folder}: {parameters:,} parameters, {len(chats):,} chats, {tokens:,} tokens read, "
         f"loss {loss.item():.3f} nats a token"
+    )
+
+
+def _untrained(family: Family, vocab_size: int, recipe: Recipe, seed: int) -> PreTrainedModel:
+    return build_model(
+        family,
+        vocab_size,
+        hidden_size=recipe.hidden_size,
+        layers=recipe.layers,
+        context=recipe.context,
+        seed=seed,
     )
 
 

@@ -207,5 +207,5 @@ def test_flags_of_trl_work_or_say_what_takes_their_place(mrpo: Run, tmp_path: Pa
     folders = ("--output_dir", tmp_path / "run", "--pairs", tmp_path / "pairs", "--refs", "llama")
     refused(mrpo("train", *folders, *known), "no.jsonl")
     batch = mrpo("train", *folders, "--per_device_train_batch_size", 4)
-    refused(batch, "--per-device-train-batch-size", "--batch-pairs is the pairs of an optimizer")
+    refused(batch, "--per-device-train-batch-size", "--batch-pairs` is the pairs of an optimizer")
     assert files_below(tmp_path) == set()

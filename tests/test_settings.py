@@ -57,7 +57,8 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
         ("- a list", ["mapping"]),
         ("a: [", ["not YAML"]),
         ("gradient_accumulation_steps: 4", ["unknown key", "--batch-pairs"]),
-        ("policy: a\nmodel_name_or_path: b", ["'model_name_or_path' is 'policy'", "keep one"]),
+        ("policy: a\nmodel_name_or_path: b", ["'policy' and 'model_name_or_path' are one"]),
+        ("model_name_or_path: b\npolicy: a", ["'model_name_or_path' and 'policy' are one"]),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -9,7 +9,7 @@ their common tokens there, so that the prompt is computed once:
                [ cached blocks    ]  ^ first: log-probs of a and b are those of the chosen response
 
 The cache must end before the row that predicts the token at `first`, else that row is missing
-(the V2 runner leaves it out, the V1 runner returns uninitialised memory). Blocks are whole, so
+(the V2 runner leaves it out, the V1 runner returns uninitialized memory). Blocks are whole, so
 this fails only where the common tokens end with a block; such a request does not read the cache.
 """
 

@@ -76,4 +76,4 @@ def test_the_document_shows_what_was_measured_of_the_store() -> None:
     path = RESULTS / "store.json"
     assert path.exists() or "|" not in shown, "a table without its figures"
     if path.exists():
-        assert shown == store.table(*json.loads(path.read_text()).values()) + "\n"
+        assert shown == store.table(**json.loads(path.read_text())) + "\n"

@@ -1,6 +1,6 @@
 """Tokenizers and chat templates of the model families, small enough for tests.
 
-Each tokenizer is of its family's kind (pre-tokenizer, normaliser, special tokens and how they
+Each tokenizer is of its family's kind (pre-tokenizer, normalizer, special tokens and how they
 treat the white space beside them), trained on a few lines; `real_sentencepiece` is Mistral's own.
 The templates are in `family_templates.py`.
 """
@@ -105,7 +105,7 @@ def sentencepiece_like(
 ) -> PreTrainedTokenizerFast:
     """A SentencePiece model as converted: "▁" for spaces, bytes for what has no token.
 
-    `kind` is how the leading "▁" comes in: "legacy" by a normaliser at every stretch of text,
+    `kind` is how the leading "▁" comes in: "legacy" by a normalizer at every stretch of text,
     "metaspace" where no space stands there, "none" never (Gemma). Special tokens in `strips`
     swallow the white space behind them. The first of `special` is BOS, the last is EOS.
     """
@@ -137,7 +137,7 @@ def real_sentencepiece(version: str) -> PreTrainedTokenizerFast:
     """Mistral's own SentencePiece model, converted to a fast tokenizer by transformers.
 
     Its file comes with mistral-common. "v1" is of the Llama 2 kind ([INST] is ordinary text) and
-    gets the normaliser of Llama 2's published tokenizer.json; "v3" has the control tokens.
+    gets the normalizer of Llama 2's published tokenizer.json; "v3" has the control tokens.
     """
     import mistral_common
 

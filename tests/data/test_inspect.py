@@ -1,4 +1,4 @@
-"""`mrpo inspect`: what it prints for a pair, in colour and without, and what it refuses."""
+"""`mrpo inspect`: what it prints for a pair, in color and without, and what it refuses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shown(capsys: pytest.CaptureFixture[str], **settings: Any) -> str:
     return capsys.readouterr().out
 
 
-def test_the_scored_span_and_the_end_of_turn_stand_in_brackets_without_colour(
+def test_the_scored_span_and_the_end_of_turn_stand_in_brackets_without_color(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shown(capsys, ref="mistral,qwen", row=0)
@@ -65,7 +65,7 @@ def test_the_scored_span_and_the_end_of_turn_stand_in_brackets_without_colour(
     assert "No\\x1b[2J." in out
 
 
-def test_colour_marks_the_same_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_color_marks_the_same_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, ref="mistral", row=1, color="always")
     assert "\x1b[2m<s>[INST] 2+2? [/INST]\x1b[0m\x1b[32m 4\x1b[0m\x1b[1;35m</s>\x1b[0m" in out
     plain = shown(capsys, ref="mistral", row=1)

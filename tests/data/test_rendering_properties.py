@@ -78,7 +78,7 @@ def check_branch(family: Family, rendered: RenderedText, branch: RenderedSequenc
     under_scored = {at for begin, end in scored for at in range(begin, end)}
     response = set(range(prompt_end, len(text)))
     swallowed = swallowed_by_control_tokens(tokenizer, ids[:start], unscored, text)
-    dropped = set(range(len(text))) - under  # by a normaliser that joins characters
+    dropped = set(range(len(text))) - under  # by a normalizer that joins characters
     # Scored: the whole response, and of the prompt a boundary token's earlier characters only.
     first = scored[0][0] if scored else len(text)
     assert under_scored - response == set(range(first, prompt_end)) - dropped

@@ -125,6 +125,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield server
     HfFileSystem.clear_instance_cache()
     server.shutdown()
+    server.server_close()
 
 
 def filled(folder: Path, make: Any) -> tuple[Store, str]:
@@ -165,11 +166,17 @@ def test_a_second_push_sends_the_new_file_alone(hub: Hub, make: Any, tmp_path: P
     assert hub.commits[sent:] == [[f"team/{identity}/scores/{new}"]]
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(hub: Hub, make: Any, tmp_path: Path) -> None:
+def test_the_token_goes_to_the_hub_and_into_no_file(
+    hub: Hub, make: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     store, _ = filled(tmp_path / "store", make)
     push(PushConfig(target=TEAM, store=store.root))
+    pull(PullConfig(source=TEAM, store=str(tmp_path / "copy")))
     assert hub.tokens == {"Bearer hf_secret"}
-    assert not any(b"hf_secret" in data for data in hub.files.values())
+    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) == 2 * len(hub.files)
+    assert not any(b"hf_secret" in data for data in (*kept, *hub.files.values()))
+    assert "hf_secret" not in "".join(capfd.readouterr())
 
 
 def test_a_folder_that_holds_no_store_is_said_to(hub: Hub, tmp_path: Path) -> None:

@@ -71,12 +71,12 @@ def test_run_again_it_makes_nothing_again(first: tuple[Path, str]) -> None:
     assert (out / "accuracy.txt").read_text() == table
 
 
-def test_doctor_finds_its_references_healthy(first: tuple[Path, str]) -> None:
+def test_doctor_finds_its_references_healthy(first: tuple[Path, str], tmp_path: Path) -> None:
     """Texts by template, of few lengths, are no fault; nor is a reference that knows one domain."""
     out, _ = first
     command = [sys.executable, "-m", "mrpo.cli", "doctor", "--refs", "llama,mistral,qwen"]
     command += ["--pairs", str(out / "pairs"), "--refs-config", str(out / "refs.yaml")]
-    command += ["--store", str(out / "store"), "--probe", "8"]
+    command += ["--store", str(out / "store"), "--probe", "8", "--out", str(tmp_path / "d.json")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for alias in ("llama", "mistral", "qwen"):
