@@ -148,10 +148,8 @@ def measured(folder: Path, step: str) -> dict[str, float]:
 
 def table(*, pairs: int, references: int, machine: str, steps: dict[str, dict[str, float]]) -> str:
     """Markdown: what was measured beside what is promised for 10 million pairs."""
-    stream, growth = (
-        steps["stream"],
-        steps["stream"]["resident"] - steps["small stream"]["resident"],
-    )
+    stream, small = steps["stream"], steps["small stream"]
+    growth = stream["resident"] - small["resident"]
     lines = [
         ("status", seconds(steps["status"]), "5 s"),
         (f"missing after 1 % new rows, {references} references", seconds(steps["missing"]), "30 s"),
