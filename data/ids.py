@@ -69,10 +69,10 @@ class IdIndex:
         del high
         self._low = low[order]
         del low
-        self._shift = np.uint64(64 - max(len(ids).bit_length() - 1, 1))
-        buckets = np.arange(2 ** (64 - int(self._shift)), dtype=np.uint64) << self._shift
-        self._starts = np.searchsorted(self._high, buckets).astype(np.int32)
-        sizes = np.diff(self._starts, append=len(ids))
+        bits = max(len(ids).bit_length() - 1, 1)
+        self._shift = np.uint64(64 - bits)
+        sizes = np.bincount((self._high >> self._shift).astype(np.int64), minlength=2**bits)
+        self._starts = (np.cumsum(sizes) - sizes).astype(np.int32)
         self._spread = bool(sizes.max() <= LARGEST_BUCKET)
 
     def __len__(self) -> int:
