@@ -42,6 +42,10 @@ class ReferenceScores:
         """The score files in the order that decides between two rows for a pair."""
         return sorted(name for name in self._files.names(self._folder) if is_score_file(name))
 
+    def units(self) -> frozenset[str]:
+        """The units of the files, digests of their pair ids: equal sets are of equal pairs."""
+        return frozenset(name.partition("-")[0] for name in self.names())
+
     def set_aside(self) -> list[str]:
         """Names of damaged files that `check` has renamed."""
         return [name for name in self._files.names(self._folder) if name.endswith(BAD)]

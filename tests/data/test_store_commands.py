@@ -12,7 +12,7 @@ import pytest
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
-from mrpo.data.store import Store, open_store
+from mrpo.data.store import ReferenceScores, Store, open_store
 from mrpo.data.store_commands import status, verify_digests
 from mrpo.data.store_config import (
     GcConfig,
@@ -80,6 +80,24 @@ def test_status_shows_every_reference_and_what_of_the_pairs_is_missing(
     assert "hf" in lines[1].split()
     assert lines[1].split()[-2:] == ["org/name@aaaaaaa", "0"]
     assert last.startswith(f"store   {store.root} (2 references, ")
+
+
+def test_references_that_scored_the_same_shards_are_looked_up_once(
+    store: Store, make: Any, pairs: PairShards, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, shards in (("a", [0, 1]), ("b", [1, 0]), ("c", [1])):
+        record = store.record(make.record(name, name * 40))
+        for shard in shards:
+            store.scores(record.identity).add(make.scores(pairs.pair_ids(shard), first=-len(name)))
+    looked = []
+    missing = ReferenceScores.missing
+    monkeypatch.setattr(
+        ReferenceScores, "missing", lambda *given, **how: looked.append(1) or missing(*given, **how)
+    )
+    status(StatusConfig(store=store.root, pairs=str(pairs.path)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert {line[0]: line[-1] for line in lines} == {"a": "5", "b": "5", "c": "15"}
+    assert len(looked) == 2
 
 
 def test_status_shows_the_other_references_beside_a_torn_file(
