@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from .store_schema import SCORE_SCHEMA, checked, read_columns, to_bytes
 
 SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
 BAD = ".bad"
+READERS = 8  # files read at a time
 Value = TypeVar("Value")
 
 
@@ -214,6 +214,9 @@ def intact(name: str, data: bytes) -> bool:
 
 
 def _parallel(function: Callable[[str], Value], names: list[str]) -> list[Value]:
-    """Reading and hashing release the interpreter's lock, so that threads are enough."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    """Reading and hashing release the interpreter's lock, so that threads are enough.
+
+    More of them than cores: what is not in the system's cache, or far away, is waited for.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(function, names))
