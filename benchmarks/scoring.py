@@ -42,12 +42,12 @@ from mrpo.benchmarks.common import (
 )
 from mrpo.benchmarks.workload import (
     SIZES,
+    described,
     long_pairs,
     messages,
     real_pairs,
     rendered,
     tokens_twice,
-    useful_flops,
     write_model,
     write_pairs,
 )
@@ -181,12 +181,7 @@ def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figur
         if count:
             shards = write_pairs(folder / name, source, count + options.warm_up)
             shown = rendered(renderer, shards.pairs(0)[:count])
-            workload[name] = {
-                "pairs": count,
-                "tokens": tokens_twice(shown),
-                "prompt_tokens": sum(pair.chosen.start for pair in shown),
-                "flops": useful_flops(folder / "model", shown),
-            }
+            workload[name] = described(folder / "model", shown)
     return workload
 
 

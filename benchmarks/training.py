@@ -47,11 +47,10 @@ from mrpo.benchmarks.common import (
 from mrpo.benchmarks.trainers import RATE, SEED, order_file, scores_file, train_here, train_in_trl
 from mrpo.benchmarks.workload import (
     SIZES,
+    described,
     long_pairs,
     real_pairs,
     rendered,
-    tokens_twice,
-    useful_flops,
     write_model,
     write_pairs,
     write_scores,
@@ -121,12 +120,7 @@ def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figur
         [(_, rows)], order = window([np.arange(count)], SEED, epoch=0, number=0)
         np.save(order_file(folder / name), rows[order])
         shown = rendered(renderer, [shards.pairs(0)[row] for row in rows[order][before:]])
-        workload[name] = {
-            "pairs": len(shown),
-            "tokens": tokens_twice(shown),
-            "prompt_tokens": sum(pair.chosen.start for pair in shown),
-            "flops": 3 * useful_flops(folder / "model", shown),
-        }
+        workload[name] = described(folder / "model", shown, forwards=3)
     measure(__file__, SCORES, folder)
     return workload
 

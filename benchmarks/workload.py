@@ -134,6 +134,16 @@ def tokens_twice(pairs: Sequence[RenderedPair]) -> int:
     return sum(len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)
 
 
+def described(model: Path, pairs: Sequence[RenderedPair], forwards: int = 1) -> dict[str, int]:
+    """What the pairs are, and the operations of so many forwards over them."""
+    return {
+        "pairs": len(pairs),
+        "tokens": tokens_twice(pairs),
+        "prompt_tokens": sum(pair.chosen.start for pair in pairs),
+        "flops": forwards * useful_flops(model, pairs),
+    }
+
+
 def useful_flops(model: Path, pairs: Sequence[RenderedPair]) -> int:
     """Floating-point operations of one forward over the pairs, each prompt once."""
     import torch

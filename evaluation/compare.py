@@ -24,8 +24,7 @@ from ..data.shards import PairShards
 from ..data.store import NotScored, ReferenceRecord, Store, open_store
 from ..errors import UserError
 from ..settings import write_resolved
-from ..train.methods import aliases_of, named_references
-from ..train.start import method_of
+from ..train.methods import aliases_of, method_of, named_references
 from .cells import (
     EVALUATION,
     Cell,

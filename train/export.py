@@ -25,7 +25,7 @@ from ..data.store import open_store
 from ..errors import UserError
 from ..settings import write_resolved
 from .export_config import ExportConfig
-from .methods import method_over
+from .methods import method_of
 from .objective import SEPARATE, Method
 from .rows import ScoredPairs
 
@@ -67,15 +67,7 @@ def export(config: ExportConfig) -> Path:
 
 def _method(config: ExportConfig) -> Method:
     """The method over the references that it uses, and no others."""
-    method = method_over(
-        config.refs,
-        config.method,
-        reference_kind=config.reference_kind,
-        weighting=config.weighting,
-        weights=config.weights,
-        epsilon=config.epsilon,
-        adaptive_epsilon=config.adaptive_epsilon,
-    )
+    method = method_of(config)
     if method.kind == SEPARATE:
         raise UserError(
             f"method {config.method!r} averages losses and has no virtual reference to export; "

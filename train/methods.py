@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
+from .config import TrainConfig
+from .export_config import ExportConfig
 from .mathematics.losses import check_loss
 from .mathematics.normalize import check_normalize
 from .mathematics.virtual import KINDS
@@ -20,7 +22,7 @@ __all__ = [
     "METHODS",
     "Method",
     "aliases_of",
-    "method_over",
+    "method_of",
     "named_references",
     "parse_method",
 ]
@@ -132,16 +134,19 @@ def aliases_of(refs: str | None, method: str) -> list[str]:
     return aliases
 
 
-def method_over(refs: str | None, text: str, **settings: Any) -> Method:
-    """The method with exactly the references that it uses as its columns, in the run's order.
+def method_of(config: TrainConfig | ExportConfig) -> Method:
+    """The method that the settings name, over exactly the references that it uses.
 
-    `refs` as in `aliases_of`, `settings` as in `parse_method`.
+    They are its columns, in the run's order. Each keyword of `parse_method` that the settings have
+    is handed on under its own name.
 
-    >>> method_over("mistral,llama,qwen", "mrpo:llama/qwen").columns
+    >>> method_of(TrainConfig(output_dir="run", refs="a,b,c", method="mrpo:b/c")).columns
     (0, 1)
     """
-    used = parse_method(text, aliases_of(refs, text), **settings).references
-    return parse_method(text, used, **settings)
+    names = parse_method.__kwdefaults__ or {}
+    settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    used = parse_method(config.method, aliases_of(config.refs, config.method), **settings)
+    return parse_method(config.method, used.references, **settings)
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...], str]:

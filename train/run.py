@@ -39,12 +39,13 @@ from .logs import RunLog, cut, open_trackers
 from .loop import Run, train_steps
 from .mathematics.normalize import beta_warning
 from .meter import Meter
+from .methods import method_of
 from .objective import Method
 from .policy import PolicySource, load_config, load_policy, make_optimizer, write_model
 from .resume import CHECKPOINTS, MODEL
 from .rows import Rows, ScoredPairs
 from .schedule import total_steps
-from .start import Start, find_start, method_of
+from .start import Start, find_start
 from .stream import PairStream
 
 STOPPED = 143  # 128 + SIGTERM, as a shell has it

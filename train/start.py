@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .distributed import Ranks
 from .guards import refuse_missing
 from .logs import check_trackers
-from .methods import aliases_of, method_over
+from .methods import aliases_of, method_of
 from .objective import Method
 from .plan import Sizes, memory_plan, refuse_what_cannot_fit
 from .policy import PolicySource, load_config, policy_source
@@ -61,24 +61,6 @@ def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
     tokens = 0 if finished else _planned_tokens(config, source, ranks, half)
     scores = JoinedScores(folder / SCORES)
     return Start(pairs, scores, earlier.settings, source, earlier, finished, tokens)
-
-
-def method_of(config: TrainConfig) -> Method:
-    """The method that the settings name; its references are the columns of the joined scores."""
-    return method_over(
-        config.refs,
-        config.method,
-        reference_kind=config.reference_kind,
-        weighting=config.weighting,
-        weights=config.weights,
-        epsilon=config.epsilon,
-        adaptive_epsilon=config.adaptive_epsilon,
-        normalize=config.normalize,
-        beta=config.beta,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        sft_weight=config.sft_weight,
-    )
 
 
 def _fresh(

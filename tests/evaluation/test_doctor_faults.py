@@ -29,10 +29,7 @@ SHOWN_BY_SCORES: dict[str, tuple[str, Fault]] = {
     "rows shuffled": ("shuffled", lambda clinic, alias, _: faulty.shuffled(clinic.scores[alias])),
     "only log-probs shuffled": (
         "shuffled",
-        lambda clinic, alias, _: faulty.with_columns(
-            clinic.scores[alias],
-            {name: faulty.shuffled(clinic.scores[alias])[name] for name in faulty.LOGPS},
-        ),
+        lambda clinic, alias, _: _logps_alone(clinic.scores[alias], faulty.shuffled),
     ),
     "chosen and rejected swapped": (
         "swapped",
@@ -40,10 +37,7 @@ SHOWN_BY_SCORES: dict[str, tuple[str, Fault]] = {
     ),
     "only log-probs swapped": (
         "swapped",
-        lambda clinic, alias, _: faulty.with_columns(
-            clinic.scores[alias],
-            {name: faulty.swapped(clinic.scores[alias])[name] for name in faulty.LOGPS},
-        ),
+        lambda clinic, alias, _: _logps_alone(clinic.scores[alias], faulty.swapped),
     ),
     "random weights": (
         "uniform",
@@ -74,6 +68,12 @@ SHOWN_BY_PROBE: dict[str, tuple[str, Fault]] = {
     "left-padding slices": ("padding", lambda clinic, alias, _: faulty.left_padded(clinic, alias)),
     "log-probs in base 2": ("base", lambda clinic, alias, _: faulty.base_two(clinic.scores[alias])),
 }
+
+
+def _logps_alone(scores: pa.Table, fault: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """A fault of whole rows, in the columns of log-probs alone."""
+    broken = fault(scores)
+    return faulty.with_columns(scores, {name: broken[name] for name in faulty.LOGPS})
 
 
 def _another(alias: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,8 @@ import yaml
 from mrpo.errors import UserError
 from mrpo.settings import build
 from mrpo.train.config import TrainConfig
+from mrpo.train.export_config import ExportConfig
+from mrpo.train.methods import method_of, parse_method
 from mrpo.train.resume import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +38,40 @@ def test_example_is_a_config_file() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_setting_is_read(name: str) -> None:
+    if name in parse_method.__kwdefaults__:
+        return  # read by its name, see below
     sources = [
         path.read_text() for path in (ROOT / "train").glob("*.py") if path.name != "config.py"
     ]
     assert any(re.search(rf"\bconfig\.{name}\b", source) for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reference_kind", "geometric"),
+        ("weighting", "uniform"),
+        ("weights", "0.5,0.5"),
+        ("epsilon", 0.3),
+        ("adaptive_epsilon", False),
+        ("normalize", "byte"),
+        ("beta", 0.7),
+        ("loss_type", "hinge"),
+        ("label_smoothing", 0.1),
+        ("sft_weight", 0.2),
+    ],
+)
+def test_setting_of_the_method_reaches_it(name: str, value: Any) -> None:
+    expected = parse_method("mrpo", ["a", "b"], **{name: value})
+    assert expected != parse_method("mrpo", ["a", "b"])
+    kinds = [TrainConfig(output_dir="run", refs="a,b", **{name: value})]
+    if name in {field.name for field in fields(ExportConfig)}:
+        kinds += [ExportConfig(pairs="pairs", out="out", refs="a,b", **{name: value})]
+    assert [method_of(config) for config in kinds] == [expected] * len(kinds)
+
+
+def test_every_setting_of_the_method_is_one_of_train() -> None:
+    assert set(parse_method.__kwdefaults__) <= set(FIELDS)
 
 
 def test_settings_that_may_change_exist() -> None:
