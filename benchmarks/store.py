@@ -152,7 +152,11 @@ def table(*, pairs: int, references: int, machine: str, steps: dict[str, dict[st
     growth = stream["resident"] - small["resident"]
     lines = [
         ("status", seconds(steps["status"]), "5 s"),
-        (f"missing after 1 % new rows, {references} references", seconds(steps["missing"]), "30 s"),
+        (
+            f"missing after 1 % new rows, {references} references of the same shards",
+            seconds(steps["missing"]),
+            "30 s",
+        ),
         ("… peak memory", megabytes(steps["missing"]["peak"]), "1,500 MB"),
         ("join of 3 references", seconds(steps["join"]), "–"),
         ("… peak memory", megabytes(steps["join"]["peak"]), "1,500 MB"),
