@@ -87,8 +87,8 @@ report: setup
 # Side by side with TRL; BENCH_DATA is a folder with hh_harmless_test.jsonl.gz, see docs/benchmarks.md.
 BENCH_DATA ?= ../shared/data
 bench: setup-dev
-	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(ARGS)
-	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(ARGS)
+	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
+	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)

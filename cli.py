@@ -134,7 +134,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     default = None if setting.required else setting.default
     if setting.positional:
         note: Any = typer.Argument(help=setting.help, show_default=False)
-    elif kind is bool and default is not False:
+    elif kind is bool:  # also where the default is no: a YAML file may have said yes
         note = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
     else:
         also = [f"--{setting.also.replace('_', '-')}"] if setting.also else []

@@ -113,6 +113,10 @@ def main(
             child(Child(arguments.variant, folder, options, measurement))
         measurement.write(_file(folder, arguments.variant, "json"))
         return
+    if arguments.publish and (arguments.small or arguments.only):
+        parser.error("--publish keeps a whole run; leave out --small and --only")
+    if not arguments.gpu:  # a GPU that is there would serve some of the programs and not others
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with TemporaryDirectory() as folder:
         parent(arguments, Path(folder))
 
@@ -141,9 +145,11 @@ def rounds_of(
 ) -> dict[str, list[Figures]]:
     """Every variant once a round: the figures of all rounds by variant.
 
-    `only` keeps the variants that have one of its parts, between `;`, in their names.
+    `only` keeps the variants that have one of its parts, between `;`, in their names, and the
+    matrix product, which all are measured by.
     """
-    wanted = [name for name in variants if any(part in name for part in only.split(";"))]
+    parts = [*only.split(";"), MATRIX]
+    wanted = [name for name in variants if any(part in name for part in parts)]
     runs: dict[str, list[Figures]] = {variant: [] for variant in wanted}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)

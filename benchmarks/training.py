@@ -198,7 +198,7 @@ def report(results: dict[str, Any], options: Options) -> str:
         parts.append(agreements(results["agreement"]))
     many = {k: runs[f"{MANY}{k}"] for k in K if f"{MANY}{k}" in runs}
     if many:
-        parts.append(f"MRPO from K references, medians of {len(many[K[0]])} rounds:")
+        parts.append(f"MRPO from K references, medians of {len(next(iter(many.values())))} rounds:")
         parts.append(references(many, options))
     return "\n\n".join(parts)
 

@@ -84,15 +84,15 @@ def server_urls(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dic
     """Each alias's URL, from `URL` or `alias=URL,alias=URL`."""
     if config.engine != "server":
         return {}
+    if "@" in (config.server or ""):  # before any message repeats it
+        raise UserError(
+            "--server: credentials in a URL end up in logs; put the key into $VLLM_API_KEY"
+        )
     entries = [entry.strip() for entry in (config.server or "").split(",") if entry.strip()]
     if len(entries) == len(specs) == 1 and entries[0].startswith("http"):
         entries = [f"{specs[0].alias}={entries[0]}"]
     servers = dict(entry.partition("=")[::2] for entry in entries)
     for spec in specs:
-        if "@" in servers.get(spec.alias, ""):
-            raise UserError(
-                "--server: credentials in a URL end up in logs; put the key into $VLLM_API_KEY"
-            )
         if not servers.get(spec.alias, "").startswith(("http://", "https://")):
             raise UserError(
                 f"--server {config.server!r} has no URL for {spec.alias}; a server serves one "

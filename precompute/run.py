@@ -68,7 +68,7 @@ def precompute(config: PrecomputeConfig) -> int:
             job = _job(plan, pairs, store, config, engine, servers)
             outcome = ReferenceRun(job, groups, plan.survey.todo, logs).run()
             record_run(store, plan, outcome, pairs)
-            print(f"{plan.reference.alias}: finished, {outcome.pairs:,} pairs", file=sys.stderr)
+            print(f"{plan.reference.alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
         outcomes.append(outcome)
     unscored = print_summary(plans, outcomes, pairs, store)
     return _verdict(plans, outcomes, unscored)
