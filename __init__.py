@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "arwc_weights": "train.mathematics.weightings",
-    "max_margin_weights": "train.mathematics.weightings",
-    "ctro_clip": "train.mathematics.virtual",
-    "virtual_reference": "train.mathematics.virtual",
-    "preference_loss": "train.mathematics.losses",
-    "multi_dpo_loss": "train.mathematics.losses",
+    "arwc_weights": "method.weightings",
+    "max_margin_weights": "method.weightings",
+    "ctro_clip": "method.virtual_reference",
+    "virtual_reference": "method.virtual_reference",
+    "preference_loss": "method.losses",
+    "multi_dpo_loss": "method.losses",
 }
 
 __all__ = list(_EXPORTS)

@@ -4,7 +4,7 @@ Every command is one line in `COMMANDS`: its name, the settings class that gives
 help, the function that does the work. Flags are made from the class, merged over `--config
 run.yaml`, and the function is called with the one settings object. Nothing heavy is imported
 before that call. This is the one place that turns an error into an exit code: 2 for what the user
-can mend, 130 for an interrupt; a command's own return value otherwise.
+can mend, 130 for an interrupt; else the `exit_code` of a command's result, where it has one.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from mrpo.settings import ELSEWHERE, Setting, build, options, settings_of
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
     "inspect": ("data.config:InspectConfig", "data.inspect:inspect"),
-    "refs": ("precompute.refs_config:RefsConfig", "precompute.refs:refs"),
+    "refs": ("precompute.config:RefsConfig", "precompute.refs:refs"),
     "precompute": ("precompute.config:PrecomputeConfig", "precompute.run:precompute"),
     "train": ("train.config:TrainConfig", "train.run:train"),
     "evaluate": ("evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate"),
-    "doctor": ("evaluation.config:DoctorConfig", "evaluation.doctor:doctor"),
-    "compare": ("evaluation.compare_config:CompareConfig", "evaluation.compare:compare"),
-    "report": ("evaluation.report_config:ReportConfig", "evaluation.report:report"),
-    "audit": ("evaluation.audit_config:AuditConfig", "evaluation.audit:audit"),
-    "export": ("train.export_config:ExportConfig", "train.export:export"),
+    "doctor": ("evaluation.config:DoctorConfig", "evaluation.doctor.doctor:doctor"),
+    "compare": ("evaluation.config:CompareConfig", "evaluation.compare.compare:compare"),
+    "report": ("evaluation.config:ReportConfig", "evaluation.report.report:report"),
+    "audit": ("evaluation.config:AuditConfig", "evaluation.audit.audit:audit"),
+    "export": ("train.config:ExportConfig", "train.export:export"),
     "demo": ("demo.config:DemoConfig", "demo.run:demo"),
 }
 STORE_COMMANDS = {
-    "status": ("data.store_config:StatusConfig", "data.store_commands:status"),
-    "verify": ("data.store_config:VerifyConfig", "precompute.verify:verify"),
-    "gc": ("data.store_config:GcConfig", "data.store_gc:gc"),
-    "push": ("data.store_config:PushConfig", "data.store_transfer:push"),
-    "pull": ("data.store_config:PullConfig", "data.store_transfer:pull"),
-    "import": ("data.store_config:ImportConfig", "data.import_scores:import_scores"),
+    "status": ("data.config:StatusConfig", "data.store.commands:status"),
+    "verify": ("data.config:VerifyConfig", "precompute.verify:verify"),
+    "gc": ("data.config:GcConfig", "data.store.gc:gc"),
+    "push": ("data.config:PushConfig", "data.store.commands:push"),
+    "pull": ("data.config:PullConfig", "data.store.commands:pull"),
+    "import": ("data.config:ImportConfig", "data.store.import_scores:import_scores"),
 }
 CONFIG_HELP = "A YAML file of these settings; flags win over it."
 
@@ -105,7 +105,7 @@ def _command(config: type, function: str) -> Callable[..., int]:
         }
         file = given.pop("config", None)
         result = _load(function)(build(config, given, file))
-        return result if isinstance(result, int) else 0  # `prepare` returns what it made
+        return result if isinstance(result, int) else int(getattr(result, "exit_code", 0))
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

@@ -17,15 +17,73 @@ result beside a command's output. Standard library and PyYAML only, so that help
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from .errors import UserError
 
 Config = TypeVar("Config")
+Given = ParamSpec("Given")
+Takes = TypeVar("Takes", contravariant=True)
+Result = TypeVar("Result")
+Returns = TypeVar("Returns", covariant=True)
+
+
+class Command(Protocol[Given, Takes, Returns]):
+    """A command as a function: of its settings, or of one object that holds them."""
+
+    @typing.overload
+    def __call__(self, config: Takes, /) -> Returns: ...
+    @typing.overload
+    def __call__(self, *args: Given.args, **settings: Given.kwargs) -> Returns: ...
+
+
+def command(
+    config: Callable[Given, Config],
+) -> Callable[[Callable[[Config], Result]], Command[Given, Config, Result]]:
+    """Make a function of a settings object one of the settings themselves, typed alike.
+
+        @command(PrepareConfig)
+        def prepare(config: PrepareConfig) -> PairShards: ...
+
+        prepare(source="pairs.jsonl", out="pairs")  # checked as the command line checks them
+        prepare(PrepareConfig(source="pairs.jsonl", out="pairs"))
+
+    Lists may stand for comma-separated text, and paths for text.
+    """
+
+    def decorate(work: Callable[[Config], Result]) -> Command[Given, Config, Result]:
+        @functools.wraps(work)
+        def call(*args: Any, **settings: Any) -> Result:
+            return work(*args) if args else work(build(typing.cast(type, config), settings))
+
+        signature = inspect.signature(config)
+        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            return_annotation=work.__annotations__.get("return")
+        )
+        return typing.cast(Command[Given, Config, Result], call)
+
+    return decorate
+
+
+def comma_separated(text: str | None, flag: str | None = None) -> list[str]:
+    """The parts of a comma-separated list without the white space around them; none are empty.
+
+    With `flag`, the name that a message has for the list, raises `UserError` where a part stands
+    there twice.
+    """
+    parts = [part.strip() for part in (text or "").split(",")]
+    parts = [part for part in parts if part]
+    if flag is not None:
+        for part in parts:
+            if parts.count(part) > 1:
+                raise UserError(f"{flag}: {part!r} is given twice; name each once")
+    return parts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,6 +165,8 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
             keys[name] = str(key)
             values[name] = _checked(known[name], value, file)
     for name, value in flags.items():
+        if name not in known:
+            raise UserError(f"unknown setting {name!r}; known: {', '.join(known)}")
         values[name] = _checked(known[name], value, "command line")
     for setting in known.values():
         if setting.required and setting.name not in values:
@@ -151,6 +211,8 @@ def _checked(setting: Setting, value: Any, origin: str) -> Any:
     admitted = options(setting.type)
     if isinstance(value, list | tuple):
         value = ",".join(str(item) for item in value)
+    if isinstance(value, Path):
+        value = str(value)
     if value is None and type(None) in admitted:
         return None
     if value in [option for option in admitted if not isinstance(option, type)]:

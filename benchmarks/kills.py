@@ -29,7 +29,7 @@ from mrpo.benchmarks.killed_run import VICTIMS, Kill, Run, finish, killed, make_
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.store import ReferenceScores, Store
-from mrpo.data.store_files import TEMPORARY
+from mrpo.data.store.files import TEMPORARY
 from mrpo.demo.models import write_reference
 
 WRITERS = 2  # runs at a time

@@ -98,7 +98,8 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     from mrpo.data.rendering import Renderer
     from mrpo.data.store import Store
     from mrpo.model.packing import padded_tokens
-    from mrpo.precompute.engines.base import EngineSettings, load_engine
+    from mrpo.precompute.engines import load_engine
+    from mrpo.precompute.engines.protocol import EngineSettings
     from mrpo.precompute.scoring import score_rows, sort_out
 
     if engine == "vllm":

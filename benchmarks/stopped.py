@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mrpo import cli
-from mrpo.data.store_files import TEMPORARY
-from mrpo.precompute import loop, process, worker
+from mrpo.data.store.files import TEMPORARY
+from mrpo.precompute import reference_run as process
+from mrpo.precompute import scoring as loop
+from mrpo.precompute import worker
 
 WORKER = "worker"
 

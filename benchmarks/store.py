@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrpo.benchmarks.store_generated import SMALL, generate
+from mrpo.data.config import StatusConfig
 from mrpo.data.join import JoinedScores, join
 from mrpo.data.rendering import RenderedPair, RenderedSequence
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
-from mrpo.data.store_commands import status
-from mrpo.data.store_config import StatusConfig
+from mrpo.data.store.commands import status
 
 if TYPE_CHECKING:
     from mrpo.train.stream import PairStream
@@ -73,8 +73,8 @@ def measure_join(folder: Path) -> dict[str, float]:
 def open_stream(pairs: Path, joined: Path, resumed: bool = False) -> PairStream:
     """The stream as a training run opens it, method mrpo, but for the tokenizer."""
     # Here, because what needs no torch is measured without its memory.
-    from mrpo.train.methods import parse_method
-    from mrpo.train.rows import ScoredPairs
+    from mrpo.method.grammar import parse_method
+    from mrpo.train.dataset import ScoredPairs
     from mrpo.train.stream import PairStream
 
     scores = JoinedScores(joined)

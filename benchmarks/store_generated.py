@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mrpo.data.ids import ids_to_arrow
-from mrpo.data.pair_table import pair_schema
-from mrpo.data.shards import MANIFEST, SCHEMA_VERSION, shard_name
+from mrpo.data.shards import MANIFEST, SCHEMA_VERSION, pair_schema, shard_name
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 
 SHARD = 8192

@@ -149,7 +149,7 @@ def useful_flops(model: Path, pairs: Sequence[RenderedPair]) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mrpo.model.flops import forward_flops
+    from mrpo.benchmarks.flops import forward_flops
     from mrpo.model.logps import SequenceLogps
 
     with torch.device("meta"):
@@ -163,7 +163,8 @@ def write_scores(folder: Path, pairs: PairShards, references: int) -> np.ndarray
     from mrpo.data.references import load_refs
     from mrpo.data.rendering import Renderer
     from mrpo.data.store import ReferenceRecord, Store
-    from mrpo.precompute.engines.base import EngineSettings, load_engine
+    from mrpo.precompute.engines import load_engine
+    from mrpo.precompute.engines.protocol import EngineSettings
     from mrpo.precompute.scoring import score_rows, sort_out
 
     model, store, random = str(folder / "model"), Store(folder / "store"), np.random.default_rng(0)

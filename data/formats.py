@@ -16,8 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .dialogues import is_dialogue, opens_dialogue, parse_dialogue
-from .messages import Broken, json_field, parse_messages
+from .messages import (
+    Broken,
+    is_dialogue,
+    json_field,
+    opens_dialogue,
+    parse_dialogue,
+    parse_messages,
+)
 from .pairs import Message, Pair, Turns
 
 REASONS = {

@@ -3,16 +3,28 @@
 An id is the head of a SHA-256, so its first 8 bytes nearly always decide a comparison. Sorted
 pairs of uint64 take 16 bytes an id; Python or Arrow hash tables of the same ids take several
 times that (measured: 2.0 GB against 0.5 GB for 10 million).
+
+
+Which pairs came before: the ids seen so far, 16 bytes each, in sorted runs.
+
+Runs merge as the digits of a binary counter do, so that each id is moved a logarithmic number of
+times and few runs have to be searched, for 10 million ids as for ten.
+
+
+Digests that name things in the store: identities, units of pairs, the bytes of files.
+
+Equal content has an equal name, whatever wrote it. All are heads of SHA-256, printed as hex.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from .pairs import ID_BYTES
+from .pairs import ID_BYTES, canonical_json
 
 ID_DTYPE = np.dtype("V16")
 LARGEST_BUCKET = 64  # ids with the same first bits; more are no digests, and bisected
@@ -112,3 +124,45 @@ class IdIndex:
         new = np.ones(len(order), dtype=bool)
         new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         return np.sort(self._order[order[new]]).astype(np.int64)
+
+
+class SeenIds:
+    """Tells new ids from known ones and remembers them."""
+
+    def __init__(self) -> None:
+        self._runs: list[IdArray] = []  # each sorted, the longest first
+
+    def add(self, ids: IdArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether each id, [n], comes for the first time; of equal ones in a batch the first."""
+        new = np.zeros(len(ids), dtype=bool)
+        new[IdIndex(ids).firsts()] = True
+        order = np.argsort(ids)  # sorted queries walk a run in order, which caches far better
+        ordered = ids[order]
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, ordered), len(run) - 1)
+            new[order[run[at] == ordered]] = False
+        self._remember(ordered[new[order]])
+        return new
+
+    def _remember(self, run: IdArray) -> None:
+        while self._runs and len(self._runs[-1]) <= 2 * len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        if len(run):
+            self._runs.append(run)
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """32 hex digits (128 bits) of SHA-256: enough to name content and to notice any flipped bit."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def identity_of(inputs: Any) -> str:
+    """The name of what makes a reference's scores: a digest of the inputs as canonical JSON."""
+    return digest_of(canonical_json(inputs).encode())
+
+
+def unit_of(pair_ids: IdArray) -> str:
+    """The name of a set of pairs: the same for any order of the same ids."""
+    high, low = halves(pair_ids)
+    order = np.lexsort((low, high))
+    return digest_of(np.ascontiguousarray(pair_ids[order]).tobytes())

@@ -25,10 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from .digests import digest_of
-from .ids import IdIndex, ids_to_arrow, ids_to_numpy
-from .store import SCORE_SCHEMA, ReferenceRecord, ReferenceScores, Store
-from .store_files import LocalFiles
+from .ids import IdIndex, digest_of, ids_to_arrow, ids_to_numpy
+from .store import SCORE_SCHEMA, LocalFiles, ReferenceRecord, ReferenceScores, Store
 
 if TYPE_CHECKING:
     from .shards import PairShards

@@ -20,16 +20,14 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..settings import write_resolved
 from .config import PrepareConfig
-from .duplicates import SeenIds
+from .files import DROPPED, SETTINGS, staged
 from .formats import REASONS, Columns, PairReader, Unusable
-from .ids import ids_from_bytes
+from .ids import SeenIds, ids_from_bytes
 from .messages import Broken
-from .pairs import Pair
-from .prompts import is_validation
+from .pairs import Pair, is_validation
 from .reviewed import Review
 from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
-from .staging import DROPPED, SETTINGS, staged
 
 PAIRS = "pairs"  # the folder where none is named
 MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from mrpo import ctro_clip, virtual_reference
-from mrpo.train.mathematics.fitted import fit_weights
-from mrpo.train.mathematics.losses import LOSS_TYPES, margin_loss
-from mrpo.train.mathematics.virtual import KINDS
+from mrpo.method.fitted import fit_weights
+from mrpo.method.losses import LOSS_TYPES, margin_loss
+from mrpo.method.virtual_reference import KINDS
 
 IMAGES = Path(__file__).parent / "images"
 

@@ -1,11 +1,22 @@
-"""Settings of `mrpo doctor` and `mrpo evaluate`. Standard library only."""
+"""Settings of `mrpo doctor` and `mrpo evaluate`. Standard library only.
+
+Settings of `mrpo compare`: its own, and all that it hands on to `mrpo train`.
+
+Standard library only.
+
+
+Settings of `mrpo audit`: flags, YAML keys and defaults. Standard library only.
+
+Settings of `mrpo report`: flags, YAML keys and defaults. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ..errors import UserError
+from ..settings import Arg
+from ..train.config import TrainConfig
 
 PAIRS = "folder of pairs as `mrpo prepare` writes it"
 REFS_CONFIG = "the file that says what an alias is"
@@ -79,3 +90,114 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not (self.policies or self.runs):
             raise UserError("nothing to evaluate; name models with --policies or runs with --runs")
+
+
+Yardstick = Literal["reward", "sum", "token", "byte"]
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig(TrainConfig):
+    """Train several methods from one store, and say which does better and how sure that is.
+
+    Every combination of --methods, --fractions and --seeds is one `mrpo train`, from the same
+    policy; each is then judged by `mrpo evaluate` on the same held-out pairs. Run the command
+    again and it goes on: finished runs stay, failed ones are tried again. All other settings are
+    those of `mrpo train` and hold for every run.
+
+    Example: `mrpo compare --pairs pairs --refs llama,mistral,qwen --methods
+    dpo:llama,dpo:mistral,dpo:qwen,mrpo --seeds 3 --fractions 0.05,0.2,1 --output-dir runs/compare`
+    """
+
+    output_dir: Annotated[str, "Folder of the comparison: settings, cells/, compare.json."]
+    refs: Annotated[
+        str | None, "Aliases in order, the base first. By default those that --methods name."
+    ] = None
+    seed: Annotated[int, "The first seed."] = 42
+    methods: Annotated[str, "METHOD[:ref/ref...][+weighting], comma-separated."]
+    seeds: Annotated[int, "Runs of each method and fraction; seeds count up from --seed."] = 3
+    fractions: Annotated[
+        str, "Shares of the training pairs, by prompt; a smaller one is part of every larger one."
+    ] = "1"
+    yardstick: Annotated[
+        Yardstick,
+        "What decides: implicit reward against the base, or likelihood (summed, per token, per "
+        "byte). All are reported.",
+    ] = "reward"
+    jobs: Annotated[int | None, "Runs at once. By default one for each GPU, or one."] = None
+    keep_models: Annotated[bool, "Keep each run's model once it is evaluated."] = True
+
+    # Set for each run.
+    method: Annotated[str, "of one run"] = field(init=False, default="")
+    train_fraction: Annotated[float, "of one run"] = field(init=False, default=1.0)
+    resume: Annotated[bool, "always"] = field(init=False, default=True)
+    run_name: Annotated[str | None, "of one run"] = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if self.seeds < 1:
+            raise UserError(f"--seeds is {self.seeds}; it must be above 0")
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"--jobs is {self.jobs}; it must be above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class AuditConfig:
+    """List the pairs that most deserve a human look, from the references' scores.
+
+    Pairs whose label the references find unlikely, pairs that divide the references, pairs whose
+    label length alone explains, near duplicates with opposite labels. Fill in the table's column
+    `decision` with keep, exclude or flip; `mrpo prepare --exclude audit.csv --flip audit.csv`
+    reads it back.
+
+    Example: `mrpo audit --pairs pairs --refs llama,mistral,qwen --out audit.csv`
+    """
+
+    refs: Annotated[str, "aliases of scored references, comma-separated"]
+    pairs: Annotated[str, "folder of pairs as `mrpo prepare` writes it"] = "pairs"
+    refs_config: Annotated[str, "the file that says what an alias is"] = "configs/refs.yaml"
+    store: Annotated[
+        str | None, "the score store, a folder or URL; by default $MRPO_STORE, else `store`"
+    ] = None
+    out: Annotated[str, "the table to write; figures by source go beside it as .json"] = "audit.csv"
+    top: Annotated[int, "pairs to list for each reason"] = 100
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"--top is {self.top}; it must be above 0")
+        if not self.out.endswith(".csv"):
+            raise UserError(f"--out is {self.out}; the table is CSV, name it like audit.csv")
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """Write one HTML page on references, runs and comparisons: plots, tables, what follows.
+
+    The page holds everything it shows and asks for nothing from outside; the same figures go
+    beside it as JSON. Without folders the page is about the references alone.
+
+    Example: `mrpo report runs/compare,runs/mrpo --out report.html`
+    """
+
+    folders: Annotated[
+        str | None, Arg("comma-separated folders of `mrpo train` and `mrpo compare`")
+    ] = None
+    refs: Annotated[
+        str | None, "aliases of scored references, the base first; by default the folders'"
+    ] = None
+    pairs: Annotated[
+        str | None, "folder of pairs as `mrpo prepare` writes it; by default the folders'"
+    ] = None
+    refs_config: Annotated[
+        str | None, "the file that says what an alias is; by default the folders'"
+    ] = None
+    store: Annotated[str | None, "the score store; by default the folders'"] = None
+    audit: Annotated[str | None, "a table that `mrpo audit` wrote, to show its figures"] = None
+    out: Annotated[
+        str | None, "the page to write; by default report.html in the first folder, else here"
+    ] = None
+
+    def __post_init__(self) -> None:
+        if not self.folders and not self.refs:
+            raise UserError("nothing to report on; name folders of runs, or references with --refs")
+        if self.out is not None and not self.out.endswith(".html"):
+            raise UserError(f"--out is {self.out}; the page is HTML, name it like report.html")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..train.mathematics.normalize import NORMALIZATIONS, normalize_logps
-from ..train.mathematics.virtual import ctro_clip
-from ..train.mathematics.weightings import arwc_weights
-from ..train.methods import parse_method
-from ..train.scores import PairScores
+from ..method.grammar import parse_method
+from ..method.normalization import NORMALIZATIONS, normalize_logps
+from ..method.objective import PairScores
+from ..method.virtual_reference import ctro_clip
+from ..method.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceScores, ScoreTable
 

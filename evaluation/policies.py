@@ -27,9 +27,8 @@ from ..errors import UserError
 from ..precompute.config import PrecomputeConfig
 from ..precompute.run import precompute
 from ..settings import build
-from ..train.checkpoint import checkpoints
+from ..train.checkpoint import CHECKPOINTS, MODEL, checkpoints
 from ..train.config import TrainConfig
-from ..train.resume import CHECKPOINTS, MODEL
 from ..train.start import POLICY
 
 ADAPTER_CONFIG, RESOLVED = "adapter_config.json", "train.yaml"

@@ -5,6 +5,12 @@
 For commands that look at scores and not at texts: `doctor` and `evaluate`. Arrays are [N, 2]
 (pairs, chosen and rejected) for each reference; NaN stands for what is not known. A sample keeps
 the memory small whatever the data set's size.
+
+
+The scores of named references for a whole data set, or the line that makes them.
+
+What `audit` and `report` begin with: aliases to records, records to the table of `score_table.py`,
+and no further where a pair has not been scored yet.
 """
 
 from __future__ import annotations
@@ -18,12 +24,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.ids import IdArray, IdIndex, ids_to_numpy
-from ..data.pair_table import PAIR_COLUMNS, from_table
-from ..data.pairs import Pair, response_bytes
-from ..data.prompts import prompt_number
-from ..data.shards import PairShards
-from ..data.store import SCORE_SCHEMA, ReferenceRecord, Store
-from ..train.scores import PairScores
+from ..data.join import precompute_line
+from ..data.pairs import Pair, prompt_number, response_bytes
+from ..data.references import load_refs
+from ..data.shards import PAIR_COLUMNS, PairShards, from_table
+from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, Store
+from ..errors import UserError
+from ..method.objective import PairScores
 
 NOT_SCORED = "not_scored"  # the reason of a pair that the store has no row of
 BRANCHES = ("chosen", "rejected")
@@ -187,3 +194,37 @@ def _both(table: pa.Table, name: str) -> np.ndarray:
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
     """A column as float64, NaN where null."""
     return pc.cast(table[name], pa.float64()).to_numpy().astype(np.float64)
+
+
+def load_scored(pairs: PairShards, store: Store, refs: str, refs_config: str) -> ScoreTable:
+    """Every pair under the references of a comma-separated list, the base first.
+
+    Raises `UserError` with the line to run where a pair is not yet scored.
+    """
+    aliases = [alias.strip() for alias in refs.split(",") if alias.strip()]
+    if not aliases:
+        raise UserError(f"--refs {refs!r} names no reference")
+    specs = load_refs(refs_config)
+    line = precompute_line(pairs, store, aliases, refs_config)
+    try:
+        records = [store.resolve(alias, specs) for alias in aliases]
+    except NotScored:
+        raise UserError(f"pairs not yet scored in {store.root}; run: {line}") from None
+    table = load_scores(pairs, store, records)
+    unscored = [one.alias for one in table.references if (one.reasons == NOT_SCORED).any()]
+    if unscored:
+        raise UserError(
+            f"pairs not yet scored in {store.root} by {', '.join(unscored)}; run: {line}"
+        )
+    return table
+
+
+def margins(table: ScoreTable) -> np.ndarray:
+    """[N, K] D_k = log pi_k(chosen) − log pi_k(rejected), nats; NaN where missing."""
+    return np.stack([reference.margins for reference in table.references], axis=1)
+
+
+def byte_margins(table: ScoreTable) -> np.ndarray:
+    """[N, K] the same per UTF-8 byte of each response: one unit for all references."""
+    rates = [reference.logps / table.response_bytes for reference in table.references]
+    return np.stack([rate[:, 0] - rate[:, 1] for rate in rates], axis=1)

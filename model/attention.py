@@ -1,4 +1,11 @@
-"""The attention that packed rows run: torch's sdpa pair by pair, or FlexAttention on a GPU.
+"""What a token of a packed row may attend to, in the form each attention kernel wants.
+
+A token sees the shared prompt of its own pair and the earlier tokens of its own branch. A sliding
+window counts position ids, not offsets in the row: the rejected branch lies behind the chosen one
+but follows the prompt. Padding sees padding, so that no row of the mask is empty.
+
+
+The attention that packed rows run: torch's sdpa pair by pair, or FlexAttention on a GPU.
 
 Registered with transformers under two names. Every packable architecture hands its attention
 function the layer's own sliding window and whatever keyword the decoder was called with, so the
@@ -9,20 +16,61 @@ its sdpa leaves out the softcap of attention scores that Gemma 2 was trained wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
-from .masks import block_mask, dense_mask
-from .packing import Batch
+from .packing import SHARED, Batch
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def mask_mod(batch: Batch, window: int | None) -> MaskMod:
+    """The rule as FlexAttention takes it: (row, head, query, key) -> may the query see the key."""
+    pair, branch, position = batch.pair, batch.branch, batch.position_ids
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same_pair = pair[row, query] == pair[row, key]
+        key_branch = branch[row, key]
+        own = (key_branch == SHARED) | (key_branch == branch[row, query])
+        distance = position[row, query] - position[row, key]
+        seen = same_pair & own & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+    return visible
+
+
+def dense_mask(batch: Batch, window: int | None, start: int = 0, stop: int | None = None) -> Tensor:
+    """The boolean mask [B, 1, l, l] of the row's tokens from `start` to `stop`, for sdpa."""
+    rows, length = batch.input_ids.shape
+    offsets = torch.arange(start, length if stop is None else stop, device=batch.pair.device)
+    row = torch.arange(rows, device=batch.pair.device)[:, None, None, None]
+    head = torch.zeros_like(row)
+    return mask_mod(batch, window)(row, head, offsets[:, None], offsets[None, :])
+
+
+def block_mask(batch: Batch, window: int | None) -> BlockMask:
+    """FlexAttention's block mask: blocks that the rule hides entirely are never computed."""
+    rows, length = batch.input_ids.shape
+    device = batch.input_ids.device
+    # Compiled, the [L, L] rule is never written out; not worth the wait where tests run.
+    create = compiled_create() if device.type == "cuda" else create_block_mask
+    return create(mask_mod(batch, window), rows, None, length, length, device=device)
+
+
+@cache
+def compiled_create() -> Callable[..., BlockMask]:
+    return torch.compile(create_block_mask)
+
 
 SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"
 

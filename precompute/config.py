@@ -1,4 +1,6 @@
-"""Settings of `mrpo precompute`: its flags, YAML keys and defaults. Standard library only."""
+"""Settings of `mrpo precompute`: its flags, YAML keys and defaults. Standard library only.
+
+Settings of `mrpo refs`. Standard library only."""
 
 from __future__ import annotations
 
@@ -67,3 +69,20 @@ class PrecomputeConfig:
         int, "copies of a reference, each in a process with GPUs of its own; they share the shards"
     ] = 1
     concurrency: Annotated[int, "engine server: pairs under way at once"] = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class RefsConfig:
+    """List the references of refs.yaml: size, context, license, and what of the data is scored.
+
+    No weights are loaded. What the Hub alone knows is shown as "?" where it can't be reached.
+
+    Example: `mrpo refs --pairs pairs`
+    """
+
+    refs: Annotated[str | None, "aliases to list, comma-separated; by default all"] = None
+    refs_config: Annotated[str, "the file that says what an alias is"] = "configs/refs.yaml"
+    pairs: Annotated[str | None, "folder of pairs; by default `pairs` where there is one"] = None
+    store: Annotated[
+        str | None, "the score store, a folder or URL; by default $MRPO_STORE, else `store`"
+    ] = None

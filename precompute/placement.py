@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from ..data.references import ReferenceSpec
 from ..errors import UserError
 from .config import PrecomputeConfig
-from .engines.base import EngineName
+from .engines.protocol import EngineName
 
 
 def check_numbers(config: PrecomputeConfig) -> None:

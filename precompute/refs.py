@@ -15,9 +15,8 @@ from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store, open_store
 from ..errors import UserError
-from .hub import hub_config
-from .identity import MODEL_CONFIG, WEIGHT_FILES
-from .refs_config import RefsConfig
+from .config import RefsConfig
+from .identity import MODEL_CONFIG, WEIGHT_FILES, hub_config
 
 UNKNOWN = "?"
 

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from ..data.config import VerifyConfig
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.references import ReferenceSpec, load_refs
 from ..data.shards import PairShards, ShardWriter
 from ..data.store import ReferenceRecord, ReferenceScores, Store, open_store
-from ..data.store_commands import verify_digests
-from ..data.store_common import selected
-from ..data.store_config import VerifyConfig
+from ..data.store.commands import selected, verify_digests
 from ..errors import UserError
 from .config import PrecomputeConfig
 
@@ -109,7 +108,7 @@ def _write_sample(pairs: PairShards, stored: pa.Table, count: int, folder: Path)
 
 
 def _score(record: ReferenceRecord, config: VerifyConfig, folder: Path) -> None:
-    from .run import precompute  # loads torch, which digests alone do without
+    from .run import precompute
 
     engine = record.runs[-1].get("engine") if record.runs else None
     precompute(

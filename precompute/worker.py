@@ -20,8 +20,9 @@ from ..data.rendering import Renderer
 from ..data.shards import PairShards
 from ..data.store import Store
 from ..errors import UserError
-from .engines.base import EngineName, EngineSettings, load_engine
-from .loop import Report, Work, score_missing
+from .engines import load_engine
+from .engines.protocol import EngineName, EngineSettings
+from .scoring import Report, Work, score_missing
 
 # What a server's tokenizer must agree on: words, spaces, digits, accents, scripts, bytes.
 PROBES = ("The answer is 42.", "  two\n\nlines\t", "naïve café, 東京 🙂", "x = [1, 2]; # ok")

@@ -23,11 +23,11 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import open_store
 from ..errors import UserError
+from ..method.grammar import method_of
+from ..method.objective import SEPARATE, Method
 from ..settings import write_resolved
-from .export_config import ExportConfig
-from .methods import method_of
-from .objective import SEPARATE, Method
-from .rows import ScoredPairs
+from .config import ExportConfig
+from .dataset import ScoredPairs
 
 RESOLVED = "export.yaml"
 SPLITS = ("train", "validation")

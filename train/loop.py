@@ -1,4 +1,11 @@
-"""The training loop, in view: one optimizer step, and what happens between two steps.
+"""How long a run is and how its learning rate goes: functions of the step, with no state.
+
+The courses are those of transformers' schedules, step for step, so that a run compares with TRL's.
+
+
+SIGTERM as a wish: schedulers send it some time before they kill.
+
+The training loop, in view: one optimizer step, and what happens between two steps.
 
     for each batch of --batch-pairs pairs, the same whatever the number of devices:
         the policy's log-probs of both responses, prompts shared, a few packed rows at a time
@@ -12,9 +19,12 @@ on bit for bit.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -22,19 +32,63 @@ from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
+from ..method.objective import Method
 from ..model.packing import packed_tokens
 from . import checkpoint
-from .budget import TokenBudget, is_out_of_memory
 from .checkpoint import TrainState
 from .config import TrainConfig
-from .forward import MEASURES, PairForward, measures, pair_losses, select
-from .held_out import HeldOut
-from .logs import RunLog
-from .meter import Meter
-from .objective import Method
-from .schedule import learning_rate
-from .signals import StopSignal
+from .forward import MEASURES, HeldOut, PairForward, measures, pair_losses, select
+from .logs import Meter, RunLog
+from .memory import TokenBudget, is_out_of_memory
 from .stream import PairStream, Prefetch, StepBatch
+
+
+def total_steps(config: TrainConfig, num_pairs: int) -> int:
+    """Optimizer steps of a run over `num_pairs` training pairs."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(round(config.num_train_epochs * num_pairs) / config.batch_pairs))
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The rate of the update after `step` of `total` updates: 0 at the first of a warm-up."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.lr_scheduler_type == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate
+
+
+class StopSignal:
+    """While it is entered, SIGTERM sets `asked` and does nothing else.
+
+    Python takes signals in the main thread alone; in another one this waits for none.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._listens = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> StopSignal:
+        if self._listens:
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
 
 
 @dataclass(slots=True)

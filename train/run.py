@@ -25,27 +25,21 @@ from transformers.utils import logging as transformers_logging
 
 from ..data.rendering import Renderer
 from ..errors import UserError
+from ..method.grammar import method_of
+from ..method.normalization import beta_warning
+from ..method.objective import Method
 from ..settings import write_resolved
 from . import checkpoint
-from .budget import TokenBudget
-from .card import model_card
-from .checkpoint import TrainState
+from .checkpoint import CHECKPOINTS, MODEL, TrainState
 from .config import TrainConfig
+from .dataset import Rows, ScoredPairs
 from .distributed import Ranks
-from .forward import PairForward
-from .guards import compare_with_base
-from .held_out import BATCH_PAIRS, HeldOut
-from .logs import RunLog, cut, open_trackers
-from .loop import Run, train_steps
-from .mathematics.normalize import beta_warning
-from .meter import Meter
-from .methods import method_of
-from .objective import Method
-from .policy import PolicySource, load_config, load_policy, make_optimizer, write_model
-from .resume import CHECKPOINTS, MODEL
-from .rows import Rows, ScoredPairs
-from .schedule import total_steps
-from .start import Start, find_start
+from .forward import BATCH_PAIRS, HeldOut, PairForward
+from .logs import Meter, RunLog, cut, open_trackers
+from .loop import Run, total_steps, train_steps
+from .memory import TokenBudget
+from .policy import PolicySource, load_config, load_policy, make_optimizer, model_card, write_model
+from .start import Start, compare_with_base, find_start
 from .stream import PairStream
 
 STOPPED = 143  # 128 + SIGTERM, as a shell has it

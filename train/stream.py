@@ -24,9 +24,8 @@ import numpy as np
 
 from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..errors import UserError
-from .objective import Method
-from .rows import Chunk, Rows, ScoredPairs, Window, stacked
-from .scores import PairScores, ReferenceTargets
+from ..method.objective import Method, PairScores, ReferenceTargets
+from .dataset import Chunk, Rows, ScoredPairs, Window, stacked
 
 WINDOW_ROWS = 65_536
 TAKEN_ROWS = 2048  # rows put in order together: Arrow's cost is by call more than by row

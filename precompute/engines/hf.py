@@ -22,7 +22,7 @@ from ...errors import UserError
 from ...model.load import load_model
 from ...model.logps import SequenceLogps, split_by_sequence
 from ...model.packing import Batch
-from .base import EngineSettings, Progress, ScoredPair, adapter_folder
+from .protocol import EngineSettings, Progress, ScoredPair, adapter_folder
 
 # Tokens of a row. A CPU is as fast at 1,000 as at 8,000; a GPU wants its rows filled.
 ROW_TOKENS = {"cpu": 1536, "cuda": 16384}

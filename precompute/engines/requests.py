@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...model.packing import padded_tokens
-from .base import Logps, ScoredPair
+from .protocol import Logps, ScoredPair
 
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UserError
-from .base import EngineSettings, Logps, Progress, ScoredPair
+from .protocol import EngineSettings, Logps, Progress, ScoredPair
 from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
 
 if TYPE_CHECKING:

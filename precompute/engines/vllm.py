@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from ...errors import UserError
 from ..identity import ADAPTER_CONFIG
-from .base import EngineSettings, Logps, Progress, ScoredPair, adapter_folder
+from .protocol import EngineSettings, Logps, Progress, ScoredPair, adapter_folder
 from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
 
 if TYPE_CHECKING:

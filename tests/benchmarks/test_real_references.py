@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mrpo.benchmarks.real_references import EPOCHS, FILES, OWN, all_pairs, corpus, is_read
-from mrpo.data.pairs import Pair, canonical_json
-from mrpo.data.prompts import in_fraction, is_validation
+from mrpo.data.pairs import Pair, canonical_json, in_fraction, is_validation
 
 
 @pytest.fixture(scope="module")

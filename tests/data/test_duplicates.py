@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrpo.data.duplicates import SeenIds
-from mrpo.data.ids import ids_from_bytes
+from mrpo.data.ids import SeenIds, ids_from_bytes
 
 # Few different bytes in few places: ids that come again, and ids that share either half.
 ID = st.tuples(st.integers(0, 3), st.integers(0, 3)).map(

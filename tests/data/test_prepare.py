@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrpo.data import prepare as prepare_module
-from mrpo.data.pairs import Pair
-from mrpo.data.prompts import in_fraction, is_validation
+from mrpo.data.pairs import Pair, in_fraction, is_validation
 from mrpo.errors import UserError
 from mrpo.tests.data.raw_rows import (
     all_ids,

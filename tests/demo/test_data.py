@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mrpo.demo.data import STRENGTHS, DemoFiles, write_data
-from mrpo.demo.domains import DOMAINS, make_domains
+from mrpo.demo.data import DOMAINS, STRENGTHS, DemoFiles, make_domains, write_data
 from mrpo.errors import UserError
 
 CHATS = 2000

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mrpo.demo.domains import DOMAINS, FACTS, TASKS, TONES, Domain, Example, make_domains
+from mrpo.demo.data import DOMAINS, FACTS, TASKS, TONES, Domain, Example, make_domains
 
 SUM = re.compile(r"(\d+) \+ (\d+) = (\d+) \+ (\d+) = (\d+)\.")
 

@@ -13,7 +13,7 @@ from mrpo.data.rendering import Renderer
 from mrpo.demo.data import write_data
 from mrpo.demo.models import FAMILIES, Family
 from mrpo.demo.pretrain import IGNORED, pad, pretrain
-from mrpo.demo.table import policy_logps
+from mrpo.demo.run import policy_logps
 
 CHATS = 3200
 

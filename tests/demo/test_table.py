@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mrpo.demo.table import _differences, _line, wilson
+from mrpo.demo.run import _differences, _line, wilson
 
 
 def test_wilsons_interval_of_eight_in_ten() -> None:

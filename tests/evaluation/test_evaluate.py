@@ -15,8 +15,7 @@ from mrpo.data.prepare import prepare
 from mrpo.data.store import ReferenceRecord
 from mrpo.errors import UserError
 from mrpo.evaluation.config import EvaluateConfig
-from mrpo.evaluation.evaluate import evaluate
-from mrpo.evaluation.judgement import policy_figures, right
+from mrpo.evaluation.evaluate import evaluate, policy_figures, right
 from mrpo.evaluation.policies import run_names
 from mrpo.evaluation.score_table import ReferenceScores, ScoreTable
 from mrpo.precompute.config import PrecomputeConfig

@@ -25,9 +25,9 @@ from mrpo.data.shards import PairShards
 from mrpo.data.store import ReferenceRecord, Store
 from mrpo.demo.models import FAMILIES, Family, build_model, build_tokenizer
 from mrpo.evaluation.config import DoctorConfig
-from mrpo.evaluation.doctor import Diagnosis, diagnose
-from mrpo.precompute.engines.base import EngineSettings
+from mrpo.evaluation.doctor.doctor import Diagnosis, diagnose
 from mrpo.precompute.engines.hf import HfEngine
+from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.precompute.identity import resolve_reference
 from mrpo.precompute.scoring import score_rows, sort_out
 

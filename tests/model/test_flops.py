@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mrpo.benchmarks.flops import forward_flops
 from mrpo.data.rendering import RenderedPair, RenderedSequence
-from mrpo.model.flops import forward_flops
 from mrpo.model.logps import SequenceLogps
 from mrpo.model.packing import pack, unpacked
 

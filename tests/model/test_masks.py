@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations import flex_attention as transformers_flex
 
 from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.model.attention import block_mask, dense_mask, mask_mod
 from mrpo.model.load import set_attention
 from mrpo.model.logps import FLEX_BLOCK, SequenceLogps
-from mrpo.model.masks import block_mask, dense_mask, mask_mod
 from mrpo.model.packing import pack
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mrpo.data.rendering import RenderedPair, RenderedSequence
 from mrpo.demo.models import write_reference
-from mrpo.precompute.engines.base import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
 from mrpo.tests.precompute.workspace import Workspace
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, 12 times out of 345."] * 4

@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 
-from mrpo.precompute.engines.base import load_engine
+from mrpo.precompute.engines import load_engine
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import torch
 from mrpo.data.rendering import RenderedPair
 from mrpo.demo.models import FAMILIES, build_model
 from mrpo.errors import UserError
-from mrpo.precompute.engines.base import EngineSettings, ScoredPair
 from mrpo.precompute.engines.hf import HfEngine
+from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
 
 CLOSE = 1e-3  # nats, of a whole sequence
 

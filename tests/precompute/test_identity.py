@@ -12,7 +12,8 @@ import pytest
 
 from mrpo.data.references import ReferenceSpec
 from mrpo.errors import UserError
-from mrpo.precompute import file_digests, hub
+from mrpo.precompute import identity as file_digests
+from mrpo.precompute import identity as hub
 from mrpo.precompute.identity import resolve_reference
 
 

@@ -12,15 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrpo.data.digests import unit_of
-from mrpo.data.ids import ids_from_bytes
+from mrpo.data.ids import ids_from_bytes, unit_of
 from mrpo.data.references import load_refs
 from mrpo.data.rendering import Renderer
-from mrpo.data.store_schema import SCORE_SCHEMA, TOKEN_COLUMNS
+from mrpo.data.store import SCORE_SCHEMA, TOKEN_COLUMNS
 from mrpo.errors import UserError
-from mrpo.precompute import loop
-from mrpo.precompute.engines.base import EngineSettings
+from mrpo.precompute import scoring as loop
 from mrpo.precompute.engines.hf import HfEngine
+from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.tests.precompute.workspace import Workspace, rows
 
 CLOSE = 1e-3  # nats, of a whole sequence

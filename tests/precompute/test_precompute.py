@@ -15,7 +15,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mrpo.errors import UserError
-from mrpo.precompute import preflight, process
+from mrpo.precompute import preflight
+from mrpo.precompute import reference_run as process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mrpo.errors import UserError
+from mrpo.precompute.config import RefsConfig
 from mrpo.precompute.refs import refs
-from mrpo.precompute.refs_config import RefsConfig
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from vllm.utils.serial_utils import numpy2base64
 from mrpo.data.rendering import RenderedPair, Renderer
 from mrpo.errors import UserError
 from mrpo.precompute.engines import server
-from mrpo.precompute.engines.base import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
 from mrpo.precompute.engines.server import PLAIN, SHARING, ServerEngine
 from mrpo.precompute.worker import PROBES
 

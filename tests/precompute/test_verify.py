@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mrpo.data.store_config import VerifyConfig
+from mrpo.data.config import VerifyConfig
 from mrpo.errors import UserError
 from mrpo.precompute.run import precompute
 from mrpo.precompute.verify import verify

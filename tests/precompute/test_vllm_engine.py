@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from mrpo.data.rendering import RenderedPair
 from mrpo.errors import UserError
-from mrpo.precompute.engines.base import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
 from mrpo.precompute.engines.requests import Request
 from mrpo.precompute.engines.vllm import VllmEngine, _arguments, _lora_arguments
 

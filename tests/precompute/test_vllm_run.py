@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mrpo.precompute.engines.base import EngineSettings
+from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 

@@ -18,7 +18,7 @@ from mrpo.data.references import load_refs
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.precompute.config import PrecomputeConfig
-from mrpo.precompute.engines.base import EngineSettings
+from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.precompute.identity import resolve_reference
 from mrpo.precompute.preflight import model_context
 from mrpo.precompute.worker import Job, run

@@ -21,8 +21,7 @@ from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs
 from mrpo.data.rendering import Renderer
 from mrpo.data.shards import PairShards
-from mrpo.data.store import ReferenceRecord, Store
-from mrpo.data.store_schema import SCORE_SCHEMA
+from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 from mrpo.model.load import load_model
 from mrpo.model.logps import SequenceLogps, sum_by_sequence
 from mrpo.train.config import TrainConfig

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from mrpo.train import run
-from mrpo.train.budget import TokenBudget
 from mrpo.train.config import TrainConfig
 from mrpo.train.distributed import Ranks
+from mrpo.train.memory import TokenBudget
 
 
 def main() -> None:

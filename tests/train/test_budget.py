@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mrpo.errors import UserError
-from mrpo.train.budget import FULL, TokenBudget, is_out_of_memory
 from mrpo.train.checkpoint import TrainState
 from mrpo.train.distributed import Ranks
+from mrpo.train.memory import FULL, TokenBudget, is_out_of_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

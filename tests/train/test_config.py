@@ -11,11 +11,10 @@ import pytest
 import yaml
 
 from mrpo.errors import UserError
+from mrpo.method.grammar import method_of, parse_method
 from mrpo.settings import build
-from mrpo.train.config import TrainConfig
-from mrpo.train.export_config import ExportConfig
-from mrpo.train.methods import method_of, parse_method
-from mrpo.train.resume import MAY_CHANGE
+from mrpo.train.checkpoint import MAY_CHANGE
+from mrpo.train.config import ExportConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {field.name: field for field in fields(TrainConfig)}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mrpo import ctro_clip, multi_dpo_loss, preference_loss, virtual_reference
-from mrpo.train.mathematics.losses import LOSS_TYPES
-from mrpo.train.mathematics.normalize import NORMALIZATIONS
-from mrpo.train.mathematics.virtual import KINDS
-from mrpo.train.mathematics.weightings import WEIGHTINGS
-from mrpo.train.methods import METHODS
+from mrpo.method.grammar import METHODS
+from mrpo.method.losses import LOSS_TYPES
+from mrpo.method.normalization import NORMALIZATIONS
+from mrpo.method.virtual_reference import KINDS
+from mrpo.method.weightings import WEIGHTINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "mathematics.md").read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from mrpo.data.references import load_refs
 from mrpo.data.shards import ShardWriter
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 from mrpo.errors import UserError
+from mrpo.method.fitted import fit_weights
+from mrpo.train.config import ExportConfig
 from mrpo.train.export import export
-from mrpo.train.export_config import ExportConfig
-from mrpo.train.mathematics.fitted import fit_weights
 
 ALIASES = ["llama", "mistral", "qwen"]
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add"}}]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from mrpo.data.join import JoinedScores, join
-from mrpo.data.prompts import in_fraction
+from mrpo.data.pairs import in_fraction
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
-from mrpo.train.mathematics.fitted import fit_weights
-from mrpo.train.methods import parse_method
-from mrpo.train.rows import ScoredPairs, stacked
+from mrpo.method.fitted import fit_weights
+from mrpo.method.grammar import parse_method
+from mrpo.train.dataset import ScoredPairs, stacked
 from mrpo.train.run import train
 
 ALIASES = ["llama", "mistral", "qwen"]

@@ -17,11 +17,11 @@ from mrpo.data.join import JoinedScores
 from mrpo.data.rendering import RenderedSequence, Renderer
 from mrpo.data.shards import PairShards
 from mrpo.errors import UserError
+from mrpo.method.grammar import parse_method
+from mrpo.train.dataset import ScoredPairs
 from mrpo.train.forward import PairForward
-from mrpo.train.methods import parse_method
-from mrpo.train.rows import ScoredPairs
+from mrpo.train.loop import learning_rate, total_steps
 from mrpo.train.run import train
-from mrpo.train.schedule import learning_rate, total_steps
 from mrpo.train.stream import PairStream
 
 

@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 from mrpo.errors import UserError
-from mrpo.train import plan
+from mrpo.train import memory as plan
 from mrpo.train.config import TrainConfig
 from mrpo.train.distributed import Ranks
-from mrpo.train.plan import GIB, Sizes, memory_plan, refuse_what_cannot_fit
+from mrpo.train.memory import GIB, Sizes, memory_plan, refuse_what_cannot_fit
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,

@@ -11,8 +11,8 @@ import pytest
 from mrpo.data.join import join
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
-from mrpo.train.methods import parse_method
-from mrpo.train.rows import ScoredPairs, Window
+from mrpo.method.grammar import parse_method
+from mrpo.train.dataset import ScoredPairs, Window
 
 
 @pytest.fixture

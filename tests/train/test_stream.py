@@ -16,8 +16,8 @@ from mrpo.data.rendering import Renderer
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
-from mrpo.train.methods import parse_method
-from mrpo.train.rows import ScoredPairs
+from mrpo.method.grammar import parse_method
+from mrpo.train.dataset import ScoredPairs
 from mrpo.train.stream import PairStream, Prefetch, StepBatch, window
 
 SIZES = st.lists(st.integers(0, 9), max_size=6)

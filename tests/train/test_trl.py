@@ -22,9 +22,8 @@ from mrpo.data.shards import PairShards
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 from mrpo.model.load import load_model
 from mrpo.model.logps import SequenceLogps, sum_by_sequence
-from mrpo.train.config import TrainConfig
+from mrpo.train.config import ExportConfig, TrainConfig
 from mrpo.train.export import export
-from mrpo.train.export_config import ExportConfig
 from mrpo.train.run import train
 
 PAIRS, STEPS, BETA, RATE = 8, 2, 0.5, 1e-3

@@ -1,0 +1,5 @@
+"""`python -m mrpo`: the command line."""
+
+from mrpo.cli import main
+
+main()

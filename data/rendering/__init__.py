@@ -1,0 +1,21 @@
+"""Pairs to token ids, the same for every model: template to text, text to tokens, tokens split."""
+
+from .renderer import (
+    RENDERING_VERSION,
+    ExplainedSequence,
+    RenderedPair,
+    RenderedSequence,
+    Renderer,
+)
+from .template import TODAY, Refusal, RenderedText
+
+__all__ = [
+    "RENDERING_VERSION",
+    "TODAY",
+    "ExplainedSequence",
+    "Refusal",
+    "RenderedPair",
+    "RenderedSequence",
+    "RenderedText",
+    "Renderer",
+]

@@ -1,0 +1,16 @@
+"""The score store: references, their scores, where the files are, and the commands on it."""
+
+from .files import LocalFiles
+from .scores import SCORE_SCHEMA, TOKEN_COLUMNS, ReferenceScores
+from .store import NotScored, ReferenceRecord, Store, open_store
+
+__all__ = [
+    "SCORE_SCHEMA",
+    "TOKEN_COLUMNS",
+    "LocalFiles",
+    "NotScored",
+    "ReferenceRecord",
+    "ReferenceScores",
+    "Store",
+    "open_store",
+]

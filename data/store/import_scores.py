@@ -1,0 +1,193 @@
+"""`mrpo store import`: scores that others computed, under an alias of their own.
+
+A row is a pair in any format that `mrpo prepare` reads, or a pair's id, with two log-probs beside
+it. What made them can't be checked here, so that their identity is what the user says of them, and
+the record is marked as imported. Everything else treats them as any reference's scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from ...errors import UserError
+from ..config import ImportConfig
+from ..formats import Columns, PairReader, Unusable
+from ..ids import IdIndex, ids_from_bytes, ids_to_arrow, ids_to_numpy
+from ..messages import Broken
+from ..pairs import ID_BYTES
+from ..references import check_alias
+from ..sources import Source, open_sources
+from .scores import SCORE_SCHEMA, ReferenceScores
+from .store import ReferenceRecord, open_store
+
+BATCH_ROWS = 8192  # rows that become one score file
+ABOVE_ZERO = 1e-3  # nats that rounding may lift a sure response's log-prob above 0
+ID_COLUMN = "pair_id"
+# Why a row is left out, beside the reasons of a pair that can't be used.
+NO_SCORE, ALREADY_THERE = "no score", "already there"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredColumns:
+    """The columns of a pair (None: of its id) with its scores; see `sources.Wanted`."""
+
+    pair: Columns | None
+    logps: tuple[str, str]  # chosen, rejected
+    tokens: tuple[str, str]
+
+    @property
+    def required(self) -> list[str]:
+        return [*([ID_COLUMN] if self.pair is None else self.pair.required), *self.logps]
+
+    @property
+    def optional(self) -> list[str]:
+        return [*([] if self.pair is None else self.pair.optional), *self.tokens]
+
+    @property
+    def flags(self) -> str:
+        return "name columns with --chosen-column, --chosen-logps-column and so on"
+
+
+def import_scores(config: ImportConfig) -> None:
+    """Keep the scores of every row that has them; raises `UserError` at a row that can't be."""
+    check_alias(config.alias, "--alias")
+    sources = open_sources(config.source)
+    columns = _columns(config)
+    store = open_store(config.store)
+    record = ReferenceRecord(
+        alias=config.alias,
+        entry={"imported": config.model},
+        inputs={"imported": {"alias": config.alias, "model": config.model}},
+        runs=({"engine": "imported", "source": config.source},),
+    )
+    scores, left = store.scores(record.identity), Counter[str]()
+    # Everything is read before anything is kept: a wrong row leaves the store as it was.
+    tables = [table for source in sources for table in _tables(source, columns, config.chat, left)]
+    kept = sum(_add(scores, table, left) for table in tables)
+    if not kept and not left[ALREADY_THERE]:
+        raise UserError(f"{config.source}: no row has a score ({_counts(left)}); nothing imported")
+    record = store.record(record)
+    print(f"imported {kept:,} pairs; left out: {_counts(left)}")
+    print(f"reference {record.alias}@{record.identity[:12]}, marked as imported: {config.model}")
+    print(f"store   {store.root}")
+
+
+def _columns(config: ImportConfig) -> ScoredColumns:
+    pair = Columns(config.prompt_column, config.chosen_column, config.rejected_column)
+    return ScoredColumns(
+        pair=None if config.by_id else pair,
+        logps=(config.chosen_logps_column, config.rejected_logps_column),
+        tokens=(config.chosen_tokens_column, config.rejected_tokens_column),
+    )
+
+
+Scored = tuple[bytes, list[float | None], list[int | None]]  # id; log-probs and tokens of both
+
+
+def _tables(
+    source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]
+) -> Iterator[pa.Table]:
+    """The rows with a score, in tables of the store's columns; `left` counts the others."""
+    rows = _rows(source, columns, chat, left)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        ids, logps, tokens = zip(*batch)
+        values = dict(zip(("chosen_logp", "rejected_logp"), zip(*logps)))
+        values |= dict(zip(("chosen_tokens", "rejected_tokens"), zip(*tokens)))
+        unknown = [None] * len(batch)
+        arrays = [
+            pa.array(values.get(field.name, unknown), field.type)
+            for field in SCORE_SCHEMA
+            if field.name != ID_COLUMN
+        ]
+        yield pa.table([ids_to_arrow(ids_from_bytes(list(ids))), *arrays], SCORE_SCHEMA.names)
+
+
+def _rows(
+    source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]
+) -> Iterator[Scored]:
+    pairs = PairReader(columns.pair, source.name, chat) if columns.pair else None
+    for number, row in source.rows(columns):
+        try:
+            for name in columns.required:
+                if name not in row:
+                    raise Broken(name, f"is missing; {columns.flags}")
+            logps = [_logp(name, row[name]) for name in columns.logps]
+            tokens = [_count(name, row.get(name)) for name in columns.tokens]
+            identity = pairs.read(row).id if pairs else _pair_id(row[ID_COLUMN])
+        except Broken as error:
+            raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
+        except Unusable as error:
+            left[error.reason] += 1
+        except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8, and so no id
+            left["not_unicode"] += 1
+        else:
+            if None in logps:
+                left[NO_SCORE] += 1
+            else:
+                yield identity, logps, tokens
+
+
+def _add(scores: ReferenceScores, table: pa.Table, left: Counter[str]) -> int:
+    """Keep the rows that are new; a pair's first row counts, here as in the store."""
+    ids = ids_to_numpy(table[ID_COLUMN])
+    firsts = IdIndex(ids).firsts()
+    new = firsts[scores.missing(ids)[firsts]]
+    left[ALREADY_THERE] += len(ids) - len(new)
+    if len(new):
+        scores.add(table.take(pa.array(new)))
+    return len(new)
+
+
+def _logp(name: str, value: Any) -> float | None:
+    """The log-prob; None where the cell is empty or not a number (NaN)."""
+    if value is None or value == "":
+        return None
+    try:
+        logp = float(value)
+    except (TypeError, ValueError):
+        raise Broken(name, f"is {value!r}; a log-prob is a number") from None
+    if math.isnan(logp):
+        return None
+    if not -math.inf < logp <= ABOVE_ZERO:
+        raise Broken(
+            name,
+            f"is {value!r}; a log-prob is finite and at most 0: natural log, summed over the "
+            "response's tokens, not negated",
+        )
+    return logp
+
+
+def _count(name: str, value: Any) -> int | None:
+    if value is None or value == "" or value != value:
+        return None
+    try:
+        count = int(value)
+    except (TypeError, ValueError):
+        count = -1
+    if count < 1 or count != float(value):
+        raise Broken(name, f"is {value!r}; a count of tokens is a whole number from 1")
+    return count
+
+
+def _pair_id(value: Any) -> bytes:
+    """A pair's id from 16 raw bytes or 32 hex digits."""
+    try:
+        identity = value if isinstance(value, bytes) else bytes.fromhex(value)
+    except (TypeError, ValueError):
+        identity = b""
+    if len(identity) != ID_BYTES:
+        raise Broken(ID_COLUMN, f"is {value!r}; an id has 32 hex digits, as `mrpo inspect` shows")
+    return identity
+
+
+def _counts(left: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(left.items()) if count) or (
+        "none"
+    )

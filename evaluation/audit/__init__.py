@@ -1,0 +1,1 @@
+"""Pairs that deserve a human look."""

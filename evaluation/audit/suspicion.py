@@ -1,0 +1,131 @@
+"""Which labels deserve a second look, from the references' scores alone: numbers in, ranks out.
+
+A reference's margin per byte, divided by its usual size, is one unit for all references. How much
+each counts is learned from the labels (`train/mathematics/fitted.py`), so that a reference that
+predicts nothing says nothing here. Three questions, each a score by which pairs are ranked:
+
+- against:  do the references find the label unlikely?
+- divided:  does one reference clearly prefer the chosen, another clearly the rejected response?
+- length:   does length predict the label where the references, length taken out, do not?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...method.fitted import fit_weights
+
+SIGNIFICANT = 3.84  # likelihood ratio (chi-squared, 95 %) at which length predicts labels
+NEWTON_STEPS, RIDGE = 50, 1e-3  # of the regression on length
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Suspicion:
+    """What the references say about N labels. Scores are NaN where a pair is not suspect."""
+
+    units: np.ndarray  # [N, K] margins per byte in their usual size; NaN where missing
+    weights: np.ndarray  # [K] of the units in the log-odds of the label, 0 or more
+    label_probability: np.ndarray  # [N] as the references see it; NaN where none scored the pair
+    length_probability: np.ndarray  # [N] of the label from length alone
+    length_weight: float  # log-odds per log ratio of lengths; 0: length predicts nothing
+    against: np.ndarray  # [N] log-odds against the label
+    divided: np.ndarray  # [N] the smaller of the strongest support and the strongest objection
+    length: np.ndarray  # [N] length's log-odds for the label plus the references' against it
+
+    @property
+    def informed(self) -> bool:
+        """Whether any reference predicts the labels at all."""
+        return bool(self.weights.any())
+
+
+def suspicion(
+    byte_margins: np.ndarray, response_bytes: np.ndarray, prompts: np.ndarray
+) -> Suspicion:
+    """Look at N labels through K references.
+
+    Args:
+        byte_margins: [N, K] nats per byte of chosen minus the same of rejected, NaN where missing.
+        response_bytes: [N, 2] lengths of the chosen and the rejected response.
+        prompts: [N] integers, equal for equal prompts.
+    """
+    units = byte_margins / usual_size(byte_margins)
+    weights = _weights(units, prompts)
+    logits = _combined(units, weights)
+    ratio = np.log(response_bytes[:, 0] / response_bytes[:, 1])
+    length_weight = _length_weight(ratio)
+    length_logits = length_weight * ratio
+    without = _without_length(units, ratio)
+    rest = _combined(without, _weights(without, prompts))
+    support, objection = _strongest(units), _strongest(-units)
+    divided = np.minimum(support, objection)
+    explained = (length_logits > 0) & (rest < 0)
+    return Suspicion(
+        units=units,
+        weights=weights,
+        label_probability=sigmoid(logits),
+        length_probability=sigmoid(length_logits),
+        length_weight=length_weight,
+        against=np.where(logits < 0, -logits, np.nan),
+        divided=np.where(divided > 1, divided, np.nan),
+        length=np.where(explained, length_logits - rest, np.nan),
+    )
+
+
+def usual_size(margins: np.ndarray) -> np.ndarray:
+    """[K] the median size of a margin, which single far-off pairs do not move; never 0."""
+    sizes = np.abs(margins)
+    with np.errstate(all="ignore"):
+        usual = np.nanmedian(np.where(sizes > 0, sizes, np.nan), axis=0)
+    return np.where(usual > 0, usual, 1.0)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(logits / 2)
+
+
+def _weights(units: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """[K] log-odds of the label per unit; all 0 where nothing can be learned."""
+    if np.isnan(units).any(axis=1).all():
+        return np.zeros(units.shape[1])
+    return fit_weights(units, prompts).coefficients
+
+
+def _combined(units: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[N] log-odds of the label; the plain mean where no reference predicts labels."""
+    present = ~np.isnan(units)
+    if weights.any():
+        logits = np.nansum(units * weights, axis=1)
+    else:
+        logits = np.nansum(units, axis=1) / np.maximum(present.sum(axis=1), 1)
+    return np.where(present.any(axis=1), logits, np.nan)
+
+
+def _length_weight(ratio: np.ndarray) -> float:
+    """Log-odds of the label per log ratio of lengths, by logistic regression without intercept.
+
+    0 where the likelihood is hardly better than without: then length explains no label.
+    """
+    weight = 0.0
+    for _ in range(NEWTON_STEPS):
+        wrong = sigmoid(-weight * ratio)
+        curvature = (ratio**2 * wrong * (1 - wrong)).sum() + RIDGE
+        step = ((ratio * wrong).sum() - RIDGE * weight) / curvature
+        weight += float(np.clip(step, -1, 1))
+        if abs(step) < 1e-9:
+            break
+    gain = np.log(2) - np.logaddexp(0, -weight * ratio)
+    return weight if 2 * gain.sum() > SIGNIFICANT else 0.0
+
+
+def _without_length(units: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    """[N, K] what is left of the units when the part proportional to the log ratio is taken out."""
+    present = ~np.isnan(units)
+    size = np.maximum((present * ratio[:, None] ** 2).sum(axis=0), 1e-12)
+    return units - np.nansum(units * ratio[:, None], axis=0) / size * ratio[:, None]
+
+
+def _strongest(units: np.ndarray) -> np.ndarray:
+    """[N] the largest of each row; −inf where all are missing."""
+    return np.where(np.isnan(units), -np.inf, units).max(axis=1)

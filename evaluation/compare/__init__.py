@@ -1,0 +1,1 @@
+"""Several methods trained from one store: cells, workers, outcome, verdict."""

@@ -1,0 +1,205 @@
+"""Which method does better, how sure that is, and what follows: numbers in, numbers and words out.
+
+Every run answers for the same held-out pairs: right (1) or wrong (0) by a yardstick. Intervals
+come from a paired bootstrap that draws prompts and, where there are several, seeds; all methods
+see the same draws, so that what makes a pair hard for all of them cancels in a difference. The
+intervals of the gains hold together (Bonferroni), since the best of several is looked for.
+
+`compare.py` trains and evaluates the runs; `verdict.py` puts the outcome into words.
+
+
+From finished runs to a comparison: who is right about which held-out pair, gains, cost.
+
+The scores of every policy are in the store, where `mrpo evaluate` put them, and are judged by the
+same functions (`judgement.py`): a run's accuracy here is the one that evaluate prints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...data.shards import PairShards
+from ...data.store import ReferenceRecord, Store
+from ...train.logs import read_log
+from ..evaluate import YARDSTICKS, Yardstick, right
+from ..intervals import Interval, mean_intervals
+from ..score_table import ScoreTable, load_scores
+from .cells import EVALUATION, Cell
+from .results import Comparison, Result, RunResult, Scoring
+from .verdict import Draws, Outcome, Standing, growth, resample, standing, verdict
+
+WORDS: dict[Yardstick, str] = {
+    "reward": "implicit reward against the base",
+    "sum": "likelihood",
+    "token": "likelihood per token",
+    "byte": "likelihood per byte",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What is compared."""
+
+    pairs: PairShards
+    records: list[ReferenceRecord]  # the base first
+    references: Mapping[str, tuple[str, ...]]  # of each method, as the user wrote it
+    fractions: Sequence[float]  # rising
+    yardstick: Yardstick  # what decides
+
+    @property
+    def aliases(self) -> list[str]:
+        return [record.alias for record in self.records]
+
+    @property
+    def base(self) -> str:
+        return self.aliases[0]
+
+
+def outcome_of(plan: Plan, cells: Sequence[Cell], store: Store) -> Comparison:
+    """Judge the finished cells; at least one must be."""
+    done = [cell for cell in cells if cell.finished]
+    identities = {cell: _identity(cell) for cell in done}
+    policies = [store.names_of(identities[cell])[0] for cell in done]
+    table = load_scores(plan.pairs, store, [plan.records[0], *policies], split="validation")
+    answers = {cell: right(table, k) for k, cell in enumerate(done, 1)}
+    methods, seeds = list(plan.references), sorted({cell.seed for cell in cells})
+    single = [len(plan.references[method]) == 1 for method in methods]
+    draws: dict[Yardstick, Draws] = {}
+    for yardstick in YARDSTICKS:
+        values = np.full((len(table), len(methods), len(plan.fractions), len(seeds)), np.nan)
+        for cell, answer in answers.items():
+            place = methods.index(cell.method), plan.fractions.index(cell.fraction)
+            values[:, *place, seeds.index(cell.seed)] = answer[yardstick]
+        draws[yardstick] = resample(values, table.prompts)
+    standings = {
+        yardstick: [standing(drawn, at, methods, single) for at in range(len(plan.fractions))]
+        for yardstick, drawn in draws.items()
+    }
+    grown = {}
+    if len(plan.fractions) > 1:
+        last = len(plan.fractions) - 1
+        grown = {
+            method: growth(draws[plan.yardstick], m, last - 1, last)
+            for m, method in enumerate(methods)
+        }
+    return Comparison(
+        base=plan.base,
+        pairs=len(table),
+        prompts=len(np.unique(table.prompts)),
+        yardstick=plan.yardstick,
+        yardsticks=dict(WORDS),
+        methods=methods,
+        references={method: list(names) for method, names in plan.references.items()},
+        fractions=list(plan.fractions),
+        seeds=seeds,
+        base_accuracy=_base_accuracy(table),
+        results=_results(plan, methods, standings),
+        growth=grown,
+        runs=[_run(cell, identities[cell], answers[cell]) for cell in done],
+        missing=[str(cell) for cell in cells if not cell.finished],
+        scoring=[_scoring(record) for record in plan.records],
+        verdict=_words(plan, standings, grown, len(table), len(seeds), len(cells) - len(done)),
+    )
+
+
+def _words(
+    plan: Plan,
+    standings: Mapping[Yardstick, Sequence[Standing]],
+    grown: Mapping[str, Interval],
+    pairs: int,
+    seeds: int,
+    missing: int,
+) -> list[str]:
+    order = [plan.yardstick, *(one for one in YARDSTICKS if one != plan.yardstick)]
+    words = {one: WORDS[one].replace("the base", plan.base) for one in order}
+    return verdict(
+        Outcome(
+            yardsticks=list(words.values()),
+            fractions=plan.fractions,
+            standings={words[one]: standings[one] for one in order},
+            references={m: refs[0] for m, refs in plan.references.items() if len(refs) == 1},
+            growth=grown,
+            pairs=pairs,
+            seeds=seeds,
+            missing=missing,
+        )
+    )
+
+
+def _results(
+    plan: Plan, methods: Sequence[str], standings: Mapping[Yardstick, Sequence[Standing]]
+) -> list[Result]:
+    results = []
+    for yardstick, by_fraction in standings.items():
+        for fraction, found in zip(plan.fractions, by_fraction):
+            gains = {gain.method: gain for gain in found.gains}
+            for method in methods:
+                gain = gains.get(method)
+                results.append(
+                    Result(
+                        method=method,
+                        fraction=fraction,
+                        yardstick=yardstick,
+                        accuracy=found.accuracy[method],
+                        seed_spread=found.seed_spread[method],
+                        gain=None if gain is None else gain.gain,
+                        over=None if gain is None else gain.over,
+                    )
+                )
+    return results
+
+
+def _base_accuracy(table: ScoreTable) -> dict[Yardstick, Interval]:
+    """By likelihood alone: against itself the base has no reward."""
+    answers = right(table, 0)
+    names = [name for name in YARDSTICKS if name != "reward"]
+    values = np.stack([answers[name] for name in names], axis=1)
+    return dict(zip(names, mean_intervals(values, table.prompts)))
+
+
+def _identity(cell: Cell) -> str:
+    content = json.loads((cell.folder / EVALUATION).read_text(encoding="utf-8"))
+    return content["policies"][0]["identity"]
+
+
+def _run(cell: Cell, identity: str, answers: Mapping[Yardstick, np.ndarray]) -> RunResult:
+    pairs, seconds = training_cost(read_log(cell.folder))
+    return RunResult(
+        method=cell.method,
+        fraction=cell.fraction,
+        seed=cell.seed,
+        folder=str(cell.folder),
+        identity=identity,
+        accuracy={name: float(np.nanmean(values)) for name, values in answers.items()},
+        pairs=pairs,
+        seconds=seconds,
+        pairs_per_second=pairs / seconds if seconds else float("nan"),
+    )
+
+
+def training_cost(log: Sequence[Mapping[str, float | None]]) -> tuple[float, float]:
+    """(pairs trained on, seconds of optimizer steps) of a run, from the lines of its log."""
+    pairs = seconds = 0.0
+    before = 0.0
+    for line in log:
+        each, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
+        if each is None or rate is None:
+            continue
+        step = line["step"] or 0.0
+        taken = each * (step - before)
+        pairs, seconds, before = pairs + rate * taken, seconds + taken, step
+    return pairs, seconds
+
+
+def _scoring(record: ReferenceRecord) -> Scoring:
+    runs = [run for run in record.runs if run.get("tokens_per_second")]
+    return Scoring(
+        alias=record.alias,
+        pairs=sum(run["pairs"] for run in runs),
+        tokens=sum(run["tokens"] for run in runs),
+        seconds=sum(run["tokens"] / run["tokens_per_second"] for run in runs) or float("nan"),
+    )

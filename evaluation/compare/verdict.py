@@ -1,0 +1,285 @@
+"""What a comparison says, in words: several references or one, which one, how sure that is.
+
+Sentences are chosen by the intervals, never by the values alone. Where the intervals leave a
+question open they say so, and how many held-out pairs would settle it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..intervals import CONFIDENCE, Interval, bootstrap_means, interval
+
+MATTERS = 0.01  # share of pairs: a gain that would be worth several references
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """What a method with several references has over the best one with a single reference."""
+
+    method: str
+    over: str
+    gain: Interval  # share of pairs; holds together with those of the other methods
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """All methods at one size of the training data, judged by one yardstick."""
+
+    accuracy: dict[str, Interval]  # by method
+    seed_spread: dict[str, float]  # standard deviation over seeds; NaN for fewer than two
+    best_single: str | None  # None where no method has one reference
+    tied_singles: tuple[str, ...]  # other single references that can't be told from the best
+    gains: tuple[Gain, ...]  # the largest first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """Accuracies of M methods at F fractions, and of each resample."""
+
+    means: np.ndarray  # [M, F]
+    by_seed: np.ndarray  # [M, F, S]
+    draws: np.ndarray  # [B, M, F]
+
+
+def resample(
+    right: np.ndarray, prompts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> Draws:
+    """Means over pairs and seeds, and their bootstrap.
+
+    Args:
+        right: [N, M, F, S] whether a run is right about a pair: pairs, methods, fractions, seeds;
+            NaN where it has no answer. A run that is missing is NaN throughout, and its method's
+            mean is over the other seeds.
+        prompts: [N] integers, equal for equal prompts.
+    """
+    pairs, *shape = right.shape
+    num_seeds = shape[-1]
+    means, draws = bootstrap_means(right.reshape(pairs, -1), prompts, resamples, seed)
+    by_seed, drawn = means.reshape(shape), draws.reshape(resamples, *shape)
+    if num_seeds > 1:
+        chosen = np.random.default_rng((seed, 1)).integers(num_seeds, size=(resamples, num_seeds))
+        drawn = np.take_along_axis(drawn, chosen[:, None, None, :], axis=3)
+    return Draws(_mean(by_seed), by_seed, _mean(drawn))
+
+
+def standing(
+    draws: Draws, fraction: int, methods: Sequence[str], single: Sequence[bool]
+) -> Standing:
+    """The methods at one fraction (its place), `single`: which of them have one reference."""
+    means, drawn = draws.means[:, fraction], draws.draws[:, :, fraction]
+    accuracy = {name: interval(means[m], drawn[:, m]) for m, name in enumerate(methods)}
+    spread = {
+        name: float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else float("nan")
+        for name, values in zip(methods, draws.by_seed[:, fraction])
+    }
+    singles = [m for m, one in enumerate(single) if one and np.isfinite(means[m])]
+    several = [m for m, one in enumerate(single) if not one and np.isfinite(means[m])]
+    if not singles:
+        return Standing(
+            accuracy=accuracy, seed_spread=spread, best_single=None, tied_singles=(), gains=()
+        )
+    best = max(singles, key=lambda m: means[m])
+    behind = {m: _gain(means, drawn, best, m, len(singles) - 1) for m in singles if m != best}
+    gains = [
+        Gain(method=methods[m], over=methods[best], gain=_gain(means, drawn, m, best, len(several)))
+        for m in several
+    ]
+    return Standing(
+        accuracy=accuracy,
+        seed_spread=spread,
+        best_single=methods[best],
+        tied_singles=tuple(methods[m] for m, lead in behind.items() if not lead.low > 0),
+        gains=tuple(sorted(gains, key=lambda gain: -gain.gain.value)),
+    )
+
+
+def growth(draws: Draws, method: int, fraction: int, larger: int) -> Interval:
+    """What a method gains from one fraction of the pairs to a larger one."""
+    change = draws.draws[:, method, larger] - draws.draws[:, method, fraction]
+    return interval(draws.means[method, larger] - draws.means[method, fraction], change)
+
+
+def _gain(means: np.ndarray, drawn: np.ndarray, one: int, other: int, together: int) -> Interval:
+    """The difference of two methods, with an interval that holds together with `together` − 1
+    others."""
+    confidence = 1 - (1 - CONFIDENCE) / together
+    return interval(means[one] - means[other], drawn[:, one] - drawn[:, other], confidence)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is there; NaN where nothing is."""
+    known = np.isfinite(values)
+    counts = known.sum(axis=-1)
+    return np.where(known, values, 0.0).sum(axis=-1) / np.where(counts > 0, counts, np.nan)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """All that the sentences are about."""
+
+    yardsticks: Sequence[str]  # in words, the one that decides first
+    fractions: Sequence[float]  # rising; the last decides
+    standings: Mapping[str, Sequence[Standing]]  # by yardstick, one for each fraction
+    references: Mapping[str, str]  # of each method with one reference, the alias
+    growth: Mapping[str, Interval]  # of each method, from the last fraction but one to the last
+    pairs: int  # held-out
+    seeds: int
+    missing: int  # runs that failed
+
+
+def verdict(outcome: Outcome) -> list[str]:
+    """Sentences, the answer first."""
+    deciding = outcome.yardsticks[0]
+    final = outcome.standings[deciding][-1]
+    lines = [*_answer(final, outcome), *_others_say(outcome), *_by_size(outcome)]
+    if outcome.seeds == 1:
+        lines.append("One seed: the intervals know nothing of the spread between runs.")
+    if outcome.missing:
+        lines.append(
+            f"{outcome.missing} runs FAILED and are missing here; run the same command again."
+        )
+    lines.append(
+        f"Judged by {deciding} on {outcome.pairs:,} held-out pairs; intervals of gains hold "
+        "together at 95 %."
+    )
+    return lines
+
+
+def stance(standing: Standing) -> str:
+    """better, worse or open: whether several references beat the best single one."""
+    if any(gain.gain.low > 0 for gain in standing.gains):
+        return "better"
+    return "worse" if all(gain.gain.high < 0 for gain in standing.gains) else "open"
+
+
+def points(value: Interval) -> str:
+    """A difference of shares.
+
+    >>> points(Interval(0.0125, -0.004, 0.029))
+    '+1.2 points (−0.4 to +2.9)'
+    """
+    low, high = _signed(value.low), _signed(value.high)
+    return f"{_signed(value.value)} points ({low} to {high})"
+
+
+def _answer(final: Standing, outcome: Outcome) -> list[str]:
+    """Whether several references are worth it."""
+    if final.best_single is None:
+        return [
+            "No method here has a single reference, so what several gain can't be told; "
+            "add dpo:ALIAS for each reference to --methods."
+        ]
+    name = outcome.references[final.best_single]
+    which = _which(final, outcome)
+    if not final.gains:
+        return [which]
+    best = final.gains[0]
+    if stance(final) == "better":
+        beating = [gain for gain in final.gains if gain.gain.low > 0]
+        lines = [
+            f"Several references beat one here: {beating[0].method} gains "
+            f"{points(beating[0].gain)} over {best.over}, the best with one."
+        ]
+        lines += [f"So does {gain.method}: {points(gain.gain)}." for gain in beating[1:]]
+        return [*lines, which]
+    settled = best.gain.high <= MATTERS
+    until = "" if settled else " until more pairs show otherwise"
+    lines = [
+        f"One reference is enough here{until}, and it is {name}: {best.method}, the best with "
+        f"several, stands at {points(best.gain)} against {best.over}."
+    ]
+    lines += [] if settled else [_open(best.gain, outcome.pairs)]
+    return [*lines, which] if final.tied_singles else lines
+
+
+def _which(final: Standing, outcome: Outcome) -> str:
+    """How sure the best single reference is the best."""
+    assert final.best_single is not None
+    name = outcome.references[final.best_single]
+    if len(outcome.references) == 1:
+        return f"No other single reference than {name} was tried."
+    if not final.tied_singles:
+        return f"Of single references {name} is clearly the best."
+    tied = ", ".join(outcome.references[method] for method in final.tied_singles)
+    return f"Of single references {name} does best, but {tied} can't be told from it."
+
+
+def _open(gain: Interval, pairs: int) -> str:
+    """What the interval can't rule out, and what would."""
+    half = (gain.high - gain.low) / 2
+    needed = pairs * (half / MATTERS) ** 2
+    return (
+        f"A gain of up to {100 * gain.high:.1f} points can't be ruled out; telling a gain of "
+        f"{100 * MATTERS:.0f} point from none takes about {_round(needed):,} held-out pairs."
+    )
+
+
+def _others_say(outcome: Outcome) -> list[str]:
+    """The other yardsticks, where one of them gives another answer."""
+    deciding, *others = outcome.yardsticks
+    final = outcome.standings[deciding][-1]
+    if not final.gains:
+        return []
+    answers = {
+        "better": "several references do beat one",
+        "worse": "several references do worse than one",
+        "open": "no gain of several references is shown",
+    }
+    lines = []
+    for yardstick in others:
+        other = outcome.standings[yardstick][-1]
+        if other.gains and stance(other) != stance(final):
+            first = other.gains[0]
+            lines.append(
+                f"Judged by {yardstick} instead, {answers[stance(other)]}: {first.method} against "
+                f"{first.over} {points(first.gain)}."
+            )
+    return lines or ["The other yardsticks give the same answer."] * bool(others)
+
+
+def _by_size(outcome: Outcome) -> list[str]:
+    """What less data would have said, and whether more would help."""
+    if len(outcome.fractions) < 2:
+        return []
+    standings = outcome.standings[outcome.yardsticks[0]]
+    final = standings[-1]
+    lines = []
+    for fraction, standing in zip(outcome.fractions[:-1], standings):
+        if standing.gains and final.gains and stance(standing) != stance(final):
+            gain = standing.gains[0]
+            lines.append(
+                f"With {percent(fraction)} of the training pairs the answer is another: "
+                f"{gain.method} against {gain.over} {points(gain.gain)}."
+            )
+    best = max(outcome.growth, key=lambda name: final.accuracy[name].value)
+    change, step = outcome.growth[best], outcome.fractions[-2:]
+    says = "whether more pairs would help is not settled."
+    if change.low > 0:
+        says = "more pairs would help."
+    elif change.high < 0:
+        says = "more pairs did worse; look at the learning rate and the labels."
+    lines.append(
+        f"From {percent(step[0])} to {percent(step[1])} of the training pairs {best} changes by "
+        f"{points(change)}: {says}"
+    )
+    return lines
+
+
+def percent(fraction: float) -> str:
+    """A share of the training pairs, as 20 %."""
+    return f"{100 * fraction:.3g} %"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _round(count: float) -> int:
+    """To two digits, upwards: it is no more than an order of magnitude."""
+    size = 10 ** max(len(str(int(count))) - 2, 0)
+    return int(-(-count // size) * size)

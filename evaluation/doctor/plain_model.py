@@ -1,0 +1,189 @@
+"""Scoring the plain way: one sequence at a time, transformers' own forward, all of the logits.
+
+Shares no code with stage one but the date that templates are shown: prompt and whole conversation
+go through `apply_chat_template`, each is tokenized by an ordinary call, and the response begins
+where the two lists of ids part. Slow, and meant for a few pairs (`probe.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ...data.pairs import Message, Pair, Turns
+from ...data.rendering import TODAY
+
+LOGITS_AT_ONCE = 512  # positions whose logits are float32 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSequence:
+    """Prompt and response as token ids; the response is `token_ids[start:]`."""
+
+    token_ids: list[int]
+    start: int
+    end_start: int  # where the end of turn begins; len(token_ids) where there is none
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainScore:
+    """A sequence with the log-prob of each token given all before it, nats; NaN for the first."""
+
+    sequence: PlainSequence
+    token_logps: np.ndarray
+
+    @property
+    def response(self) -> np.ndarray:
+        return self.token_logps[self.sequence.start :]
+
+    @property
+    def logp(self) -> float:
+        return float(self.response.sum())
+
+    @property
+    def content_logp(self) -> float:
+        """Without the end of turn."""
+        return float(self.token_logps[self.sequence.start : self.sequence.end_start].sum())
+
+    @property
+    def tokens(self) -> int:
+        return len(self.response)
+
+
+class PlainModel:
+    """A causal LM as transformers' Auto class loads it."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        adapter: str | Path | None = None,
+    ) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=getattr(torch, dtype)
+        )
+        if adapter is not None:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, adapter)
+        self.model = loaded.to(self.device).eval()
+
+    @torch.inference_mode()
+    def score(self, sequence: PlainSequence) -> PlainScore:
+        """The log-prob of every token."""
+        ids = torch.tensor([sequence.token_ids], device=self.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        targets = ids[0, 1:, None]
+        parts = [
+            rows.float().log_softmax(-1).gather(1, wanted)[:, 0].double().cpu()
+            for rows, wanted in zip(logits.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
+        ]
+        return PlainScore(sequence, np.concatenate([[np.nan], torch.cat(parts).numpy()]))
+
+    def takes(self, sequence: PlainSequence) -> bool:
+        """Whether every id has an embedding."""
+        return max(sequence.token_ids) < self.model.get_input_embeddings().num_embeddings
+
+
+class PlainTokenizer:
+    """A tokenizer with its chat template, or another one, as transformers uses them."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        template: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(
+            model, revision=revision, mistral_format=False
+        )
+        self.template, self.kwargs = template, dict(kwargs or {})
+        added = self.tokenizer.added_tokens_decoder
+        special = {token_id for token_id, token in added.items() if token.special}
+        self._special = special | set(self.tokenizer.all_special_ids)
+
+    def sequence(self, pair: Pair, branch: int, template: str | None = None) -> PlainSequence:
+        """A pair's chosen (0) or rejected (1) response; `template` in place of its own."""
+        turns = pair.rejected if branch else pair.chosen
+        if pair.is_chat:
+            return self._chat(pair, turns, template or self.template)
+        return self.text(str(pair.prompt), str(turns))
+
+    def text(self, prompt: str, response: str, ended: bool = True) -> PlainSequence:
+        """Text with the special tokens that the tokenizer puts around it, EOS behind."""
+        ids: list[int] = self.tokenizer(prompt + response).input_ids
+        before: list[int] = self.tokenizer(prompt).input_ids
+        eos = self.tokenizer.eos_token_id
+        if ended and eos is not None and ids[-1] != eos:
+            ids = [*ids, eos]
+        start = max(1, _common(before, ids))
+        return PlainSequence(ids, start, len(ids) - (ids[-1] == eos))
+
+    def _chat(self, pair: Pair, turns: Turns, template: str | None) -> PlainSequence:
+        assert isinstance(pair.prompt, list)
+        assert isinstance(turns, list)
+        variables = {"tools": pair.tools, **self.kwargs, **(pair.chat_template_kwargs or {})}
+        before = self._ids(self._show(pair.prompt, template, variables, add_generation_prompt=True))
+        text = self._show([*pair.prompt, *turns], template, variables)
+        ids = self._ids(text)
+        start = max(1, _common(before, ids))
+        end = self._end_of_turn(ids, start)
+        if end is not None:
+            return PlainSequence(ids[: end + 1], start, end)
+        # No special token ends the turn: the response ends with its content.
+        content = str(turns[-1].get("content") or "").strip()
+        ids = self._ids(text[: text.rfind(content) + len(content)]) if content in text else ids
+        return PlainSequence(ids, start, len(ids))
+
+    def _show(
+        self,
+        messages: Sequence[Message],
+        template: str | None,
+        variables: Mapping[str, Any],
+        **how: Any,
+    ) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                tokenize=False,
+                strftime_now=TODAY.strftime,
+                **how,
+                **variables,
+            )
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _end_of_turn(self, ids: list[int], start: int) -> int | None:
+        """The first of the special tokens at the end; white space may stand between them."""
+        first = None
+        for index in range(len(ids) - 1, start - 1, -1):
+            if ids[index] in self._special:
+                first = index
+            elif self.tokenizer.decode([ids[index]]).strip():
+                break
+        return first
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    count = 0
+    for a, b in zip(one, other):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,1 @@
+"""One HTML page on references, runs and comparisons."""

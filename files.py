@@ -1,0 +1,113 @@
+"""Files on a local disk, written whole or not at all: the one atomic write, and the one lock.
+
+What is written is there completely and survives a power cut once a function here has returned:
+a temporary file beside it, fsync, rename, fsync of the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"  # begins the name of a file that is still being written
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file durably, making its folder; on any error nothing of it remains."""
+    make_folder(path.parent)
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `to_json(value)`, indented."""
+    content = json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, content + "\n")
+
+
+def to_json(value: Any) -> Any:
+    """The value as JSON has it: dataclasses as objects, arrays and tuples as lists, NaN as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: to_json(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if hasattr(value, "tolist"):  # an array or a number of numpy's
+        return to_json(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of `path` when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for entry in [*partial.rglob("*"), partial]:
+            sync(entry)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a lock file if nobody does: yields whether it is ours. It goes with its process."""
+    from filelock import FileLock, Timeout
+
+    make_folder(path.parent)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents, durably."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

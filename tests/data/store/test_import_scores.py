@@ -1,0 +1,163 @@
+"""Scores of others: read beside pairs or their ids, marked, and used like any reference's."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mrpo.data.config import ImportConfig, PrepareConfig, StatusConfig
+from mrpo.data.join import join, matrix
+from mrpo.data.prepare import prepare
+from mrpo.data.shards import PairShards
+from mrpo.data.store import Store
+from mrpo.data.store.commands import status
+from mrpo.data.store.import_scores import import_scores
+from mrpo.errors import UserError
+
+ROWS = [{"prompt": f"Say {n}.", "chosen": f" {n}", "rejected": f" {n + 1}"} for n in range(6)]
+
+
+def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> PairShards:
+    return prepare(
+        PrepareConfig(source=jsonl(tmp_path / "data.jsonl", ROWS), out=str(tmp_path / "pairs"))
+    )
+
+
+def scored(**more: Any) -> list[dict[str, Any]]:
+    """TRL's columns of precomputed log-probs beside the pairs, in another order."""
+    return [
+        row | {"ref_chosen_logps": -1.0 - n, "ref_rejected_logps": -2.0 - n} | more
+        for n, row in reversed(list(enumerate(ROWS)))
+    ]
+
+
+def bring(tmp_path: Path, source: str, **more: Any) -> Store:
+    settings: dict[str, Any] = {
+        "alias": "judge",
+        "model": "judge-v2",
+        "store": str(tmp_path / "store"),
+    }
+    import_scores(ImportConfig(source=source, **settings | more))
+    return Store(tmp_path / "store")
+
+
+def test_trls_columns_become_a_reference_that_joins_like_any_other(
+    tmp_path: Path, pairs: PairShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = scored(ref_chosen_tokens=3)
+    store = bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows))
+    record = store.resolve("judge", {})
+    assert record.imported
+    assert record.entry == {"imported": "judge-v2"}
+    table = join(pairs, store, [record], tmp_path / "joined").table(0)
+    assert matrix(table, "ref_chosen_logps")[:, 0].tolist() == [-1.0, -2, -3, -4, -5, -6]
+    assert matrix(table, "ref_rejected_logps")[:, 0].tolist() == [-2.0, -3, -4, -5, -6, -7]
+    assert matrix(table, "ref_chosen_tokens")[:, 0].tolist() == [3.0] * 6
+    assert table["ref_rejected_tokens"].to_pylist() == [[None]] * 6
+    capsys.readouterr()
+    status(StatusConfig(store=store.root))
+    assert "imported" in capsys.readouterr().out.splitlines()[1].split()
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_by_pair_id_is_enough(tmp_path: Path, pairs: PairShards, kind: str) -> None:
+    """The way of a reference behind an API: ids and two numbers, as hex in CSV."""
+    ids = [one.tobytes() for one in pairs.pair_ids(0)]
+    path = tmp_path / f"scores.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["pair_id", "c", "r"])
+            writer.writerows([one.hex(), -n, -n - 0.5] for n, one in enumerate(ids))
+    else:
+        n = range(len(ids))
+        table = {
+            "pair_id": pa.array(ids, pa.binary(16)),
+            "c": [-i for i in n],
+            "r": [-i - 0.5 for i in n],
+        }
+        pq.write_table(pa.table(table), path)
+    store = bring(
+        tmp_path, str(path), by_id=True, chosen_logps_column="c", rejected_logps_column="r"
+    )
+    joined = join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
+    assert matrix(joined.table(0), "ref_rejected_logps")[:, 0].tolist() == [
+        -0.5, -1.5, -2.5, -3.5, -4.5, -5.5,
+    ]  # fmt: skip
+
+
+def test_rows_without_a_score_are_counted_and_never_zero(
+    tmp_path: Path, pairs: PairShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = scored()
+    rows[0]["ref_chosen_logps"] = None
+    rows[1]["ref_rejected_logps"] = float("nan")
+    rows[2]["chosen"] = ""
+    store = bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows))
+    assert "imported 3 pairs; left out: empty_response 1, no score 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="3 for judge"):
+        join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
+
+
+def test_a_kept_score_is_never_overwritten_and_another_model_is_another_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = jsonl(tmp_path / "scores.jsonl", scored())
+    bring(tmp_path, source)
+    changed = [row | {"ref_chosen_logps": -99.0} for row in [*scored(), *scored()]]
+    other = jsonl(tmp_path / "other.jsonl", changed)
+    store = bring(tmp_path, other)
+    assert "imported 0 pairs; left out: already there 12" in capsys.readouterr().out
+    first = store.resolve("judge", {})
+    assert -99.0 not in store.scores(first.identity).read()["chosen_logp"].to_pylist()
+    bring(tmp_path, other, model="judge-v3")
+    newest = store.resolve("judge", {})
+    assert newest.identity != first.identity
+    assert set(store.scores(newest.identity).read()["chosen_logp"].to_pylist()) == {-99.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ref_chosen_logps": 12.5}, "line 1, field 'ref_chosen_logps' is 12.5; .* not negated"),
+        ({"ref_chosen_logps": "much"}, "a log-prob is a number"),
+        ({"ref_rejected_logps": float("-inf")}, "finite"),
+        ({"ref_chosen_tokens": 2.5}, "whole number from 1"),
+        ({"chosen": 7}, "must be text or a list of messages"),
+    ],
+)
+def test_a_wrong_value_stops_with_file_line_and_field(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    rows = scored()
+    rows[0] |= change
+    with pytest.raises(UserError, match=message):
+        bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_column_an_odd_id_and_an_odd_alias_are_refused(tmp_path: Path) -> None:
+    plain = jsonl(tmp_path / "plain.jsonl", ROWS)
+    with pytest.raises(UserError, match="'ref_chosen_logps' is missing; name columns with"):
+        bring(tmp_path, plain)
+    odd = jsonl(tmp_path / "odd.jsonl", [row | {"pair_id": "12"} for row in scored()])
+    with pytest.raises(UserError, match="32 hex digits"):
+        bring(tmp_path, odd, by_id=True)
+    with pytest.raises(UserError, match="not allowed"):
+        bring(tmp_path, plain, alias="../judge")
+    empty = [row | {"ref_chosen_logps": None} for row in scored()]
+    with pytest.raises(UserError, match=r"no row has a score \(no score 6\)"):
+        bring(tmp_path, jsonl(tmp_path / "empty.jsonl", empty))

@@ -1,0 +1,114 @@
+"""Doctor is silent on healthy references: other seeds, other data, few pairs, any company."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mrpo.data.store import Store
+from mrpo.evaluation.doctor.checks import check_scores
+from mrpo.evaluation.doctor.doctor import doctor
+from mrpo.evaluation.figures import figures
+from mrpo.evaluation.score_table import ScoreTable, load_scores
+from mrpo.tests.evaluation.doctor import faulty
+from mrpo.tests.evaluation.trained import Clinic, open_clinic
+
+
+def loaded(clinic: Clinic, store: Store) -> ScoreTable:
+    records = [store.resolve(alias, clinic.specs()) for alias in clinic.models]
+    return load_scores(clinic.shards, store, records)
+
+
+def part(table: ScoreTable, rows: np.ndarray, columns: list[int]) -> ScoreTable:
+    """Some pairs of a table under some of its references."""
+
+    def taken(one: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(one, name)[rows] for name in names}
+
+    arrays = ("logps", "end_logps", "tokens", "prompt_tokens", "boundary", "reasons")
+    pairs = ("places", "ids", "sources", "prompts", "prompt_bytes", "response_bytes")
+    references = [
+        type(one)(record=one.record, **taken(one, arrays))
+        for one in (table.references[k] for k in columns)
+    ]
+    return ScoreTable(references=references, **taken(table, pairs))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scores_and_probe_find_nothing(
+    seed: int, clinic: Clinic, rows: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    some = clinic if seed == 0 else open_clinic(rows, tmp_path / "clinic", seed)
+    diagnosis = some.diagnose(some.store(tmp_path / "store"), probe=16)
+    assert [one.state for one in diagnosis.verdicts] == ["healthy"] * 3
+    assert all(found == [] for found in diagnosis.findings.values())
+    for report in diagnosis.probes:
+        assert (report.skipped, report.agree, report.other_tokens) == (None, report.responses, 0)
+        assert report.responses == 32
+        assert report.difference < 1e-5
+
+
+def test_no_false_alarm_in_200_draws_of_pairs_and_references(
+    clinic: Clinic, tmp_path: Path
+) -> None:
+    table = loaded(clinic, clinic.store(tmp_path / "store"))
+    rng = np.random.default_rng(0)
+    kinds = [np.flatnonzero(table.sources == name) for name in np.unique(table.sources)]
+    kinds.append(np.arange(len(table)))
+    vocabularies = dict.fromkeys(table.aliases, 700)
+    for _ in range(200):
+        kind = kinds[rng.integers(len(kinds))]
+        size = min(len(kind), int(rng.choice([20, 30, 50, 100])))
+        columns = rng.permutation(3)[: rng.integers(1, 4)].tolist()
+        drawn = part(table, rng.choice(kind, size, replace=False), columns)
+        found = check_scores(drawn, figures(drawn, beta=0.1), vocabularies)
+        assert all(findings == [] for findings in found.values()), found
+
+
+def test_a_broken_reference_does_not_make_others_suspect(clinic: Clinic, tmp_path: Path) -> None:
+    """Means are so small that sums look unlikely beside them."""
+    store = clinic.store(tmp_path / "store", llama=faulty.means(clinic.scores["llama"]))
+    states = {one.alias: one.state for one in clinic.diagnose(store).verdicts}
+    assert states == {"llama": "broken", "mistral": "healthy", "qwen": "healthy"}
+
+
+def test_one_reference_under_two_names_is_no_fault(clinic: Clinic, tmp_path: Path) -> None:
+    store = clinic.store(tmp_path / "store", qwen=clinic.scores["llama"])
+    findings = clinic.diagnose(store).findings
+    assert [one.code for one in findings["qwen"]] == ["duplicate"]
+    assert {one.level for found in findings.values() for one in found} == {"suspect"}
+
+
+def test_weights_that_changed_are_not_probed(clinic: Clinic, tmp_path: Path) -> None:
+    store = clinic.store(tmp_path / "store")
+    clinic.specs()
+    config_file = clinic.models["llama"] / "config.json"
+    before = config_file.read_text(encoding="utf-8")
+    config_file.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.5}), encoding="utf-8")
+    try:
+        report = clinic.diagnose(store, refs="llama", probe=2).probes[0]
+    finally:
+        config_file.write_text(before, encoding="utf-8")
+    assert report.skipped == "its model changed since it was scored"
+    assert report.findings == []
+
+
+def test_the_command_writes_what_it_prints_and_says_so(
+    clinic: Clinic, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clinic.specs()
+    healthy = clinic.config(clinic.store(tmp_path / "healthy"))
+    assert doctor(healthy) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == healthy.out
+    content = json.loads(Path(healthy.out).read_text(encoding="utf-8"))
+    assert [one["alias"] for one in content["references"]] == ["llama", "mistral", "qwen"]
+    assert content["references"][0]["first_loss"] == pytest.approx(np.log(2))
+    assert Path(healthy.out).with_suffix(".yaml").is_file()
+    swapped = clinic.store(tmp_path / "swapped", qwen=faulty.swapped(clinic.scores["qwen"]))
+    assert doctor(clinic.config(swapped)) == 1
+    assert "chosen and rejected were exchanged" in capsys.readouterr().out

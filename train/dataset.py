@@ -1,0 +1,172 @@
+"""Pairs beside the joined scores, row for row: what a run reads, shard by shard.
+
+`stream.py` decides in which order; this file knows where things stand. Row numbers are those
+within a shard, and the two folders have the same shards.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+
+from ..data.ids import ids_to_numpy
+from ..data.join import JoinedScores, matrix
+from ..data.pairs import Pair, in_fraction, prompt_number
+from ..data.shards import PAIR_COLUMNS, PairShards, from_table
+from ..data.store import LocalFiles
+from ..errors import UserError
+from ..method.objective import Method, PairScores
+from ..method.weightings import FROM_HELD_OUT
+
+Rows = np.ndarray  # [n] int64, row numbers within a shard
+WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")
+USABLE = "usable.npy"  # for every row, what it is used for
+UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
+SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Some rows in memory, in the order in which they are read."""
+
+    table: pa.Table  # of the pairs
+    scores: PairScores
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def pairs(self, start: int, stop: int) -> list[Pair]:
+        return from_table(self.table.slice(start, stop - start))
+
+    def ids(self, start: int, stop: int) -> list[bytes]:
+        """16 bytes each."""
+        return [one.tobytes() for one in ids_to_numpy(self.table["pair_id"])[start:stop]]
+
+
+class Window:
+    """Rows of several shards in memory, to be taken from in any order."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = chunks
+        self._first = np.cumsum([0, *map(len, chunks)])  # of each chunk's rows, behind each other
+
+    def take(self, places: Rows) -> Chunk:
+        """The rows at the given places, in that order."""
+        of_chunk = np.searchsorted(self._first, places, side="right") - 1
+        by_chunk = np.argsort(of_chunk, kind="stable")
+        tables, scores = [], []
+        for index in np.unique(of_chunk):
+            rows = places[of_chunk == index] - self._first[index]
+            tables.append(self._chunks[index].table.take(pa.array(rows, pa.int64())))
+            scores.append((self._chunks[index].scores, rows))
+        back = np.argsort(by_chunk)
+        table = pa.concat_tables(tables).take(pa.array(back, pa.int64()))
+        return Chunk(table, stacked([(stacked(scores), back)]))
+
+
+class ScoredPairs:
+    """A folder of pairs and the scores that were joined to it."""
+
+    def __init__(
+        self,
+        pairs: PairShards,
+        scores: JoinedScores,
+        prompt_numbers: bool,
+        fraction: float = 1.0,
+    ) -> None:
+        """`prompt_numbers`: fill `PairScores.prompts`, which takes reading every prompt;
+        `fraction`: of the training prompts, those to use."""
+        if (pairs.names, pairs.rows) != (scores.names, scores.rows):
+            raise UserError(
+                f"{scores.path} was joined to other pairs than those in {pairs.path}; "
+                "use another --output-dir"
+            )
+        self.pairs, self.joined, self.prompt_numbers = pairs, scores, prompt_numbers
+        self.fraction = fraction
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.pairs.names)
+
+    def scores(self, shard: int) -> tuple[PairScores, np.ndarray]:
+        """The scores of a whole shard, and of each row whether it is held out."""
+        columns = [*SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
+        table = self.pairs.table(shard, list(dict.fromkeys(columns)))
+        held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
+        return self._scores(table, self.joined.table(shard)), held_out
+
+    def chunk(self, shard: int, rows: Rows) -> Chunk:
+        """The given rows of a shard, in the given order."""
+        where = pa.array(rows, pa.int64())
+        table = self.pairs.table(shard).take(where)
+        return Chunk(table, self._scores(table, self.joined.table(shard).take(where)))
+
+    def prepared(self, method: Method) -> Method:
+        """The method with the weights that it takes from the data, if it takes any."""
+        if method.weighting not in WEIGHTINGS_FROM_DATA:
+            return method
+        parts = [(*self.scores(shard), self._left_out(shard)) for shard in range(self.num_shards)]
+        training = stacked([(scores, np.flatnonzero(~held & ~out)) for scores, held, out in parts])
+        held_out = stacked([(scores, np.flatnonzero(held)) for scores, held, _ in parts])
+        return method.prepare(training, held_out)
+
+    def usable(
+        self, method: Method, *, resumed: bool = False
+    ) -> tuple[list[Rows], list[Rows], int]:
+        """The rows of each shard to train on, those held out, and how many can't be used.
+
+        That takes reading all scores. It is kept beside them, and a resumed run, whose method is
+        the same, begins with what the first one found.
+        """
+        path = self.joined.path / USABLE
+        if resumed and path.exists():
+            kinds = np.load(path, allow_pickle=False)
+        else:
+            kinds = np.concatenate([self._kinds(method, n) for n in range(self.num_shards)])
+            content = io.BytesIO()
+            np.save(content, kinds, allow_pickle=False)
+            LocalFiles(self.joined.path).write(USABLE, content.getvalue())
+        of_shards = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
+        training = [np.flatnonzero(rows == TRAINING) for rows in of_shards]
+        held_out = [np.flatnonzero(rows == HELD_OUT) for rows in of_shards]
+        return training, held_out, int((kinds == UNUSABLE).sum())
+
+    def _kinds(self, method: Method, shard: int) -> np.ndarray:
+        scores, held_out = self.scores(shard)
+        kinds = np.where(held_out, HELD_OUT, np.where(self._left_out(shard), LEFT_OUT, TRAINING))
+        return np.where(method.usable(scores), kinds, UNUSABLE).astype(np.uint8)
+
+    def _left_out(self, shard: int) -> np.ndarray:
+        """[rows] bool: beyond the fraction, if it is a training pair."""
+        if self.fraction >= 1:
+            return np.zeros(self.pairs.rows[shard], bool)
+        pairs = self.pairs.pairs(shard)
+        return np.array([not in_fraction(pair.prompt, self.fraction) for pair in pairs])
+
+    def _scores(self, table: pa.Table, joined: pa.Table) -> PairScores:
+        prompts = np.zeros(len(table), np.int64)
+        if self.prompt_numbers:
+            prompts = np.array([prompt_number(pair.prompt) for pair in from_table(table)], np.int64)
+        return PairScores(
+            ref_chosen_logps=matrix(joined, "ref_chosen_logps"),
+            ref_rejected_logps=matrix(joined, "ref_rejected_logps"),
+            ref_chosen_tokens=matrix(joined, "ref_chosen_tokens"),
+            ref_rejected_tokens=matrix(joined, "ref_rejected_tokens"),
+            chosen_bytes=table["chosen_bytes"].to_numpy(),
+            rejected_bytes=table["rejected_bytes"].to_numpy(),
+            prompts=prompts,
+        )
+
+
+def stacked(parts: Sequence[tuple[PairScores, Rows]]) -> PairScores:
+    """The given rows of each part, one after the other."""
+    return PairScores(
+        **{
+            field.name: np.concatenate([getattr(part, field.name)[rows] for part, rows in parts])
+            for field in fields(PairScores)
+        }
+    )

@@ -1,0 +1,279 @@
+"""The token budget of a micro-batch: found while training, never felt in the loss.
+
+`--max-tokens auto` starts at a size that any device takes well. On a GPU it grows, by what the
+last steps have used, until memory is nearly full; on a CPU longer rows are no faster. Whenever
+memory runs out the budget is halved and the step repeated, and every rank decides alike.
+
+A rank that ran out in the middle of a sharded forward would leave the others waiting for it. So
+several processes set memory aside before they begin, and agree on whether all could.
+
+
+The memory plan: what a run will need, reckoned and printed before any weights are loaded.
+
+Full fine-tuning of P parameters with AdamW takes 16 bytes each: float32 weights 4, gradients 4,
+the optimizer's two moments 8. LoRA takes that of the adapter alone. Activations are an estimate
+for a micro-batch; under `--max-tokens auto` it begins as long as is likely to fit. What cannot fit
+is refused with the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from ..errors import UserError
+from .checkpoint import TrainState
+from .config import TrainConfig
+from .distributed import Ranks
+
+START = {"cpu": 2048, "cuda": 8192}
+FULL = 0.88  # share of a GPU's memory to fill; the rest is for fragments and longer rows
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """Tokens of a micro-batch, and whether they may still grow."""
+
+    tokens: int
+    grows: bool
+    steady: int = 0  # bytes on the device between two steps
+    per_token: float = 0.0  # bytes that a step has taken on top, for each token of its largest row
+
+    @classmethod
+    def of(
+        cls, asked: int | str, device: torch.device, planned: int, state: TrainState
+    ) -> TokenBudget:
+        """What `--max-tokens` asks for, the plan's number for auto; a resumed run goes on with
+        the budget that was in force, unless it asks for another."""
+        tokens = planned if asked == "auto" else int(asked)
+        if state.asked_tokens == asked and state.max_tokens is not None:
+            tokens = state.max_tokens
+        state.asked_tokens = asked
+        return cls(tokens, grows=asked == "auto" and device.type == "cuda")
+
+    def fits(self, row_tokens: int, ranks: Ranks) -> bool:
+        """Whether a row's memory can be had at this moment, as far as earlier steps tell."""
+        if ranks.device.type != "cuda":
+            return True
+        try:
+            # Given back at once, to the allocator that the row will take it from.
+            torch.empty(int(self.per_token * row_tokens), dtype=torch.uint8, device=ranks.device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def halve(self, largest: int) -> None:
+        """Make room after memory ran out on a plan whose largest micro-batch had `largest` pairs.
+
+        Raises `UserError` where that was one pair: it can't be divided.
+        """
+        if largest == 1:
+            raise UserError(
+                "out of memory with a micro-batch of one pair; use --gradient-checkpointing, "
+                "--lora-rank 16, a smaller --max-length, or more devices with torchrun"
+            )
+        torch.cuda.empty_cache()
+        self.tokens = max(1, self.tokens // 2)
+        self.grows = False
+
+    def watch(self, ranks: Ranks) -> None:
+        """Begin to measure what a step takes."""
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+            self.steady = torch.cuda.memory_allocated(ranks.device)
+
+    def learn(self, row_tokens: int, ranks: Ranks, *, bound: bool) -> None:
+        """After a step with rows of up to `row_tokens`: what they took, and room for longer ones.
+
+        Gradients, which do not grow with the rows, are counted in, so that the budget comes near
+        the limit from below. It grows where it was what bounded the rows.
+        """
+        if ranks.device.type != "cuda":
+            return
+        used = torch.cuda.max_memory_allocated(ranks.device) - self.steady
+        seen = torch.tensor([used / row_tokens, float(self.steady)])
+        self.per_token, steady = ranks.max(seen).tolist()
+        if not (self.grows and bound):
+            return
+        total = torch.cuda.get_device_properties(ranks.device).total_memory
+        affordable = int((FULL * total - steady) / self.per_token)
+        if affordable < 1.05 * self.tokens:
+            self.grows = False
+        else:
+            self.tokens = min(affordable, 2 * self.tokens)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is a device's memory running out; a CPU's has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+GIB = 2**30
+LORA_WAY_OUT = 16
+LEAST = 1024  # tokens of a micro-batch that are worth the device's while
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on each device, and what it has free."""
+
+    parameters: int  # of the whole policy
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    available: int
+    tokens: int  # of a micro-batch, for which the activations are reckoned
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {getattr(self, name) / GIB:.2f}"
+            for name in ("weights", "gradients", "optimizer", "activations")
+        )
+        return (
+            f"{self.trained:,} of {self.parameters:,} parameters trained; "
+            f"about {self.total / GIB:.2f} of {self.available / GIB:.2f} GiB ({parts}; "
+            f"micro-batches of {self.tokens:,} tokens)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the plan needs to know of an architecture."""
+
+    parameters: int
+    linear: dict[str, tuple[int, int]]  # layers that LoRA may go into: name -> (in, out)
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Sizes:
+        """From the architecture's modules, made without memory."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        text = config.get_text_config()
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            linear={
+                name: (module.in_features, module.out_features)
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and module is not head
+            },
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocabulary=text.vocab_size,
+        )
+
+    def lora(self, rank: int, targets: str) -> int:
+        """Parameters of a LoRA adapter: rank * (in + out) for each layer it goes into."""
+        names = [name.strip() for name in targets.split(",")]
+        return sum(
+            rank * (inside + outside)
+            for name, (inside, outside) in self.linear.items()
+            if targets == "all-linear" or name.rsplit(".", 1)[-1] in names
+        )
+
+    def activations(self, tokens: int, half: bool, checkpointing: bool) -> int:
+        """Bytes kept for the backward of a micro-batch, and the head's chunk of logits.
+
+        A decoder layer keeps about 7 widths of the compute dtype and 6 of float32 (norms and
+        residuals) a token, and 4 inner widths of its MLP.
+        """
+        width = 2 if half else 4
+        layer = self.hidden * (7 * width + 6 * 4) + self.intermediate * 4 * width
+        kept = layer + self.layers * self.hidden * 4 if checkpointing else layer * self.layers
+        return tokens * kept + 3 * 256 * self.vocabulary * 4
+
+
+def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool) -> MemoryPlan:
+    """What each device will hold; FSDP2 gives each rank its share of all but activations."""
+    lora = config.lora_rank is not None
+    trained = sizes.parameters
+    if config.lora_rank is not None:
+        trained = sizes.lora(config.lora_rank, config.lora_target_modules)
+    # A frozen policy under LoRA is held in bfloat16 where that computes; FSDP2 wants one dtype.
+    frozen = 2 if half and ranks.world == 1 else 4
+    weights = sizes.parameters * frozen + trained * 4 if lora else sizes.parameters * 4
+    if half and not lora:
+        weights += sizes.parameters * 2  # autocast keeps its bfloat16 copies until the backward
+    auto = config.max_tokens == "auto"
+    tokens = START[ranks.device.type] if auto else int(config.max_tokens)
+
+    def plan(tokens: int) -> MemoryPlan:
+        return MemoryPlan(
+            parameters=sizes.parameters,
+            trained=trained,
+            weights=weights // ranks.world,
+            gradients=4 * trained // ranks.world,
+            optimizer=8 * trained // ranks.world,
+            activations=sizes.activations(tokens, half, config.gradient_checkpointing),
+            available=available,
+            tokens=tokens,
+        )
+
+    available = available_bytes(ranks)
+    while auto and tokens > LEAST and plan(tokens).total > available:
+        tokens //= 2
+    return plan(tokens)
+
+
+def refuse_what_cannot_fit(
+    plan: MemoryPlan, sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool
+) -> None:
+    """Raise `UserError` with the ways out where the plan is beyond the device's free memory."""
+    if plan.total <= plan.available:
+        return
+
+    def fits(**changes: object) -> bool:
+        changed = memory_plan(sizes, replace(config, **changes), ranks, half)  # type: ignore[arg-type]
+        return changed.total <= plan.available
+
+    ways = []
+    if not config.gradient_checkpointing and fits(gradient_checkpointing=True):
+        ways.append("--gradient-checkpointing")
+    if config.lora_rank is None and fits(lora_rank=LORA_WAY_OUT):
+        ways.append(f"--lora-rank {LORA_WAY_OUT}")
+    held = plan.weights + plan.gradients + plan.optimizer
+    if ranks.device.type == "cuda" and plan.activations < plan.available:
+        devices = -(-held * ranks.world // (plan.available - plan.activations))
+        ways.append(f"torchrun --nproc-per-node {devices}")
+    raise UserError(
+        f"the policy needs about {plan.total / GIB:.1f} GiB and {plan.available / GIB:.1f} GiB are "
+        f"free on {ranks.device}; use {' or '.join(ways) or 'a smaller policy'}"
+    )
+
+
+def available_bytes(ranks: Ranks) -> int:
+    """Free memory of this process's device; processes on one machine's CPU share it."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info(ranks.device)[0]
+    return _free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_memory() -> int:
+    """Bytes that processes may still take: the machine's, or less in a container."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max": not a number, no limit
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return free
