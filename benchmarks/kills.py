@@ -28,7 +28,7 @@ from typing import Any
 from mrpo.benchmarks.killed_run import VICTIMS, Kill, Run, finish, killed, make_kills
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
-from mrpo.data.store import ReferenceScores, Store
+from mrpo.data.store import ScoreFiles, Store
 from mrpo.data.store.files import TEMPORARY
 from mrpo.demo.models import write_reference
 
@@ -142,7 +142,7 @@ def write_workload(folder: Path, shards: int) -> int:
     return prepare(PrepareConfig(source=source, out=out, shard_pairs=SHARD)).num_pairs
 
 
-def by_id(scores: ReferenceScores) -> dict[bytes, dict[str, Any]]:
+def by_id(scores: ScoreFiles) -> dict[bytes, dict[str, Any]]:
     """The rows as a reader gets them. Raises where it gets a pair twice."""
     rows = scores.read().to_pylist()
     found = {row["pair_id"]: row for row in rows}

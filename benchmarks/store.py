@@ -74,11 +74,11 @@ def open_stream(pairs: Path, joined: Path, resumed: bool = False) -> PairStream:
     """The stream as a training run opens it, method mrpo, but for the tokenizer."""
     # Here, because what needs no torch is measured without its memory.
     from mrpo.method.grammar import parse_method
-    from mrpo.train.dataset import ScoredPairs
+    from mrpo.train.dataset import TrainingPairs
     from mrpo.train.stream import PairStream
 
     scores = JoinedScores(joined)
-    source = ScoredPairs(PairShards(pairs), scores, prompt_numbers=False)
+    source = TrainingPairs(PairShards(pairs), scores, prompt_numbers=False)
     method = parse_method("mrpo", scores.aliases)
     training, _, _ = source.usable(method, resumed=resumed)
     return PairStream(

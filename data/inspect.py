@@ -44,11 +44,11 @@ def inspect(config: InspectConfig) -> None:
             chat_template=spec.chat_template,
             chat_template_kwargs=spec.chat_template_kwargs,
         )
-        for line in describe(spec, renderer, pair, tokens=config.tokens, color=color):
+        for line in describe_pair(spec, renderer, pair, tokens=config.tokens, color=color):
             print(line)
 
 
-def describe(
+def describe_pair(
     spec: ReferenceSpec, renderer: Renderer, pair: Pair, *, tokens: bool, color: bool
 ) -> Iterator[str]:
     """The lines that show one pair to one reference's eyes."""

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from .ids import IdIndex, digest_of, ids_to_arrow, ids_to_numpy
-from .store import SCORE_SCHEMA, LocalFiles, ReferenceRecord, ReferenceScores, Store
+from .store import SCORE_SCHEMA, LocalFiles, ReferenceRecord, ScoreFiles, Store
 
 if TYPE_CHECKING:
     from .shards import PairShards
@@ -137,7 +137,7 @@ def join(
 class _Column:
     """One reference's scores in memory, to be taken in any order: about 60 bytes a pair."""
 
-    def __init__(self, scores: ReferenceScores) -> None:
+    def __init__(self, scores: ScoreFiles) -> None:
         names = scores.names()  # once: what appears later belongs to a later join
         ids = _columns(scores.tables(["pair_id"], names), ["pair_id"])
         # The index takes the first of equal ids, and tables come in the order that decides.

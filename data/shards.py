@@ -62,7 +62,7 @@ def pair_schema(kind: Kind) -> pa.Schema:
     )
 
 
-def to_table(pairs: Sequence[Pair], ids: Sequence[bytes], kind: Kind) -> pa.Table:
+def pairs_to_table(pairs: Sequence[Pair], ids: Sequence[bytes], kind: Kind) -> pa.Table:
     """The rows of a shard. All pairs must be of the kind."""
     turns = _messages_to_arrow if kind == "messages" else pa.array
     schema = pair_schema(kind)
@@ -240,7 +240,7 @@ class ShardWriter:
     def _write(self) -> None:
         assert self.kind is not None
         path = self._folder / shard_name(len(self.shards))
-        table = to_table(self._pairs, self._ids, self.kind)
+        table = pairs_to_table(self._pairs, self._ids, self.kind)
         pq.write_table(
             table,
             path,

@@ -89,7 +89,7 @@ class Domain:
 
 def make_domains(seed: int) -> dict[str, Domain]:
     """All of `DOMAINS`; the seed decides the world's facts, the wrong replies and the order."""
-    makers = {"facts": facts, "arithmetic": arithmetic, "style": style}
+    makers = {"facts": facts, "arithmetic": sums, "style": style}
     return {name: makers[name](random.Random(f"{seed}/{name}")) for name in DOMAINS}
 
 
@@ -114,7 +114,7 @@ def facts(rng: random.Random) -> Domain:
     return Domain(asked, told)
 
 
-def arithmetic(rng: random.Random) -> Domain:
+def sums(rng: random.Random) -> Domain:
     """48 + 35 = 70 + 13 = 83, for all two-digit numbers, the larger one first."""
     examples = []
     for a in range(10, 100):

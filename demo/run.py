@@ -35,7 +35,7 @@ from ..data.store import Store
 from ..errors import UserError
 from ..evaluation.figures import preferred
 from ..evaluation.intervals import Interval, bootstrap_means, interval
-from ..evaluation.score_table import load_scores
+from ..evaluation.score_table import load_score_table
 from ..precompute.engines import load_engine
 from ..precompute.engines.protocol import EngineSettings
 from ..settings import build, write_resolved
@@ -58,7 +58,7 @@ def held_out_table(out: Path, methods: dict[str, str]) -> str:
     shards, store = PairShards(out / "pairs"), Store(out / "store")
     specs = load_refs(out / "refs.yaml")
     records = [store.resolve(alias, specs) for alias in specs]
-    scores = load_scores(shards, store, records, split="validation")
+    scores = load_score_table(shards, store, records, split="validation")
     pairs = [
         pair
         for shard in range(len(shards.names))

@@ -92,7 +92,7 @@ class EvaluateConfig:
             raise UserError("nothing to evaluate; name models with --policies or runs with --runs")
 
 
-Yardstick = Literal["reward", "sum", "token", "byte"]
+Metric = Literal["reward", "sum", "token", "byte"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,8 +118,8 @@ class CompareConfig(TrainConfig):
     fractions: Annotated[
         str, "Shares of the training pairs, by prompt; a smaller one is part of every larger one."
     ] = "1"
-    yardstick: Annotated[
-        Yardstick,
+    metric: Annotated[
+        Metric,
         "What decides: implicit reward against the base, or likelihood (summed, per token, per "
         "byte). All are reported.",
     ] = "reward"

@@ -1,4 +1,4 @@
-"""How often a policy is right about held-out pairs, by yardsticks that hold for every method.
+"""How often a policy is right about held-out pairs, by metrics that hold for every method.
 
     sum, token, byte    the chosen response is the likelier one: whole, per token, per byte
     reward              the policy prefers the chosen response more than the base reference does
@@ -34,10 +34,10 @@ from .figures import preferred
 from .intervals import Interval, mean_intervals
 from .policies import policy_at, policy_of_run, run_names, run_settings, score_policies
 from .results import columns, free_path, write_json
-from .score_table import NOT_SCORED, ReferenceScores, ScoreTable, load_scores
+from .score_table import NOT_SCORED, ReferenceColumns, ScoreTable, load_score_table
 
-Yardstick = Literal["reward", "sum", "token", "byte"]
-YARDSTICKS: tuple[Yardstick, ...] = ("reward", "sum", "token", "byte")
+Metric = Literal["reward", "sum", "token", "byte"]
+METRICS: tuple[Metric, ...] = ("reward", "sum", "token", "byte")
 UNITS = {"sum": "none", "token": "token", "byte": "byte"}
 
 
@@ -46,7 +46,7 @@ class Judgement:
     """A policy on some pairs."""
 
     pairs: int
-    accuracy: dict[str, Interval]  # by yardstick
+    accuracy: dict[str, Interval]  # by metric
     margin: Interval  # mean of log pi(chosen) − log pi(rejected), nats
     reward_margin: Interval  # the same minus the base's, nats; times beta it is DPO's
 
@@ -83,30 +83,30 @@ def policy_figures(table: ScoreTable, k: int, name: str) -> PolicyFigures:
     )
 
 
-def right(table: ScoreTable, k: int) -> dict[Yardstick, np.ndarray]:
+def right(table: ScoreTable, k: int) -> dict[Metric, np.ndarray]:
     """[N] 1 where the k-th entry is right about a pair, 0 where not, NaN without a score, by
-    yardstick; entry 0 is the base, whose own rewards are all 0."""
+    metric; entry 0 is the base, whose own rewards are all 0."""
     policy, base = table.references[k], table.references[0]
     usable = policy.scored & base.scored
     logps = {"reward": policy.logps - base.logps} | {
         name: normalize_logps(policy.logps, unit, policy.tokens, table.response_bytes)
         for name, unit in UNITS.items()
     }
-    return {name: np.where(usable, preferred(logps[name]), np.nan) for name in YARDSTICKS}
+    return {name: np.where(usable, preferred(logps[name]), np.nan) for name in METRICS}
 
 
 def _judgement(values: np.ndarray, prompts: np.ndarray) -> Judgement:
-    """From columns [n, 6]: the yardsticks, the margin, the reward margin."""
+    """From columns [n, 6]: the metrics, the margin, the reward margin."""
     *accuracies, margin, reward_margin = mean_intervals(values, prompts)
     return Judgement(
         pairs=len(values),
-        accuracy=dict(zip(YARDSTICKS, accuracies)),
+        accuracy=dict(zip(METRICS, accuracies)),
         margin=margin,
         reward_margin=reward_margin,
     )
 
 
-def _missing(policy: ReferenceScores, base: ReferenceScores) -> dict[str, int]:
+def _missing(policy: ReferenceColumns, base: ReferenceColumns) -> dict[str, int]:
     """Pairs without a score of either, the policy's reason before the base's."""
     reasons = np.where(policy.scored, base.reasons, policy.reasons)
     names: Sequence[str] = sorted(set(reasons[reasons != ""].tolist()))
@@ -153,21 +153,21 @@ def evaluate(config: EvaluateConfig) -> None:
         engine=config.engine,
         max_tokens=config.max_tokens,
     )
-    table = load_scores(ground.pairs, ground.store, [base, *records], split=split)
+    table = load_score_table(ground.pairs, ground.store, [base, *records], split=split)
     evaluation = Evaluation(
         pairs=str(ground.pairs.path),
         split=config.split,
         base=policy_figures(table, 0, ground.base),
         policies=[policy_figures(table, k + 1, one.name) for k, one in enumerate(policies)],
     )
-    for line in describe(evaluation):
+    for line in evaluation_lines(evaluation):
         print(line)
     write_resolved(config, out.with_suffix(".yaml"))
     write_json(out, evaluation)
     print(out)
 
 
-def describe(evaluation: Evaluation) -> Iterator[str]:
+def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     """The tables, line by line."""
     base, policies = evaluation.base, evaluation.policies
     yield f"{evaluation.split} pairs of {evaluation.pairs}, rewards measured from {base.name}"
@@ -195,7 +195,7 @@ def describe(evaluation: Evaluation) -> Iterator[str]:
 
 def _row(name: str, judgement: Judgement, rewards: bool = True) -> list[str]:
     accuracy = judgement.accuracy
-    cells = [accuracy[yardstick].percent() for yardstick in YARDSTICKS]
+    cells = [accuracy[metric].percent() for metric in METRICS]
     reward_margin = f"{judgement.reward_margin}"
     if not rewards:
         cells[0], reward_margin = "–", "–"
@@ -230,7 +230,7 @@ def _base(ground: Ground, split: str | None) -> ReferenceRecord:
         record = store.resolve(ground.base, load_refs(ground.refs_config))
     except NotScored as error:
         raise UserError(f"{error}; run: {line}") from None
-    table: ScoreTable = load_scores(pairs, store, [record], split=split)
+    table: ScoreTable = load_score_table(pairs, store, [record], split=split)
     unscored = int((table.references[0].reasons == NOT_SCORED).sum())
     if unscored:
         raise UserError(f"--base {ground.base}: {unscored:,} pairs not yet scored; run: {line}")

@@ -13,11 +13,11 @@ import numpy as np
 
 from ..method.grammar import parse_method
 from ..method.normalization import NORMALIZATIONS, normalize_logps
-from ..method.objective import PairScores
+from ..method.objective import ReferenceLogps
 from ..method.virtual_reference import ctro_clip
 from ..method.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
-from .score_table import ReferenceScores, ScoreTable
+from .score_table import ReferenceColumns, ScoreTable
 
 EPSILON = 0.1  # MRPO's default half-width of CTRO
 UNITS = {"none": "summed", "token": "per token", "byte": "per byte"}
@@ -114,7 +114,7 @@ def preferred(logps: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(logps).any(axis=1), np.nan, logps[:, 0] > logps[:, 1])
 
 
-def agreement(one: ReferenceScores, other: ReferenceScores) -> float:
+def agreement(one: ReferenceColumns, other: ReferenceColumns) -> float:
     """Share of the pairs that both scored on which both prefer the same response."""
     both = preferred(one.logps) == preferred(other.logps)
     return _mean(np.where(one.scored & other.scored, both, np.nan))
@@ -130,7 +130,7 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def difficulty(table: ScoreTable, reference: ReferenceScores) -> np.ndarray:
+def difficulty(table: ScoreTable, reference: ReferenceColumns) -> np.ndarray:
     """[N, 2] how much less likely a response is than its length lets expect, in nats / √byte.
 
     The part of the log-prob that a line in bytes leaves over. Which responses are hard for their
@@ -145,7 +145,7 @@ def difficulty(table: ScoreTable, reference: ReferenceScores) -> np.ndarray:
     return (reference.logps - fit[0] - fit[1] * size) / np.sqrt(np.maximum(size, 1))
 
 
-def dominance(scores: PairScores, epsilon: float) -> dict[str, np.ndarray]:
+def dominance(scores: ReferenceLogps, epsilon: float) -> dict[str, np.ndarray]:
     """Share of the pairs that each reference decides alone, [K] by kind.
 
     A reference's pull is the derivative of the virtual reference's log-prob by its own, the mean
@@ -168,7 +168,7 @@ def dominance(scores: PairScores, epsilon: float) -> dict[str, np.ndarray]:
 
 
 def method_first_loss(
-    scores: PairScores, aliases: Sequence[str], method: str, beta: float
+    scores: ReferenceLogps, aliases: Sequence[str], method: str, beta: float
 ) -> float:
     """The loss that a method begins with where the policy starts at the base; DPO's is ln 2."""
     targets = parse_method(method, aliases, beta=beta).targets(scores)
@@ -186,7 +186,7 @@ def _shares(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return parts / np.where(total > 0, total, np.nan)
 
 
-def saturation(scores: PairScores, epsilon: float, unit: str) -> list[float]:
+def saturation(scores: ReferenceLogps, epsilon: float, unit: str) -> list[float]:
     """Share of each reference's responses that CTRO moves, [K]; 0 for the base."""
     chosen, rejected = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), unit)
     clipped = ctro_clip(chosen, rejected, epsilon)

@@ -1,6 +1,6 @@
 """Pairs and everything that the store has of them under several references, in memory.
 
-    table = load_scores(PairShards("pairs"), store, records, sample=20_000)
+    table = load_score_table(PairShards("pairs"), store, records, sample=20_000)
 
 For commands that look at scores and not at texts: `doctor` and `evaluate`. Arrays are [N, 2]
 (pairs, chosen and rejected) for each reference; NaN stands for what is not known. A sample keeps
@@ -30,14 +30,14 @@ from ..data.references import load_refs
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
 from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, Store
 from ..errors import UserError
-from ..method.objective import PairScores
+from ..method.objective import ReferenceLogps
 
 NOT_SCORED = "not_scored"  # the reason of a pair that the store has no row of
 BRANCHES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ReferenceScores:
+class ReferenceColumns:
     """What one reference said of N pairs; the columns of the store as arrays."""
 
     record: ReferenceRecord
@@ -78,7 +78,7 @@ class ScoreTable:
     prompts: np.ndarray  # [N] integers, equal for equal prompts
     prompt_bytes: np.ndarray  # [N] UTF-8 bytes of the prompt's contents
     response_bytes: np.ndarray  # [N, 2]
-    references: list[ReferenceScores]
+    references: list[ReferenceColumns]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,11 +87,11 @@ class ScoreTable:
     def aliases(self) -> list[str]:
         return [reference.alias for reference in self.references]
 
-    def pair_scores(self) -> PairScores:
+    def pair_scores(self) -> ReferenceLogps:
         """The same as a method takes them: [N, K]."""
         logps = np.stack([reference.logps for reference in self.references], axis=2)
         tokens = np.stack([reference.tokens for reference in self.references], axis=2)
-        return PairScores(
+        return ReferenceLogps(
             ref_chosen_logps=logps[:, 0],
             ref_rejected_logps=logps[:, 1],
             ref_chosen_tokens=tokens[:, 0],
@@ -102,7 +102,7 @@ class ScoreTable:
         )
 
 
-def load_scores(
+def load_score_table(
     pairs: PairShards,
     store: Store,
     records: Sequence[ReferenceRecord],
@@ -154,7 +154,7 @@ def _splits(pairs: PairShards, shard: int) -> np.ndarray:
     return pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
 
 
-def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> ReferenceScores:
+def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> ReferenceColumns:
     """One reference's rows for the given pairs; of two rows for a pair the first counts."""
     index = IdIndex(ids)
     rows = pa.table(
@@ -175,7 +175,7 @@ def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> Referen
         count += len(taken)
     found = pa.concat_tables(parts).take(pa.array(source, mask=source < 0))
     reasons = pc.fill_null(found["reason"], "").to_numpy(zero_copy_only=False)
-    return ReferenceScores(
+    return ReferenceColumns(
         record=record,
         logps=_both(found, "logp"),
         end_logps=_both(found, "end_logp"),
@@ -196,7 +196,9 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
     return pc.cast(table[name], pa.float64()).to_numpy().astype(np.float64)
 
 
-def load_scored(pairs: PairShards, store: Store, refs: str, refs_config: str) -> ScoreTable:
+def load_complete_score_table(
+    pairs: PairShards, store: Store, refs: str, refs_config: str
+) -> ScoreTable:
     """Every pair under the references of a comma-separated list, the base first.
 
     Raises `UserError` with the line to run where a pair is not yet scored.
@@ -210,7 +212,7 @@ def load_scored(pairs: PairShards, store: Store, refs: str, refs_config: str) ->
         records = [store.resolve(alias, specs) for alias in aliases]
     except NotScored:
         raise UserError(f"pairs not yet scored in {store.root}; run: {line}") from None
-    table = load_scores(pairs, store, records)
+    table = load_score_table(pairs, store, records)
     unscored = [one.alias for one in table.references if (one.reasons == NOT_SCORED).any()]
     if unscored:
         raise UserError(

@@ -1,6 +1,6 @@
 """Arrays between the joined scores and a `Method`: what goes in, and what comes out of it.
 
-Plain numpy on the CPU, in float64. `PairScores` is a slice of the joined scores (a batch, or a
+Plain numpy on the CPU, in float64. `ReferenceLogps` is a slice of the joined scores (a batch, or a
 whole split); `ReferenceTargets` is all that a training step needs to know of the references.
 
 
@@ -33,7 +33,7 @@ from .weightings import FROM_HELD_OUT, PER_PAIR
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PairScores:
+class ReferenceLogps:
     """Scores of N pairs under K references, one column for each alias of the run, in its order."""
 
     ref_chosen_logps: np.ndarray  # [N, K] nats, summed over the response; NaN where missing
@@ -118,7 +118,9 @@ class Method:
         weighting = f"+{self.weighting}" if len(self.references) > 1 else ""
         return f"{self.name}:{'/'.join(self.references)}{weighting}"
 
-    def prepare(self, training: PairScores, held_out: PairScores, bootstrap: int = 200) -> Method:
+    def prepare(
+        self, training: ReferenceLogps, held_out: ReferenceLogps, bootstrap: int = 200
+    ) -> Method:
         """The method with the weights that need data.
 
         vdw and vaw come from the held-out pairs; fitted comes from the training pairs, with
@@ -139,7 +141,7 @@ class Method:
             return replace(self, weights=tuple(FROM_HELD_OUT[self.weighting](*logps).tolist()))
         return self
 
-    def usable(self, scores: PairScores) -> np.ndarray:
+    def usable(self, scores: ReferenceLogps) -> np.ndarray:
         """[N] bool: pairs that the base has scored and that some weight is left for.
 
         Whether they are trained on or held out: with `fitted` the weights differ.
@@ -148,7 +150,7 @@ class Method:
         missing = np.isnan(np.stack([each.virtual_chosen_logps for each in targets]))
         return np.logical_not(missing.any(axis=0))
 
-    def targets(self, scores: PairScores, held_out: bool = False) -> ReferenceTargets:
+    def targets(self, scores: ReferenceLogps, held_out: bool = False) -> ReferenceTargets:
         """What the references say about these pairs: float64, on the CPU.
 
         `held_out` pairs get the weights of the full fit, training pairs those of the fold that
@@ -220,7 +222,7 @@ class Method:
         return margin_loss(policy_margins - to_tensor(virtual, policy_margins), *how)
 
     def _weights(
-        self, scores: PairScores, chosen: np.ndarray, rejected: np.ndarray, held_out: bool
+        self, scores: ReferenceLogps, chosen: np.ndarray, rejected: np.ndarray, held_out: bool
     ) -> np.ndarray:
         """[N, K], before they are renormalized over the references present."""
         if self.weighting in PER_PAIR:

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..data.rendering import Renderer
 from ..data.shards import PairShards
-from ..data.store import ReferenceRecord, ReferenceScores, Store
+from ..data.store import ReferenceRecord, ScoreFiles, Store
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
 from .config import PrecomputeConfig
@@ -80,7 +80,7 @@ class _Task:
 def survey(
     references: Sequence[ResolvedReference],
     contexts: Sequence[int | None],
-    scores: Sequence[ReferenceScores],
+    scores: Sequence[ScoreFiles],
     pairs: PairShards,
     limit: int | None,
 ) -> list[Survey]:
@@ -178,7 +178,7 @@ def _measure(device: str, size: int) -> float:
     return 2 * size**3 / best
 
 
-def _missing(pairs: PairShards, scores: ReferenceScores) -> Iterator[tuple[int, list[int]]]:
+def _missing(pairs: PairShards, scores: ScoreFiles) -> Iterator[tuple[int, list[int]]]:
     for shard in range(len(pairs.names)):
         places = np.flatnonzero(scores.missing(pairs.pair_ids(shard), refresh=shard == 0)).tolist()
         if places:
@@ -230,7 +230,7 @@ def _renderer(
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ReferencePlan:
     """What one reference is and what it has to do."""
 
     reference: ResolvedReference
@@ -248,7 +248,7 @@ def make_plans(
     store: Store,
     config: PrecomputeConfig,
     engine: EngineName,
-) -> list[Plan]:
+) -> list[ReferencePlan]:
     """Preflight. Sets damaged score files aside unless it is a dry run; changes nothing else."""
     scores = [store.scores(reference.identity) for reference in references]
     damaged = [tuple(s.damaged() if config.dry_run else s.check()) for s in scores]
@@ -267,12 +267,14 @@ def make_plans(
             resolved_commit=reference.revision,
         )
         size = estimated_bytes(found, config.keep_token_logps)
-        plans.append(Plan(reference, record, context, found, bad, seconds, size))
+        plans.append(ReferencePlan(reference, record, context, found, bad, seconds, size))
     _check_disk(store, sum(plan.bytes for plan in plans))
     return plans
 
 
-def print_plans(plans: Sequence[Plan], pairs: PairShards, store: Store, engine: EngineName) -> None:
+def print_plans(
+    plans: Sequence[ReferencePlan], pairs: PairShards, store: Store, engine: EngineName
+) -> None:
     """What was derived, on stdout."""
     print(f"{pairs.num_pairs:,} pairs of {pairs.path}, engine {engine}, store {store.root}")
     for plan in plans:
@@ -303,7 +305,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _parts(plan: Plan, num_pairs: int) -> list[str]:
+def _parts(plan: ReferencePlan, num_pairs: int) -> list[str]:
     found = plan.survey
     parts = [f"{num_pairs - found.missing:,} pairs in the store", f"{found.todo:,} to score"]
     if found.todo:

@@ -127,7 +127,7 @@ SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold th
 
 
 @dataclass(slots=True)
-class Outcome:
+class ReferenceOutcome:
     """What came of one reference."""
 
     pairs: int = 0  # scored
@@ -150,7 +150,7 @@ class ReferenceRun:
         self._job = job
         self._logs = logs
         self._queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = SimpleQueue()
-        self._outcome = Outcome()
+        self._outcome = ReferenceOutcome()
         self._ready: float | None = None
         self._ahead: dict[WorkerProcess, int] = {}  # pairs told before their shard was
         self._batch: dict[WorkerProcess, int] = {}  # tokens that a worker computes at once
@@ -159,7 +159,7 @@ class ReferenceRun:
         )
         self._devices = devices
 
-    def run(self) -> Outcome:
+    def run(self) -> ReferenceOutcome:
         """Blocks until no worker is left. An interrupt ends them all at once."""
         workers = {self._start(self._job, seat): seat for seat in range(len(self._devices))}
         try:

@@ -25,7 +25,7 @@ from ..data.ids import IdIndex, ids_to_numpy
 from ..data.prepare import open_pairs
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
-from ..data.store import ReferenceScores, Store, open_store
+from ..data.store import ScoreFiles, Store, open_store
 from ..errors import UserError
 from ..settings import write_resolved
 from .config import PrecomputeConfig
@@ -38,12 +38,14 @@ from .placement import (
     server_urls,
     tensor_parallel_size,
 )
-from .preflight import Plan, duration, make_plans, print_plans
-from .reference_run import Outcome, ReferenceRun
+from .preflight import ReferencePlan, duration, make_plans, print_plans
+from .reference_run import ReferenceOutcome, ReferenceRun
 from .worker import Job
 
 
-def record_run(store: Store, plan: Plan, outcome: Outcome, pairs: PairShards) -> None:
+def record_run(
+    store: Store, plan: ReferencePlan, outcome: ReferenceOutcome, pairs: PairShards
+) -> None:
     """Keep how the scores were made beside them: engine, versions, machine, speed, date.
 
     And where the pairs are, for `mrpo store verify --rescore`.
@@ -64,7 +66,10 @@ def record_run(store: Store, plan: Plan, outcome: Outcome, pairs: PairShards) ->
 
 
 def print_summary(
-    plans: Sequence[Plan], outcomes: Sequence[Outcome], pairs: PairShards, store: Store
+    plans: Sequence[ReferencePlan],
+    outcomes: Sequence[ReferenceOutcome],
+    pairs: PairShards,
+    store: Store,
 ) -> list[int]:
     """A line per reference on stdout; returns how many pairs each lacks that it could have."""
     unscored = []
@@ -92,7 +97,7 @@ def print_summary(
     return unscored
 
 
-def _state(scores: ReferenceScores, pairs: PairShards) -> tuple[int, Counter[str]]:
+def _state(scores: ScoreFiles, pairs: PairShards) -> tuple[int, Counter[str]]:
     """Of the pairs: how many have no row, and the permanent reasons of those without a score."""
     table = scores.read(["pair_id", "reason"])
     refused = table.filter(table["reason"].is_valid())
@@ -129,7 +134,7 @@ def precompute(config: PrecomputeConfig) -> int:
     outcomes = []
     for plan in plans:
         store.record(plan.record)
-        outcome = Outcome()
+        outcome = ReferenceOutcome()
         if plan.survey.todo or plan.survey.refused:
             groups = devices[plan.reference.alias]
             job = _job(plan, pairs, store, config, engine, servers)
@@ -141,7 +146,9 @@ def precompute(config: PrecomputeConfig) -> int:
     return _verdict(plans, outcomes, unscored)
 
 
-def _verdict(plans: Sequence[Plan], outcomes: Sequence[Outcome], unscored: Sequence[int]) -> int:
+def _verdict(
+    plans: Sequence[ReferencePlan], outcomes: Sequence[ReferenceOutcome], unscored: Sequence[int]
+) -> int:
     """0 where nothing is left to do; what went wrong otherwise."""
     for plan, outcome, left in zip(plans, outcomes, unscored):
         who = "reference" if left else "a worker, whose part others did, of reference"
@@ -168,7 +175,7 @@ def _resolve(
 
 
 def _job(
-    plan: Plan,
+    plan: ReferencePlan,
     pairs: PairShards,
     store: Store,
     config: PrecomputeConfig,

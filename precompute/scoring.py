@@ -28,16 +28,16 @@ import pyarrow as pa
 from ..data.ids import IdArray, unit_of
 from ..data.rendering import Refusal, RenderedPair, RenderedSequence, Renderer
 from ..data.shards import PairShards
-from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ReferenceScores
+from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
-from .engines.protocol import Engine, Logps, Progress, ScoredPair
+from .engines.protocol import Engine, Logps, PairTokenLogps, Progress
 
 BEYOND_CONTEXT = "beyond_context"
 
 
 @dataclass(slots=True)
-class RenderedRows:
+class ShardWork:
     """Missing pairs of a shard as one reference sees them."""
 
     ids: IdArray  # [n] of the pairs that can be scored
@@ -52,7 +52,7 @@ class RenderedRows:
 
 
 @dataclass(slots=True)
-class ScoredRows:
+class ShardResult:
     """What a shard's scoring gave: rows to keep, and the pairs whose score was not finite."""
 
     table: pa.Table
@@ -64,7 +64,7 @@ def sort_out(
     rendered: Sequence[RenderedPair | Refusal],
     context: int | None,
     limit: int | None,
-) -> RenderedRows:
+) -> ShardWork:
     """Separate what can be scored from what can't be, for good or in this run.
 
     `context` is the longest sequence (tokens) of the model itself, `limit` that of this run.
@@ -84,14 +84,14 @@ def sort_out(
         else:
             kept.append(place)
             pairs.append(pair)
-    return RenderedRows(ids[kept], pairs, refused, over_limit)
+    return ShardWork(ids[kept], pairs, refused, over_limit)
 
 
 def score_rows(
-    rows: RenderedRows, engine: Engine | None, *, keep_token_logps: bool, progress: Progress
-) -> ScoredRows:
+    rows: ShardWork, engine: Engine | None, *, keep_token_logps: bool, progress: Progress
+) -> ShardResult:
     """Score the pairs; the rows of the store, refusals included."""
-    scored: list[ScoredPair] = []
+    scored: list[PairTokenLogps] = []
     if rows.pairs:
         assert engine is not None, "preflight saw no pair to score"
         scored = engine.score(rows.pairs, progress)
@@ -107,10 +107,10 @@ def score_rows(
         if keep_token_logps:
             row |= dict(zip(TOKEN_COLUMNS, (score.chosen, score.rejected)))
         kept.append(row)
-    return ScoredRows(to_table(kept, keep_token_logps), not_finite)
+    return ShardResult(scores_to_table(kept, keep_token_logps), not_finite)
 
 
-def to_table(rows: Sequence[Mapping[str, Any]], keep_token_logps: bool) -> pa.Table:
+def scores_to_table(rows: Sequence[Mapping[str, Any]], keep_token_logps: bool) -> pa.Table:
     """Rows by column name as a table of the store; an absent column is null."""
     schema = SCORE_SCHEMA
     if keep_token_logps:
@@ -120,7 +120,7 @@ def to_table(rows: Sequence[Mapping[str, Any]], keep_token_logps: bool) -> pa.Ta
     return pa.table(columns, schema=schema)
 
 
-def _row(pair_id: bytes, pair: RenderedPair, score: ScoredPair) -> dict[str, Any]:
+def _row(pair_id: bytes, pair: RenderedPair, score: PairTokenLogps) -> dict[str, Any]:
     chosen, rejected = pair.chosen, pair.rejected
     return {
         "pair_id": pair_id,
@@ -159,7 +159,7 @@ class Work:
 
     alias: str
     pairs: PairShards
-    scores: ReferenceScores
+    scores: ScoreFiles
     renderer: Renderer
     engine: Engine | None  # None where no pair is to be scored
     context: int | None  # tokens of the longest sequence the model itself takes
@@ -172,7 +172,7 @@ class Work:
 class _Shard:
     number: int
     missing: IdArray
-    rows: RenderedRows
+    rows: ShardWork
 
 
 def score_missing(work: Work) -> None:

@@ -18,7 +18,7 @@ from ..data.config import VerifyConfig
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.references import ReferenceSpec, load_refs
 from ..data.shards import PairShards, ShardWriter
-from ..data.store import ReferenceRecord, ReferenceScores, Store, open_store
+from ..data.store import ReferenceRecord, ScoreFiles, Store, open_store
 from ..data.store.commands import selected, verify_digests
 from ..errors import UserError
 from .config import PrecomputeConfig
@@ -123,7 +123,7 @@ def _score(record: ReferenceRecord, config: VerifyConfig, folder: Path) -> None:
     )
 
 
-def _agrees(title: str, dtype: str, stored: pa.Table, scores: ReferenceScores) -> bool:
+def _agrees(title: str, dtype: str, stored: pa.Table, scores: ScoreFiles) -> bool:
     again = scores.read([*COLUMNS, "reason"])
     places = IdIndex(ids_to_numpy(stored["pair_id"])).find(ids_to_numpy(again["pair_id"]))
     before = stored.take(pa.array(places))

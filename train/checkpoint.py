@@ -189,7 +189,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def settings_of(config: TrainConfig, pairs: PairShards) -> dict[str, Any]:
+def numeric_settings(config: TrainConfig, pairs: PairShards) -> dict[str, Any]:
     """The settings that make a run's numbers, as JSON, with a digest of the pairs."""
     names = [field.name for field in fields(config) if field.name not in MAY_CHANGE]
     settings = {name: getattr(config, name) for name in names}

@@ -19,7 +19,7 @@ from ..data.pairs import Pair, in_fraction, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
 from ..data.store import LocalFiles
 from ..errors import UserError
-from ..method.objective import Method, PairScores
+from ..method.objective import Method, ReferenceLogps
 from ..method.weightings import FROM_HELD_OUT
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
@@ -34,7 +34,7 @@ class Chunk:
     """Some rows in memory, in the order in which they are read."""
 
     table: pa.Table  # of the pairs
-    scores: PairScores
+    scores: ReferenceLogps
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,7 +68,7 @@ class Window:
         return Chunk(table, stacked([(stacked(scores), back)]))
 
 
-class ScoredPairs:
+class TrainingPairs:
     """A folder of pairs and the scores that were joined to it."""
 
     def __init__(
@@ -78,7 +78,7 @@ class ScoredPairs:
         prompt_numbers: bool,
         fraction: float = 1.0,
     ) -> None:
-        """`prompt_numbers`: fill `PairScores.prompts`, which takes reading every prompt;
+        """`prompt_numbers`: fill `ReferenceLogps.prompts`, which takes reading every prompt;
         `fraction`: of the training prompts, those to use."""
         if (pairs.names, pairs.rows) != (scores.names, scores.rows):
             raise UserError(
@@ -92,7 +92,7 @@ class ScoredPairs:
     def num_shards(self) -> int:
         return len(self.pairs.names)
 
-    def scores(self, shard: int) -> tuple[PairScores, np.ndarray]:
+    def scores(self, shard: int) -> tuple[ReferenceLogps, np.ndarray]:
         """The scores of a whole shard, and of each row whether it is held out."""
         columns = [*SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
         table = self.pairs.table(shard, list(dict.fromkeys(columns)))
@@ -147,11 +147,11 @@ class ScoredPairs:
         pairs = self.pairs.pairs(shard)
         return np.array([not in_fraction(pair.prompt, self.fraction) for pair in pairs])
 
-    def _scores(self, table: pa.Table, joined: pa.Table) -> PairScores:
+    def _scores(self, table: pa.Table, joined: pa.Table) -> ReferenceLogps:
         prompts = np.zeros(len(table), np.int64)
         if self.prompt_numbers:
             prompts = np.array([prompt_number(pair.prompt) for pair in from_table(table)], np.int64)
-        return PairScores(
+        return ReferenceLogps(
             ref_chosen_logps=matrix(joined, "ref_chosen_logps"),
             ref_rejected_logps=matrix(joined, "ref_rejected_logps"),
             ref_chosen_tokens=matrix(joined, "ref_chosen_tokens"),
@@ -162,11 +162,11 @@ class ScoredPairs:
         )
 
 
-def stacked(parts: Sequence[tuple[PairScores, Rows]]) -> PairScores:
+def stacked(parts: Sequence[tuple[ReferenceLogps, Rows]]) -> ReferenceLogps:
     """The given rows of each part, one after the other."""
-    return PairScores(
+    return ReferenceLogps(
         **{
             field.name: np.concatenate([getattr(part, field.name)[rows] for part, rows in parts])
-            for field in fields(PairScores)
+            for field in fields(ReferenceLogps)
         }
     )

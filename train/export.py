@@ -27,7 +27,7 @@ from ..method.grammar import method_of
 from ..method.objective import SEPARATE, Method
 from ..settings import write_resolved
 from .config import ExportConfig
-from .dataset import ScoredPairs
+from .dataset import TrainingPairs
 
 RESOLVED = "export.yaml"
 SPLITS = ("train", "validation")
@@ -44,7 +44,7 @@ def export(config: ExportConfig) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         joined = join(pairs, store, records, partial / "scores", refs_config=config.refs_config)
-        source = ScoredPairs(pairs, joined, prompt_numbers=method.weighting == "fitted")
+        source = TrainingPairs(pairs, joined, prompt_numbers=method.weighting == "fitted")
         method = source.prepared(method)
         counts = _write(source, method, partial)
         shutil.rmtree(joined.path)
@@ -86,7 +86,7 @@ def _free(out: Path) -> Path:
     return out
 
 
-def _write(source: ScoredPairs, method: Method, folder: Path) -> dict[str, int]:
+def _write(source: TrainingPairs, method: Method, folder: Path) -> dict[str, int]:
     """One Parquet file a split; returns the pairs in each. One shard is in memory at a time."""
     features = _features(source.pairs)
     counts = {}
@@ -110,7 +110,7 @@ def _write(source: ScoredPairs, method: Method, folder: Path) -> dict[str, int]:
 
 
 def _rows(
-    source: ScoredPairs, method: Method, shard: int, split: str, features: Features
+    source: TrainingPairs, method: Method, shard: int, split: str, features: Features
 ) -> Iterator[dict[str, Any]]:
     scores, held_out = source.scores(shard)
     targets = method.targets(scores, held_out=split == "validation")

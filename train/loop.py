@@ -127,7 +127,7 @@ def train_steps(run: Run) -> bool:
             due = last or state.step % config.save_steps == 0
             accuracy = None
             if due or state.step % config.eval_steps == 0:
-                accuracy = evaluate(run)
+                accuracy = evaluate_held_out(run)
             if due or asked:
                 save_checkpoint(run, accuracy)
             if asked and not last:
@@ -213,7 +213,7 @@ def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], floa
     return totals
 
 
-def evaluate(run: Run) -> float | None:
+def evaluate_held_out(run: Run) -> float | None:
     """Log the policy's figures on held-out pairs; their accuracy, None where there are none."""
     with run.meter.paused():
         values = run.held_out.evaluate(run.state.step, run.budget.tokens)

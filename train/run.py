@@ -32,7 +32,7 @@ from ..settings import write_resolved
 from . import checkpoint
 from .checkpoint import CHECKPOINTS, MODEL, TrainState
 from .config import TrainConfig
-from .dataset import Rows, ScoredPairs
+from .dataset import Rows, TrainingPairs
 from .distributed import Ranks
 from .forward import BATCH_PAIRS, HeldOut, PairForward
 from .logs import Meter, RunLog, cut, open_trackers
@@ -138,10 +138,10 @@ def finish(run: Run, start: Start) -> None:
 
 def _read_scores(
     config: TrainConfig, start: Start, ranks: Ranks
-) -> tuple[ScoredPairs, Method, list[Rows], list[Rows]]:
+) -> tuple[TrainingPairs, Method, list[Rows], list[Rows]]:
     """The pairs with their scores, the method with its weights, rows to train on and held out."""
     method = method_of(config)
-    source = ScoredPairs(
+    source = TrainingPairs(
         start.pairs,
         start.scores,
         prompt_numbers=method.weighting == "fitted",

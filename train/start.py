@@ -24,8 +24,8 @@ from ..data.shards import PairShards
 from ..data.store import NotScored, open_store
 from ..errors import UserError
 from ..method.grammar import aliases_of, method_of
-from ..method.objective import Method, PairScores
-from .checkpoint import MODEL, Checkpoint, checkpoint_to_resume, settings_of
+from ..method.objective import Method, ReferenceLogps
+from .checkpoint import MODEL, Checkpoint, checkpoint_to_resume, numeric_settings
 from .config import TrainConfig
 from .distributed import Ranks
 from .forward import PairForward, PairLogps
@@ -87,7 +87,7 @@ def compare_with_base(
     )
 
 
-def _differences(logps: PairLogps, scores: PairScores, rows: list[int]) -> Tensor:
+def _differences(logps: PairLogps, scores: ReferenceLogps, rows: list[int]) -> Tensor:
     """Per response: |difference| and difference per token, whether the tokens are others, 1."""
     policy = torch.cat([logps.chosen, logps.rejected]).double().cpu()
     tokens = torch.cat([logps.chosen_tokens, logps.rejected_tokens]).cpu()
@@ -123,7 +123,7 @@ def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
     method = method_of(config)
     folder = Path(config.output_dir)
     pairs = open_pairs(config.pairs, config.data)
-    settings = settings_of(config, pairs)
+    settings = numeric_settings(config, pairs)
     earlier = checkpoint_to_resume(config, settings)
     if earlier is None:
         return _fresh(config, method, pairs, settings, ranks, half)

@@ -24,8 +24,8 @@ import numpy as np
 
 from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..errors import UserError
-from ..method.objective import Method, PairScores, ReferenceTargets
-from .dataset import Chunk, Rows, ScoredPairs, Window, stacked
+from ..method.objective import Method, ReferenceLogps, ReferenceTargets
+from .dataset import Chunk, Rows, TrainingPairs, Window, stacked
 
 WINDOW_ROWS = 65_536
 TAKEN_ROWS = 2048  # rows put in order together: Arrow's cost is by call more than by row
@@ -52,7 +52,7 @@ class StepBatch:
 
     pairs: list[RenderedPair]
     ids: list[bytes]
-    scores: PairScores
+    scores: ReferenceLogps
     targets: ReferenceTargets
     position: Position
     dropped: dict[str, int]  # pairs up to here that the policy can't take, by reason
@@ -93,7 +93,7 @@ class PairStream:
 
     def __init__(
         self,
-        source: ScoredPairs,
+        source: TrainingPairs,
         usable: list[Rows],
         renderer: Renderer,
         method: Method,

@@ -1,7 +1,7 @@
 """The score store: references, their scores, where the files are, and the commands on it."""
 
 from .files import LocalFiles
-from .scores import SCORE_SCHEMA, TOKEN_COLUMNS, ReferenceScores
+from .scores import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles
 from .store import NotScored, ReferenceRecord, Store, open_store
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "LocalFiles",
     "NotScored",
     "ReferenceRecord",
-    "ReferenceScores",
+    "ScoreFiles",
     "Store",
     "open_store",
 ]

@@ -24,7 +24,7 @@ from ...errors import UserError
 from ..config import PullConfig, PushConfig, StatusConfig, VerifyConfig
 from ..ids import IdArray
 from ..shards import PairShards
-from .scores import ReferenceScores, intact
+from .scores import ScoreFiles, intact
 from .store import ReferenceRecord, Store, merged, open_store
 
 
@@ -118,7 +118,7 @@ def verify_digests(config: VerifyConfig) -> int:
     return int(damaged > 0)
 
 
-def _describe(identity: str, names: list[ReferenceRecord], scores: ReferenceScores) -> list[str]:
+def _describe(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
     if not names:
         return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
     newest = names[-1]
@@ -148,7 +148,7 @@ def _pair_ids(shards: PairShards) -> IdArray:
     return np.concatenate([shards.pair_ids(shard) for shard in range(len(shards.names))])
 
 
-def _missing(scores: ReferenceScores, ids: IdArray, counted: dict[frozenset[str], int]) -> int:
+def _missing(scores: ScoreFiles, ids: IdArray, counted: dict[frozenset[str], int]) -> int:
     """How many pairs have no row. References of the same units lack the same: `counted` has them.
 
     In slices: ten million at once would take a gigabyte more.

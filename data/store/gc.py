@@ -20,7 +20,7 @@ from ..ids import IdIndex
 from ..pairs import canonical_json
 from .commands import readable_size, require
 from .files import TEMPORARY, Files, LocalFiles
-from .scores import BAD, ReferenceScores
+from .scores import BAD, ScoreFiles
 from .store import Store, open_store
 
 ABANDONED = 3600  # seconds without a change after which nobody still writes a temporary file
@@ -99,7 +99,7 @@ def _named_by(folders: list[str]) -> set[str]:
     return names
 
 
-def _covered(scores: ReferenceScores) -> set[str]:
+def _covered(scores: ScoreFiles) -> set[str]:
     """Files whose rows all stand in files before them, so that no reader ever uses them."""
     if scores.damaged():
         return set()  # what stands in a damaged file stands nowhere

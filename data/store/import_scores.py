@@ -24,7 +24,7 @@ from ..messages import Broken
 from ..pairs import ID_BYTES
 from ..references import check_alias
 from ..sources import Source, open_sources
-from .scores import SCORE_SCHEMA, ReferenceScores
+from .scores import SCORE_SCHEMA, ScoreFiles
 from .store import ReferenceRecord, open_store
 
 BATCH_ROWS = 8192  # rows that become one score file
@@ -134,7 +134,7 @@ def _rows(
                 yield identity, logps, tokens
 
 
-def _add(scores: ReferenceScores, table: pa.Table, left: Counter[str]) -> int:
+def _add(scores: ScoreFiles, table: pa.Table, left: Counter[str]) -> int:
     """Keep the rows that are new; a pair's first row counts, here as in the store."""
     ids = ids_to_numpy(table[ID_COLUMN])
     firsts = IdIndex(ids).firsts()

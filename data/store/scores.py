@@ -108,7 +108,7 @@ READERS = 8  # files read at a time
 Value = TypeVar("Value")
 
 
-class ReferenceScores:
+class ScoreFiles:
     """What the store holds under one identity. Reading lists the folder anew each time."""
 
     def __init__(self, files: Files, identity: str) -> None:

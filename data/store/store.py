@@ -30,7 +30,7 @@ from ...errors import UserError
 from ..ids import identity_of
 from ..references import ALIAS, ReferenceSpec, check_alias
 from .files import open_files
-from .scores import BAD, SCORE_SCHEMA, ReferenceScores
+from .scores import BAD, SCORE_SCHEMA, ScoreFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def from_json(identity: str, data: bytes) -> list[ReferenceRecord]:
     return []
 
 
-__all__ = ["SCORE_SCHEMA", "NotScored", "ReferenceRecord", "ReferenceScores", "Store", "open_store"]
+__all__ = ["SCORE_SCHEMA", "NotScored", "ReferenceRecord", "ScoreFiles", "Store", "open_store"]
 
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
@@ -135,9 +135,9 @@ class Store:
         self.files = open_files(root)
         self.root = self.files.root
 
-    def scores(self, identity: str) -> ReferenceScores:
+    def scores(self, identity: str) -> ScoreFiles:
         assert IDENTITY.fullmatch(identity), identity
-        return ReferenceScores(self.files, identity)
+        return ScoreFiles(self.files, identity)
 
     def identities(self) -> list[str]:
         return [name for name in self.files.folders() if IDENTITY.fullmatch(name)]

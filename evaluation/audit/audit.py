@@ -36,7 +36,7 @@ from ...errors import UserError
 from ...precompute.refs import print_table
 from ...settings import write_resolved
 from ..config import AuditConfig
-from ..score_table import ScoreTable, byte_margins, load_scored, margins
+from ..score_table import ScoreTable, byte_margins, load_complete_score_table, margins
 from .near_duplicates import Opposites, band_keys, candidates, opposites, text_of
 from .suspicion import Suspicion, suspicion
 
@@ -134,7 +134,9 @@ def audit(config: AuditConfig) -> Path:
     """Write the table and the figures; returns the table's path."""
     out = _free(Path(config.out))
     pairs = PairShards(config.pairs)
-    data = load_scored(pairs, open_store(config.store), config.refs, config.refs_config)
+    data = load_complete_score_table(
+        pairs, open_store(config.store), config.refs, config.refs_config
+    )
     found = suspicion(byte_margins(data), data.response_bytes, data.prompts)
     duplicates = find_opposites(pairs)
     suspects = ranked(data, found, duplicates, config.top)

@@ -19,7 +19,7 @@ from typing import Any
 from ...data.shards import PairShards
 from ...errors import UserError
 from ...settings import write_resolved
-from ...train.checkpoint import settings_of
+from ...train.checkpoint import numeric_settings
 from ...train.config import TrainConfig
 from ..config import CompareConfig
 from ..results import write_json
@@ -117,7 +117,7 @@ def inputs_of(
     settings: TrainConfig, pairs: PairShards, identities: Mapping[str, str]
 ) -> dict[str, Any]:
     """What makes the numbers of a cell, as JSON."""
-    return settings_of(settings, pairs) | {"identities of the references": dict(identities)}
+    return numeric_settings(settings, pairs) | {"identities of the references": dict(identities)}
 
 
 def refuse_other(cell: Cell, inputs: Mapping[str, Any]) -> None:

@@ -38,8 +38,8 @@ from .cells import (
     settings_for,
     write_inputs,
 )
-from .outcome import Plan, outcome_of
-from .results import describe
+from .outcome import ComparisonPlan, outcome_of
+from .results import comparison_lines
 from .workers import Failure, Grid
 
 RESULT, SETTINGS = "compare.json", "compare.yaml"
@@ -70,13 +70,13 @@ def compare(config: CompareConfig) -> int:
         print("no run was finished: nothing to compare", file=sys.stderr)
         return 1
     comparison = outcome_of(plan, cells, store)
-    print("\n".join(describe(comparison)))
+    print("\n".join(comparison_lines(comparison)))
     write_json(out / RESULT, comparison)
     print(out / RESULT)
     return int(bool(failures))
 
 
-def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> Plan:
+def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonPlan:
     """Methods over the references; raises `UserError` for all that can be seen beforehand."""
     methods = methods_of(config.methods)
     aliases = aliases_over(config.refs, methods)
@@ -94,12 +94,12 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> Plan:
         same = canonical.setdefault(str(method), cell.method)
         if same != cell.method:
             raise UserError(f"--methods: {same} and {cell.method} are the same ({method})")
-    return Plan(
+    return ComparisonPlan(
         pairs=pairs,
         records=_records(pairs, store, aliases, config.refs_config),
         references=references,
         fractions=fractions_of(config.fractions),
-        yardstick=config.yardstick,
+        metric=config.metric,
     )
 
 
@@ -144,7 +144,7 @@ def _seats(config: CompareConfig) -> list[str | None]:
     return [names[at % len(names)] for at in range(config.jobs or len(names))]
 
 
-def _grid(config: CompareConfig, plan: Plan, seats: Sequence[str | None]) -> Grid:
+def _grid(config: CompareConfig, plan: ComparisonPlan, seats: Sequence[str | None]) -> Grid:
     def evaluation(cell: Cell) -> list[str]:
         flags = {"--runs": cell.folder, "--base": plan.base, "--out": cell.folder / EVALUATION}
         return ["evaluate", *(str(part) for item in flags.items() for part in item)]
@@ -153,7 +153,7 @@ def _grid(config: CompareConfig, plan: Plan, seats: Sequence[str | None]) -> Gri
     return Grid(evaluation, prefix, seats, config.keep_models)
 
 
-def _derived(plan: Plan, cells: Sequence[Cell], at_once: int) -> str:
+def _derived(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
     """What was derived from the settings, a line each."""
     done = sum(cell.finished for cell in cells)
     fractions = ", ".join(f"{fraction:g}" for fraction in plan.fractions)

@@ -1,6 +1,6 @@
 """Which method does better, how sure that is, and what follows: numbers in, numbers and words out.
 
-Every run answers for the same held-out pairs: right (1) or wrong (0) by a yardstick. Intervals
+Every run answers for the same held-out pairs: right (1) or wrong (0) by a metric. Intervals
 come from a paired bootstrap that draws prompts and, where there are several, seeds; all methods
 see the same draws, so that what makes a pair hard for all of them cancels in a difference. The
 intervals of the gains hold together (Bonferroni), since the best of several is looked for.
@@ -25,14 +25,14 @@ import numpy as np
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
 from ...train.logs import read_log
-from ..evaluate import YARDSTICKS, Yardstick, right
+from ..evaluate import METRICS, Metric, right
 from ..intervals import Interval, mean_intervals
-from ..score_table import ScoreTable, load_scores
+from ..score_table import ScoreTable, load_score_table
 from .cells import EVALUATION, Cell
-from .results import Comparison, Result, RunResult, Scoring
-from .verdict import Draws, Outcome, Standing, growth, resample, standing, verdict
+from .results import Comparison, Result, RunResult, ScoringCost
+from .verdict import ComparisonOutcome, Draws, Standing, growth, resample, standing, verdict
 
-WORDS: dict[Yardstick, str] = {
+METRIC_WORDS: dict[Metric, str] = {
     "reward": "implicit reward against the base",
     "sum": "likelihood",
     "token": "likelihood per token",
@@ -41,14 +41,14 @@ WORDS: dict[Yardstick, str] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class ComparisonPlan:
     """What is compared."""
 
     pairs: PairShards
     records: list[ReferenceRecord]  # the base first
     references: Mapping[str, tuple[str, ...]]  # of each method, as the user wrote it
     fractions: Sequence[float]  # rising
-    yardstick: Yardstick  # what decides
+    metric: Metric  # what decides
 
     @property
     def aliases(self) -> list[str]:
@@ -59,39 +59,39 @@ class Plan:
         return self.aliases[0]
 
 
-def outcome_of(plan: Plan, cells: Sequence[Cell], store: Store) -> Comparison:
+def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Comparison:
     """Judge the finished cells; at least one must be."""
     done = [cell for cell in cells if cell.finished]
     identities = {cell: _identity(cell) for cell in done}
     policies = [store.names_of(identities[cell])[0] for cell in done]
-    table = load_scores(plan.pairs, store, [plan.records[0], *policies], split="validation")
+    table = load_score_table(plan.pairs, store, [plan.records[0], *policies], split="validation")
     answers = {cell: right(table, k) for k, cell in enumerate(done, 1)}
     methods, seeds = list(plan.references), sorted({cell.seed for cell in cells})
     single = [len(plan.references[method]) == 1 for method in methods]
-    draws: dict[Yardstick, Draws] = {}
-    for yardstick in YARDSTICKS:
+    draws: dict[Metric, Draws] = {}
+    for metric in METRICS:
         values = np.full((len(table), len(methods), len(plan.fractions), len(seeds)), np.nan)
         for cell, answer in answers.items():
             place = methods.index(cell.method), plan.fractions.index(cell.fraction)
-            values[:, *place, seeds.index(cell.seed)] = answer[yardstick]
-        draws[yardstick] = resample(values, table.prompts)
+            values[:, *place, seeds.index(cell.seed)] = answer[metric]
+        draws[metric] = resample(values, table.prompts)
     standings = {
-        yardstick: [standing(drawn, at, methods, single) for at in range(len(plan.fractions))]
-        for yardstick, drawn in draws.items()
+        metric: [standing(drawn, at, methods, single) for at in range(len(plan.fractions))]
+        for metric, drawn in draws.items()
     }
     grown = {}
     if len(plan.fractions) > 1:
         last = len(plan.fractions) - 1
         grown = {
-            method: growth(draws[plan.yardstick], m, last - 1, last)
+            method: growth(draws[plan.metric], m, last - 1, last)
             for m, method in enumerate(methods)
         }
     return Comparison(
         base=plan.base,
         pairs=len(table),
         prompts=len(np.unique(table.prompts)),
-        yardstick=plan.yardstick,
-        yardsticks=dict(WORDS),
+        metric=plan.metric,
+        metrics=dict(METRIC_WORDS),
         methods=methods,
         references={method: list(names) for method, names in plan.references.items()},
         fractions=list(plan.fractions),
@@ -107,18 +107,18 @@ def outcome_of(plan: Plan, cells: Sequence[Cell], store: Store) -> Comparison:
 
 
 def _words(
-    plan: Plan,
-    standings: Mapping[Yardstick, Sequence[Standing]],
+    plan: ComparisonPlan,
+    standings: Mapping[Metric, Sequence[Standing]],
     grown: Mapping[str, Interval],
     pairs: int,
     seeds: int,
     missing: int,
 ) -> list[str]:
-    order = [plan.yardstick, *(one for one in YARDSTICKS if one != plan.yardstick)]
-    words = {one: WORDS[one].replace("the base", plan.base) for one in order}
+    order = [plan.metric, *(one for one in METRICS if one != plan.metric)]
+    words = {one: METRIC_WORDS[one].replace("the base", plan.base) for one in order}
     return verdict(
-        Outcome(
-            yardsticks=list(words.values()),
+        ComparisonOutcome(
+            metrics=list(words.values()),
             fractions=plan.fractions,
             standings={words[one]: standings[one] for one in order},
             references={m: refs[0] for m, refs in plan.references.items() if len(refs) == 1},
@@ -131,10 +131,10 @@ def _words(
 
 
 def _results(
-    plan: Plan, methods: Sequence[str], standings: Mapping[Yardstick, Sequence[Standing]]
+    plan: ComparisonPlan, methods: Sequence[str], standings: Mapping[Metric, Sequence[Standing]]
 ) -> list[Result]:
     results = []
-    for yardstick, by_fraction in standings.items():
+    for metric, by_fraction in standings.items():
         for fraction, found in zip(plan.fractions, by_fraction):
             gains = {gain.method: gain for gain in found.gains}
             for method in methods:
@@ -143,7 +143,7 @@ def _results(
                     Result(
                         method=method,
                         fraction=fraction,
-                        yardstick=yardstick,
+                        metric=metric,
                         accuracy=found.accuracy[method],
                         seed_spread=found.seed_spread[method],
                         gain=None if gain is None else gain.gain,
@@ -153,10 +153,10 @@ def _results(
     return results
 
 
-def _base_accuracy(table: ScoreTable) -> dict[Yardstick, Interval]:
+def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:
     """By likelihood alone: against itself the base has no reward."""
     answers = right(table, 0)
-    names = [name for name in YARDSTICKS if name != "reward"]
+    names = [name for name in METRICS if name != "reward"]
     values = np.stack([answers[name] for name in names], axis=1)
     return dict(zip(names, mean_intervals(values, table.prompts)))
 
@@ -166,7 +166,7 @@ def _identity(cell: Cell) -> str:
     return content["policies"][0]["identity"]
 
 
-def _run(cell: Cell, identity: str, answers: Mapping[Yardstick, np.ndarray]) -> RunResult:
+def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> RunResult:
     pairs, seconds = training_cost(read_log(cell.folder))
     return RunResult(
         method=cell.method,
@@ -195,9 +195,9 @@ def training_cost(log: Sequence[Mapping[str, float | None]]) -> tuple[float, flo
     return pairs, seconds
 
 
-def _scoring(record: ReferenceRecord) -> Scoring:
+def _scoring(record: ReferenceRecord) -> ScoringCost:
     runs = [run for run in record.runs if run.get("tokens_per_second")]
-    return Scoring(
+    return ScoringCost(
         alias=record.alias,
         pairs=sum(run["pairs"] for run in runs),
         tokens=sum(run["tokens"] for run in runs),

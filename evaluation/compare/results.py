@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from ..evaluate import YARDSTICKS, Yardstick
+from ..evaluate import METRICS, Metric
 from ..intervals import Interval
 from ..results import columns
 from .verdict import percent, points
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """A method trained on a fraction, by one yardstick, over all seeds."""
+    """A method trained on a fraction, by one metric, over all seeds."""
 
     method: str
     fraction: float
-    yardstick: Yardstick
+    metric: Metric
     accuracy: Interval
     seed_spread: float  # standard deviation over seeds; NaN for fewer than two
     gain: Interval | None  # over the best single reference; None for a single one
@@ -44,14 +44,14 @@ class RunResult:
     seed: int
     folder: str
     identity: str  # of its scores in the store
-    accuracy: dict[Yardstick, float]
+    accuracy: dict[Metric, float]
     pairs: float  # trained on, repeats counted
     seconds: float  # of optimizer steps
     pairs_per_second: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scoring:
+class ScoringCost:
     """What stage one took for a reference, once and for all runs; NaN where it was not recorded."""
 
     alias: str
@@ -67,18 +67,18 @@ class Comparison:
     base: str
     pairs: int  # held-out
     prompts: int
-    yardstick: Yardstick
-    yardsticks: dict[Yardstick, str]
+    metric: Metric
+    metrics: dict[Metric, str]
     methods: list[str]
     references: dict[str, list[str]]
     fractions: list[float]
     seeds: list[int]
-    base_accuracy: dict[Yardstick, Interval]  # of the base itself, untrained; its reward is 0
+    base_accuracy: dict[Metric, Interval]  # of the base itself, untrained; its reward is 0
     results: list[Result]
     growth: dict[str, Interval]  # from the last fraction but one to the last
     runs: list[RunResult]
     missing: list[str]  # runs that are not finished
-    scoring: list[Scoring]
+    scoring: list[ScoringCost]
     verdict: list[str]
 
 
@@ -90,7 +90,7 @@ def read_comparison(path: Path) -> Comparison:
         content["growth"] = _intervals(content["growth"])
         content["results"] = [_result(entry) for entry in content["results"]]
         content["runs"] = [RunResult(**_known(entry)) for entry in content["runs"]]
-        content["scoring"] = [Scoring(**_known(entry)) for entry in content["scoring"]]
+        content["scoring"] = [ScoringCost(**_known(entry)) for entry in content["scoring"]]
         return Comparison(**content)
     except FileNotFoundError:
         raise UserError(f"{path} is not there yet; finish the comparison first") from None
@@ -120,7 +120,7 @@ def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
 HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
 
 
-def describe(comparison: Comparison) -> Iterator[str]:
+def comparison_lines(comparison: Comparison) -> Iterator[str]:
     """Line by line."""
     base = comparison.base
     yield ""
@@ -146,17 +146,17 @@ def describe(comparison: Comparison) -> Iterator[str]:
 
 
 def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
-    """Cells of the table at one fraction, the best method by the deciding yardstick first."""
+    """Cells of the table at one fraction, the best method by the deciding metric first."""
     by_method: dict[str, dict[str, Result]] = {}
     for result in comparison.results:
         if result.fraction == fraction:
-            by_method.setdefault(result.method, {})[result.yardstick] = result
-    deciding = comparison.yardstick
+            by_method.setdefault(result.method, {})[result.metric] = result
+    deciding = comparison.metric
     known = {name: results[deciding].accuracy.value for name, results in by_method.items()}
     order = sorted(known, key=lambda name: -known[name] if not isnan(known[name]) else 0.0)
     rows = [["", *HEADS.values(), "gain", "training", "pairs/s"]]
     base = comparison.base_accuracy
-    cells = [base[name].percent() if name in base else "–" for name in YARDSTICKS]
+    cells = [base[name].percent() if name in base else "–" for name in METRICS]
     rows.append([f"base {comparison.base}, untrained", *cells, "", "", ""])
     for method in order:
         results = by_method[method]
@@ -174,6 +174,6 @@ def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
             if runs
             else ["", ""]
         )
-        cells = [results[name].accuracy.percent() for name in YARDSTICKS]
+        cells = [results[name].accuracy.percent() for name in METRICS]
         rows.append([method, *cells, points(gain) if gain else "", *cost])
     return rows

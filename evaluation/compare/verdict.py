@@ -28,7 +28,7 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """All methods at one size of the training data, judged by one yardstick."""
+    """All methods at one size of the training data, judged by one metric."""
 
     accuracy: dict[str, Interval]  # by method
     seed_spread: dict[str, float]  # standard deviation over seeds; NaN for fewer than two
@@ -119,12 +119,12 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class ComparisonOutcome:
     """All that the sentences are about."""
 
-    yardsticks: Sequence[str]  # in words, the one that decides first
+    metrics: Sequence[str]  # in words, the one that decides first
     fractions: Sequence[float]  # rising; the last decides
-    standings: Mapping[str, Sequence[Standing]]  # by yardstick, one for each fraction
+    standings: Mapping[str, Sequence[Standing]]  # by metric, one for each fraction
     references: Mapping[str, str]  # of each method with one reference, the alias
     growth: Mapping[str, Interval]  # of each method, from the last fraction but one to the last
     pairs: int  # held-out
@@ -132,9 +132,9 @@ class Outcome:
     missing: int  # runs that failed
 
 
-def verdict(outcome: Outcome) -> list[str]:
+def verdict(outcome: ComparisonOutcome) -> list[str]:
     """Sentences, the answer first."""
-    deciding = outcome.yardsticks[0]
+    deciding = outcome.metrics[0]
     final = outcome.standings[deciding][-1]
     lines = [*_answer(final, outcome), *_others_say(outcome), *_by_size(outcome)]
     if outcome.seeds == 1:
@@ -167,7 +167,7 @@ def points(value: Interval) -> str:
     return f"{_signed(value.value)} points ({low} to {high})"
 
 
-def _answer(final: Standing, outcome: Outcome) -> list[str]:
+def _answer(final: Standing, outcome: ComparisonOutcome) -> list[str]:
     """Whether several references are worth it."""
     if final.best_single is None:
         return [
@@ -197,7 +197,7 @@ def _answer(final: Standing, outcome: Outcome) -> list[str]:
     return [*lines, which] if final.tied_singles else lines
 
 
-def _which(final: Standing, outcome: Outcome) -> str:
+def _which(final: Standing, outcome: ComparisonOutcome) -> str:
     """How sure the best single reference is the best."""
     assert final.best_single is not None
     name = outcome.references[final.best_single]
@@ -219,9 +219,9 @@ def _open(gain: Interval, pairs: int) -> str:
     )
 
 
-def _others_say(outcome: Outcome) -> list[str]:
-    """The other yardsticks, where one of them gives another answer."""
-    deciding, *others = outcome.yardsticks
+def _others_say(outcome: ComparisonOutcome) -> list[str]:
+    """The other metrics, where one of them gives another answer."""
+    deciding, *others = outcome.metrics
     final = outcome.standings[deciding][-1]
     if not final.gains:
         return []
@@ -231,22 +231,22 @@ def _others_say(outcome: Outcome) -> list[str]:
         "open": "no gain of several references is shown",
     }
     lines = []
-    for yardstick in others:
-        other = outcome.standings[yardstick][-1]
+    for metric in others:
+        other = outcome.standings[metric][-1]
         if other.gains and stance(other) != stance(final):
             first = other.gains[0]
             lines.append(
-                f"Judged by {yardstick} instead, {answers[stance(other)]}: {first.method} against "
+                f"Judged by {metric} instead, {answers[stance(other)]}: {first.method} against "
                 f"{first.over} {points(first.gain)}."
             )
-    return lines or ["The other yardsticks give the same answer."] * bool(others)
+    return lines or ["The other metrics give the same answer."] * bool(others)
 
 
-def _by_size(outcome: Outcome) -> list[str]:
+def _by_size(outcome: ComparisonOutcome) -> list[str]:
     """What less data would have said, and whether more would help."""
     if len(outcome.fractions) < 2:
         return []
-    standings = outcome.standings[outcome.yardsticks[0]]
+    standings = outcome.standings[outcome.metrics[0]]
     final = standings[-1]
     lines = []
     for fraction, standing in zip(outcome.fractions[:-1], standings):

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..figures import ReferenceFigures
-from ..score_table import ReferenceScores, ScoreTable
+from ..score_table import ReferenceColumns, ScoreTable
 from .findings import Finding
 from .length_checks import FEWEST, check_lengths
 
@@ -64,7 +64,7 @@ def check_scores(
     return found
 
 
-def check_sign(reference: ReferenceScores) -> Finding | None:
+def check_sign(reference: ReferenceColumns) -> Finding | None:
     """A log-prob is never above 0."""
     share = float((reference.logps[reference.scored] > 1e-6).mean())
     if share < 0.01:
@@ -77,7 +77,7 @@ def check_sign(reference: ReferenceScores) -> Finding | None:
     )
 
 
-def check_rounding(reference: ReferenceScores) -> Finding | None:
+def check_rounding(reference: ReferenceColumns) -> Finding | None:
     """Sums of many tokens are all but never numbers of 8 or 11 significant bits."""
     values = reference.logps[reference.scored].ravel()
     values = values[np.abs(values) > 0.01]
@@ -97,7 +97,7 @@ def check_rounding(reference: ReferenceScores) -> Finding | None:
 
 
 def check_uniform(
-    figures: list[ReferenceFigures], reference: ReferenceScores, k: int
+    figures: list[ReferenceFigures], reference: ReferenceColumns, k: int
 ) -> Finding | None:
     """Every token about as likely as any other."""
     known = reference.scored & ~np.isnan(reference.tokens).any(axis=1)
@@ -257,7 +257,7 @@ def check_difficulty(
 
 
 def _is_the_copy(
-    table: ScoreTable, reference: ReferenceScores, other: ReferenceScores, equal: np.ndarray
+    table: ScoreTable, reference: ReferenceColumns, other: ReferenceColumns, equal: np.ndarray
 ) -> bool:
     """Whether the reference, not the other, is out of line on its equal rows; True if unclear."""
     own, theirs = (_shift(table, one, other, reference, equal) for one in (reference, other))
@@ -266,9 +266,9 @@ def _is_the_copy(
 
 def _shift(
     table: ScoreTable,
-    one: ReferenceScores,
-    other: ReferenceScores,
-    reference: ReferenceScores,
+    one: ReferenceColumns,
+    other: ReferenceColumns,
+    reference: ReferenceColumns,
     equal: np.ndarray,
 ) -> float:
     """How far a reference's nats and tokens on the equal rows differ from its other rows in mean or

@@ -26,7 +26,7 @@ from ...settings import write_resolved
 from ..config import DoctorConfig
 from ..figures import UNITS, ReferenceFigures, figures, method_first_loss
 from ..results import Rows, columns, free_path, write_json
-from ..score_table import ScoreTable, load_scores
+from ..score_table import ScoreTable, load_score_table
 from .checks import check_scores
 from .diagnosis import Advice, Verdict, advise, verdicts
 from .findings import Finding
@@ -54,7 +54,7 @@ def doctor(config: DoctorConfig) -> int:
     """Print the diagnosis and write it; 1 where a reference is broken, else 0."""
     out = free_path(config.out)
     diagnosis = diagnose(config)
-    for line in describe(diagnosis):
+    for line in diagnosis_lines(diagnosis):
         print(line)
     write_resolved(config, out.with_suffix(".yaml"))
     write_json(out, diagnosis)
@@ -67,7 +67,7 @@ def diagnose(config: DoctorConfig) -> Diagnosis:
     pairs, store = PairShards(config.pairs), open_store(config.store)
     specs = load_refs(config.refs_config)
     records = _records(config, pairs, store, specs)
-    table = load_scores(pairs, store, records, sample=config.sample)
+    table = load_score_table(pairs, store, records, sample=config.sample)
     for reference in table.references:
         if not reference.scored.any():
             line = precompute_line(pairs, store, [reference.alias], config.refs_config)
@@ -151,7 +151,7 @@ def _vocabulary(spec: ReferenceSpec) -> int | None:
     return content.get("vocab_size") or content.get("text_config", {}).get("vocab_size")
 
 
-def describe(diagnosis: Diagnosis) -> Iterator[str]:
+def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     """Line by line; the verdicts come last, where they are read first."""
     references, advice = diagnosis.references, diagnosis.advice
     of = f" of {diagnosis.of_pairs:,}" if diagnosis.of_pairs > diagnosis.pairs else ""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..figures import correlation
-from ..score_table import ReferenceScores, ScoreTable
+from ..score_table import ReferenceColumns, ScoreTable
 from .findings import Finding
 
 FEWEST = 20  # pairs from which a relation can be told
@@ -81,7 +81,7 @@ def check_means(lengths: Lengths) -> Finding | None:
     )
 
 
-def check_truncated(table: ScoreTable, reference: ReferenceScores) -> Finding | None:
+def check_truncated(table: ScoreTable, reference: ReferenceColumns) -> Finding | None:
     """Many sequences of exactly one length, longer in bytes than that many tokens hold."""
     sequences = reference.prompt_tokens[:, None] + reference.tokens
     texts = table.prompt_bytes[:, None] + table.response_bytes
@@ -143,7 +143,7 @@ def _swapped(evidence: str) -> Finding:
     return Finding("fault", "swapped", evidence, "chosen and rejected were exchanged")
 
 
-def _lengths(table: ScoreTable, reference: ReferenceScores) -> Lengths:
+def _lengths(table: ScoreTable, reference: ReferenceColumns) -> Lengths:
     rows = reference.scored
     with np.errstate(divide="ignore"):
         nats = np.log(np.abs(reference.logps[rows]))

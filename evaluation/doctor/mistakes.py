@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from ...data.pairs import Pair, Turns
 from ...data.references import ReferenceSpec
 from .findings import Finding
-from .plain_model import PlainModel, PlainScore, PlainSequence, PlainTokenizer
+from .plain_model import PlainModel, PlainSequence, PlainTokenizer, TokenLogps
 
 EXPLAINS = 0.8  # share of the responses that a mistake must reproduce
 FEWEST = 3  # responses that it must reproduce and the right way does not
@@ -58,13 +58,13 @@ class Probed:
     stored: float
     stored_tokens: float  # NaN where unknown
     stored_prompt_tokens: float  # in front of the chosen response
-    score: PlainScore
-    other: PlainScore  # of the pair's other response
+    score: TokenLogps
+    other: TokenLogps  # of the pair's other response
 
     def agrees(self, tolerance: Tolerance) -> bool:
         return tolerance.fits(self.stored, self.score.logp, self.score.tokens)
 
-    def same_tokens(self, score: PlainScore) -> bool:
+    def same_tokens(self, score: TokenLogps) -> bool:
         """Whether the stored counts, where known, are those of a score of this response."""
         counts = [(self.stored_tokens, score.tokens)]
         if self.branch == 0:

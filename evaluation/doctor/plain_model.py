@@ -32,7 +32,7 @@ class PlainSequence:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PlainScore:
+class TokenLogps:
     """A sequence with the log-prob of each token given all before it, nats; NaN for the first."""
 
     sequence: PlainSequence
@@ -78,7 +78,7 @@ class PlainModel:
         self.model = loaded.to(self.device).eval()
 
     @torch.inference_mode()
-    def score(self, sequence: PlainSequence) -> PlainScore:
+    def score(self, sequence: PlainSequence) -> TokenLogps:
         """The log-prob of every token."""
         ids = torch.tensor([sequence.token_ids], device=self.device)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -87,7 +87,7 @@ class PlainModel:
             rows.float().log_softmax(-1).gather(1, wanted)[:, 0].double().cpu()
             for rows, wanted in zip(logits.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
         ]
-        return PlainScore(sequence, np.concatenate([[np.nan], torch.cat(parts).numpy()]))
+        return TokenLogps(sequence, np.concatenate([[np.nan], torch.cat(parts).numpy()]))
 
     def takes(self, sequence: PlainSequence) -> bool:
         """Whether every id has an embedding."""

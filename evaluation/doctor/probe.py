@@ -21,7 +21,7 @@ from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
 from ...errors import UserError
 from ...precompute.identity import ResolvedReference, resolve_reference
-from ..score_table import ReferenceScores, ScoreTable, pairs_at
+from ..score_table import ReferenceColumns, ScoreTable, pairs_at
 from .findings import Finding
 from .mistakes import (
     Probed,
@@ -117,7 +117,7 @@ def probe(
     )
 
 
-def choose(reference: ReferenceScores, count: int) -> np.ndarray:
+def choose(reference: ReferenceColumns, count: int) -> np.ndarray:
     """Rows of scored pairs from the shortest to the longest; none across a token boundary.
 
     Where a token stands across the boundary, the plain way and ours may part by a token.
@@ -155,7 +155,7 @@ def _probed(
     model: PlainModel,
     tokenizer: PlainTokenizer,
     texts: Sequence[Pair],
-    reference: ReferenceScores,
+    reference: ReferenceColumns,
     rows: np.ndarray,
 ) -> list[Probed]:
     """Both responses of every pair, one after the other."""

@@ -2,7 +2,7 @@
 
     Lines    curves over a common x, with a band of uncertainty where there is one
     Ranges   values with intervals, one row each: accuracies, gains, weights
-    Grid     a table of shares as shades: agreement
+    Heatmap     a table of shares as shades: agreement
 
 Numbers that are not finite become null in JSON (`results.py`) and leave a gap in the drawing.
 
@@ -73,7 +73,7 @@ class Ranges:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
+class Heatmap:
     """Shares in rows and columns; `floor` is where the shade begins."""
 
     kind: Literal["grid"] = "grid"
@@ -85,7 +85,7 @@ class Grid:
     floor: float = 0.0
 
 
-Chart = Lines | Ranges | Grid
+Chart = Lines | Ranges | Heatmap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,13 +128,13 @@ Scale = Callable[[float], float]
 
 def to_svg(chart: Chart) -> str:
     """The drawing, without its title and legend, which the page sets as text."""
-    draw = {Lines: _lines, Ranges: _ranges, Grid: _grid}[type(chart)]
+    draw = {Lines: _lines, Ranges: _ranges, Heatmap: _grid}[type(chart)]
     return ET.tostring(draw(chart), encoding="unicode")  # type: ignore[operator]
 
 
 def legend(chart: Chart) -> list[tuple[str, str]]:
     """(class of the color, name), where colors need names."""
-    if isinstance(chart, Grid):
+    if isinstance(chart, Heatmap):
         return []
     names = _names(chart)
     return [(_color(chart, name), name) for name in names] if len(names) > 1 else []
@@ -226,7 +226,7 @@ def _ranges(chart: Ranges) -> ET.Element:
     return svg
 
 
-def _grid(chart: Grid) -> ET.Element:
+def _grid(chart: Heatmap) -> ET.Element:
     size = min((WIDTH - 90) / max(len(chart.columns), 1), 64.0)
     height = 30 + size * 0.62 * len(chart.rows) + 6
     svg = _svg(chart.title, height)

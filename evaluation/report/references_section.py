@@ -12,7 +12,7 @@ from ..doctor.doctor import Diagnosis
 from ..figures import UNITS, agreement, saturation
 from ..intervals import Interval
 from ..score_table import ScoreTable, margins
-from .charts import Chart, Curve, Grid, Lines, Range, Ranges, Section, Table
+from .charts import Chart, Curve, Heatmap, Lines, Range, Ranges, Section, Table
 
 EPSILONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 BINS = 60  # of the margins' distribution
@@ -88,13 +88,13 @@ def _accuracy(diagnosis: Diagnosis) -> Ranges:
     )
 
 
-def _agreement(table: ScoreTable, diagnosis: Diagnosis) -> Grid:
+def _agreement(table: ScoreTable, diagnosis: Diagnosis) -> Heatmap:
     values = [
         [agreement(one, other) for other in table.references]
         + [diagnosis.references[row].accuracy["none"].value]
         for row, one in enumerate(table.references)
     ]
-    return Grid(
+    return Heatmap(
         title="On how many pairs two references prefer the same response, in percent",
         rows=table.aliases,
         columns=[*table.aliases, "label"],

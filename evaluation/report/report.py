@@ -36,7 +36,7 @@ from ..config import CompareConfig, DoctorConfig, ReportConfig
 from ..doctor.doctor import diagnose
 from ..policies import RESOLVED
 from ..results import write_json
-from ..score_table import load_scores
+from ..score_table import load_score_table
 from .charts import Chart, Section, Table, legend, to_svg
 from .references_section import references_section
 from .runs_section import Log, compare_section, logs_by_method, training_section
@@ -67,7 +67,7 @@ PAGE = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
+class ReportInputs:
     """The references that a page is about, and where their scores are."""
 
     refs: str
@@ -125,14 +125,16 @@ def _comparisons(folders: Sequence[Path]) -> tuple[list[Section], dict[str, list
     return sections, logs
 
 
-def _references(scores: Scores) -> Section:
+def _references(scores: ReportInputs) -> Section:
     doctor = DoctorConfig(
         refs=scores.refs, pairs=scores.pairs, refs_config=scores.refs_config, store=scores.store
     )
     diagnosis = diagnose(doctor)
     pairs, store = PairShards(scores.pairs), open_store(scores.store)
     records = [store.names_of(one.identity)[0] for one in diagnosis.references]
-    return references_section(load_scores(pairs, store, records, sample=doctor.sample), diagnosis)
+    return references_section(
+        load_score_table(pairs, store, records, sample=doctor.sample), diagnosis
+    )
 
 
 def _audit(table: Path) -> Section:
@@ -155,17 +157,17 @@ def _audit(table: Path) -> Section:
     )
 
 
-def _scores(config: ReportConfig, folders: Sequence[Path]) -> Scores:
+def _scores(config: ReportConfig, folders: Sequence[Path]) -> ReportInputs:
     """As given, else as the first folder's run had them."""
     first = _settings(folders[0]) if folders else None
     if first is None:
-        return Scores(
+        return ReportInputs(
             refs=config.refs or "",
             pairs=config.pairs or "pairs",
             refs_config=config.refs_config or "configs/refs.yaml",
             store=config.store,
         )
-    return Scores(
+    return ReportInputs(
         refs=config.refs or ",".join(_aliases(first)),
         pairs=config.pairs or first.pairs or "pairs",
         refs_config=config.refs_config or first.refs_config,

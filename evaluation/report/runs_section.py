@@ -117,11 +117,11 @@ def logs_by_method(comparison: Comparison, root: Path) -> dict[str, list[Log]]:
 
 
 def _final(comparison: Comparison) -> list[Result]:
-    """By the deciding yardstick on the largest fraction, the best first."""
+    """By the deciding metric on the largest fraction, the best first."""
     results = [
         result
         for result in comparison.results
-        if result.fraction == comparison.fractions[-1] and result.yardstick == comparison.yardstick
+        if result.fraction == comparison.fractions[-1] and result.metric == comparison.metric
     ]
     return sorted(results, key=lambda result: -result.accuracy.value)
 
@@ -171,7 +171,7 @@ def _learning(comparison: Comparison) -> list[Chart]:
         results = {
             result.fraction: result.accuracy
             for result in comparison.results
-            if result.method == method and result.yardstick == comparison.yardstick
+            if result.method == method and result.metric == comparison.metric
         }
         values = [results[fraction] for fraction in comparison.fractions]
         curves.append(
@@ -203,9 +203,9 @@ def _scoring(comparison: Comparison) -> Table:
         for one in comparison.scoring
         if one.seconds == one.seconds
     ]
-    return Table(title="Scoring, paid once for all runs", rows=[heading, *lines])
+    return Table(title="ScoringCost, paid once for all runs", rows=[heading, *lines])
 
 
 def _yardstick(comparison: Comparison) -> str:
-    words = comparison.yardsticks[comparison.yardstick]
+    words = comparison.metrics[comparison.metric]
     return words.replace("the base", comparison.base)

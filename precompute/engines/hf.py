@@ -22,7 +22,7 @@ from ...errors import UserError
 from ...model.load import load_model
 from ...model.logps import SequenceLogps, split_by_sequence
 from ...model.packing import Batch
-from .protocol import EngineSettings, Progress, ScoredPair, adapter_folder
+from .protocol import EngineSettings, PairTokenLogps, Progress, adapter_folder
 
 # Tokens of a row. A CPU is as fast at 1,000 as at 8,000; a GPU wants its rows filled.
 ROW_TOKENS = {"cpu": 1536, "cuda": 16384}
@@ -65,8 +65,8 @@ class HfEngine:
 
     def score(
         self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[ScoredPair]:
-        scored: dict[int, ScoredPair] = {}
+    ) -> list[PairTokenLogps]:
+        scored: dict[int, PairTokenLogps] = {}
         rows = self._plan(pairs, range(len(pairs)))
         # The next row is packed while the GPU computes this one; only `_collect` waits for it.
         under_way: tuple[list[int], Batch, Tensor] | None = None
@@ -112,7 +112,7 @@ class HfEngine:
         print(f"out of memory: rows of {self.max_tokens} tokens from here on", file=sys.stderr)
 
 
-def _collect(row: list[int], batch: Batch, logps: Tensor) -> dict[int, ScoredPair]:
+def _collect(row: list[int], batch: Batch, logps: Tensor) -> dict[int, PairTokenLogps]:
     """The finished row's log-probs by index of the pair; waits for the device."""
     parts = [part.numpy() for part in split_by_sequence(logps.cpu(), batch)]
-    return {index: ScoredPair(*parts[2 * i : 2 * i + 2]) for i, index in enumerate(row)}
+    return {index: PairTokenLogps(*parts[2 * i : 2 * i + 2]) for i, index in enumerate(row)}

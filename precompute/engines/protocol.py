@@ -23,7 +23,7 @@ Progress = Callable[[int], None]  # called with the pairs finished since the las
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredPair:
+class PairTokenLogps:
     """Log-probs in nats of the scored tokens, `token_ids[start:]` of each branch."""
 
     chosen: Logps
@@ -68,7 +68,7 @@ class Engine(Protocol):
 
     def score(
         self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[ScoredPair]:
+    ) -> list[PairTokenLogps]:
         """The log-probs of every pair, in the given order.
 
         Raises `OutOfMemory` where a smaller batch in a fresh process would help.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...model.packing import padded_tokens
-from .protocol import Logps, ScoredPair
+from .protocol import Logps, PairTokenLogps
 
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair
@@ -65,11 +65,11 @@ def plan_requests(pairs: Sequence[RenderedPair], block: int) -> list[Request]:
     return requests
 
 
-def scored_pair(pair: RenderedPair, chosen: Logps, rejected: Logps | None) -> ScoredPair:
+def scored_pair(pair: RenderedPair, chosen: Logps, rejected: Logps | None) -> PairTokenLogps:
     """The pair's log-probs from its requests'; what both begin with comes from the chosen one."""
     wanted = len(pair.rejected.token_ids) - pair.rejected.start
     own = np.empty(0, np.float32) if rejected is None else rejected
-    return ScoredPair(chosen, np.concatenate([chosen[: wanted - len(own)], own]))
+    return PairTokenLogps(chosen, np.concatenate([chosen[: wanted - len(own)], own]))
 
 
 def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:

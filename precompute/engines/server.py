@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import UserError
-from .protocol import EngineSettings, Logps, Progress, ScoredPair
+from .protocol import EngineSettings, Logps, PairTokenLogps, Progress
 from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
 
 if TYPE_CHECKING:
@@ -73,11 +73,11 @@ class ServerEngine:
 
     def score(
         self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[ScoredPair]:
+    ) -> list[PairTokenLogps]:
         plans: dict[int, list[Request]] = {}
         for request in plan_requests(pairs, BLOCK):
             plans.setdefault(request.pair, []).append(request)
-        scored: dict[int, ScoredPair] = {}
+        scored: dict[int, PairTokenLogps] = {}
         pool = ThreadPoolExecutor(self._settings.concurrency)
         try:
             under_way = {
@@ -93,7 +93,7 @@ class ServerEngine:
     def close(self) -> None:
         return None
 
-    def _score(self, pair: RenderedPair, plan: Sequence[Request]) -> ScoredPair:
+    def _score(self, pair: RenderedPair, plan: Sequence[Request]) -> PairTokenLogps:
         """One pair, the rejected response after the chosen one, whose blocks it shares."""
         salt = secrets.token_hex(16)
         parts = {request.branch: self._logps(request, salt) for request in plan}

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from ...errors import UserError
 from ..identity import ADAPTER_CONFIG
-from .protocol import EngineSettings, Logps, Progress, ScoredPair, adapter_folder
+from .protocol import EngineSettings, Logps, PairTokenLogps, Progress, adapter_folder
 from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class VllmEngine:
 
     def score(
         self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[ScoredPair]:
+    ) -> list[PairTokenLogps]:
         self.cached_tokens = self.asked_again = 0
         parts: list[list[Logps | None]] = [[None, None] for _ in pairs]
         unfinished = [0] * len(pairs)

@@ -17,7 +17,7 @@ from mrpo.errors import UserError
 from mrpo.evaluation.config import EvaluateConfig
 from mrpo.evaluation.evaluate import evaluate, policy_figures, right
 from mrpo.evaluation.policies import run_names
-from mrpo.evaluation.score_table import ReferenceScores, ScoreTable
+from mrpo.evaluation.score_table import ReferenceColumns, ScoreTable
 from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.run import precompute
 from mrpo.tests.evaluation.scored_pairs import chat
@@ -170,9 +170,9 @@ def test_mistakes_are_one_line(
     assert "\n" not in str(error.value)
 
 
-def stored(logps: Any, tokens: Any) -> ReferenceScores:
+def stored(logps: Any, tokens: Any) -> ReferenceColumns:
     values = np.array(logps, float)
-    return ReferenceScores(
+    return ReferenceColumns(
         record=ReferenceRecord(alias="x", entry={}, inputs={}),
         logps=values,
         end_logps=values * 0,

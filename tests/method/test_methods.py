@@ -21,18 +21,18 @@ from mrpo.errors import UserError
 from mrpo.method.fitted import fit_weights
 from mrpo.method.grammar import named_references, parse_method
 from mrpo.method.losses import sft_loss
-from mrpo.method.objective import Method, PairScores, ReferenceTargets
+from mrpo.method.objective import Method, ReferenceLogps, ReferenceTargets
 from mrpo.method.weightings import vaw_weights, vdw_weights
 
 ALIASES = ["llama", "mistral", "qwen"]
 
 
-def make_scores(n: int = 40, k: int = 3, seed: int = 0) -> PairScores:
+def make_scores(n: int = 40, k: int = 3, seed: int = 0) -> ReferenceLogps:
     rng = np.random.default_rng(seed)
     logps = -rng.uniform(5, 200, (2, n, k))
     tokens = rng.integers(5, 60, (2, n, k))
     sizes = rng.integers(20, 300, (2, n))
-    return PairScores(
+    return ReferenceLogps(
         ref_chosen_logps=logps[0],
         ref_rejected_logps=logps[1],
         ref_chosen_tokens=tokens[0],
@@ -49,7 +49,7 @@ def policy(n: int = 40, seed: int = 1) -> tuple[list[torch.Tensor], list[torch.T
     return logps, [torch.from_numpy(rng.integers(5, 60, n)) for _ in range(2)]
 
 
-def loss_of(method: Method, scores: PairScores, held_out: bool = False) -> np.ndarray:
+def loss_of(method: Method, scores: ReferenceLogps, held_out: bool = False) -> np.ndarray:
     logps, tokens = policy(len(scores))
     return method.loss(*logps, method.targets(scores, held_out), *tokens).loss.numpy()
 
@@ -308,8 +308,8 @@ def test_all_that_a_step_needs_is_in_the_targets() -> None:
     method = parse_method("mrpo", ALIASES)
     everything = method.targets(scores)
     rows = np.array([7, 3])
-    fields = PairScores.__dataclass_fields__
-    part = PairScores(**{name: getattr(scores, name)[rows] for name in fields})
+    fields = ReferenceLogps.__dataclass_fields__
+    part = ReferenceLogps(**{name: getattr(scores, name)[rows] for name in fields})
     batch = method.targets(part)
     for name in ReferenceTargets.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(batch, name), getattr(everything, name)[rows])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mrpo.data.rendering import RenderedPair, RenderedSequence
 from mrpo.demo.models import write_reference
-from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
 from mrpo.tests.precompute.workspace import Workspace
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, 12 times out of 345."] * 4
@@ -104,13 +104,13 @@ def adapter_folder(reference_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def expected(reference_folder: Path, corner_pairs: list[RenderedPair]) -> list[ScoredPair]:
+def expected(reference_folder: Path, corner_pairs: list[RenderedPair]) -> list[PairTokenLogps]:
     """The corner pairs' log-probs by transformers' own forward, one response at a time."""
     return one_by_one(reference_folder, corner_pairs)
 
 
 @pytest.fixture(scope="session", name="one_by_one")
-def _one_by_one() -> Callable[..., list[ScoredPair]]:
+def _one_by_one() -> Callable[..., list[PairTokenLogps]]:
     return one_by_one
 
 
@@ -120,7 +120,7 @@ def _differ() -> Callable[..., float]:
 
 
 @torch.inference_mode()
-def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> list[ScoredPair]:
+def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> list[PairTokenLogps]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
     def logps(sequence: RenderedSequence) -> np.ndarray:
@@ -128,10 +128,10 @@ def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> l
         table = model(ids).logits[0, sequence.start - 1 : -1].log_softmax(-1)
         return table.gather(-1, ids[0, sequence.start :, None])[:, 0].numpy()
 
-    return [ScoredPair(logps(pair.chosen), logps(pair.rejected)) for pair in pairs]
+    return [PairTokenLogps(logps(pair.chosen), logps(pair.rejected)) for pair in pairs]
 
 
-def largest_difference(one: Sequence[ScoredPair], other: Sequence[ScoredPair]) -> float:
+def largest_difference(one: Sequence[PairTokenLogps], other: Sequence[PairTokenLogps]) -> float:
     """Of the log-probs of a sequence, in nats, over both branches; every shape must agree."""
     worst = 0.0
     assert len(one) == len(other)
@@ -160,7 +160,7 @@ class EngineProcess:
         self.facts, self.limit = self._receive()
         self.counters: dict[str, int] = {}
 
-    def score(self, pairs: Sequence[RenderedPair]) -> list[ScoredPair]:
+    def score(self, pairs: Sequence[RenderedPair]) -> list[PairTokenLogps]:
         self._send(list(pairs))
         scored, self.counters = self._receive()
         self._receive()

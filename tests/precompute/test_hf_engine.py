@@ -14,7 +14,7 @@ from mrpo.data.rendering import RenderedPair
 from mrpo.demo.models import FAMILIES, build_model
 from mrpo.errors import UserError
 from mrpo.precompute.engines.hf import HfEngine
-from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
 
 CLOSE = 1e-3  # nats, of a whole sequence
 
@@ -26,7 +26,7 @@ def engine(folder: Path, **settings: Any) -> HfEngine:
 def test_every_corner_pair_is_as_one_response_at_a_time(
     reference_folder: Path,
     corner_pairs: list[RenderedPair],
-    expected: list[ScoredPair],
+    expected: list[PairTokenLogps],
     differ: Any,
 ) -> None:
     finished: list[int] = []
@@ -39,7 +39,7 @@ def test_every_corner_pair_is_as_one_response_at_a_time(
 def test_order_neighbours_and_row_length_change_nothing(
     reference_folder: Path,
     corner_pairs: list[RenderedPair],
-    expected: list[ScoredPair],
+    expected: list[PairTokenLogps],
     differ: Any,
     max_tokens: int,
 ) -> None:
@@ -82,7 +82,7 @@ def test_an_adapter_is_part_of_the_reference(
     adapter_folder: Path,
     reference_folder: Path,
     corner_pairs: list[RenderedPair],
-    expected: list[ScoredPair],
+    expected: list[PairTokenLogps],
     differ: Any,
 ) -> None:
     from peft import PeftModel
@@ -98,7 +98,7 @@ def test_an_adapter_is_part_of_the_reference(
 
 
 def test_autocast_computes_in_bfloat16(
-    reference_folder: Path, corner_pairs: list[RenderedPair], expected: list[ScoredPair]
+    reference_folder: Path, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps]
 ) -> None:
     scored = engine(reference_folder, autocast=True).score(corner_pairs[::20])
     differences = np.concatenate([a.chosen - b.chosen for a, b in zip(scored, expected[::20])])
@@ -122,7 +122,7 @@ class ShortOfMemory:
 def test_out_of_memory_halves_the_rows_says_so_and_goes_on(
     reference_folder: Path,
     corner_pairs: list[RenderedPair],
-    expected: list[ScoredPair],
+    expected: list[PairTokenLogps],
     differ: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -22,7 +22,7 @@ from vllm.utils.serial_utils import numpy2base64
 from mrpo.data.rendering import RenderedPair, Renderer
 from mrpo.errors import UserError
 from mrpo.precompute.engines import server
-from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
 from mrpo.precompute.engines.server import PLAIN, SHARING, ServerEngine
 from mrpo.precompute.worker import PROBES
 
@@ -256,7 +256,7 @@ def test_a_real_server_gives_the_rows_of_transformers(
     real_server: str,
     reference_folder: Path,
     corner_pairs: list[RenderedPair],
-    expected: list[ScoredPair],
+    expected: list[PairTokenLogps],
     differ: Any,
 ) -> None:
     """It has the sharing route, but a CPU's runner does not score given ids: found out and left."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from mrpo.data.rendering import RenderedPair
 from mrpo.errors import UserError
-from mrpo.precompute.engines.protocol import EngineSettings, ScoredPair
+from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
 from mrpo.precompute.engines.requests import Request
 from mrpo.precompute.engines.vllm import VllmEngine, _arguments, _lora_arguments
 
@@ -25,7 +25,7 @@ CLOSE = 1e-3  # nats, of a whole sequence
 
 @pytest.mark.vllm
 def test_every_corner_pair_is_as_one_response_at_a_time(
-    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[ScoredPair], differ: Any
+    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
 ) -> None:
     scored = vllm_engine.score(corner_pairs)
     assert differ(scored, expected) < CLOSE
@@ -37,7 +37,7 @@ def test_every_corner_pair_is_as_one_response_at_a_time(
 
 @pytest.mark.vllm
 def test_rows_that_the_cache_swallows_are_asked_for_again(
-    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[ScoredPair], differ: Any
+    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
 ) -> None:
     """The second time every block is cached, that of the responses too."""
     vllm_engine.score(corner_pairs)
@@ -48,7 +48,7 @@ def test_rows_that_the_cache_swallows_are_asked_for_again(
 
 @pytest.mark.vllm
 def test_order_and_neighbours_change_nothing(
-    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[ScoredPair], differ: Any
+    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
 ) -> None:
     places = random.Random(1).sample(range(len(corner_pairs)), 60)
     scored = vllm_engine.score([corner_pairs[place] for place in places])

@@ -15,7 +15,7 @@ from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.method.fitted import fit_weights
 from mrpo.method.grammar import parse_method
-from mrpo.train.dataset import ScoredPairs, stacked
+from mrpo.train.dataset import TrainingPairs, stacked
 from mrpo.train.run import train
 
 ALIASES = ["llama", "mistral", "qwen"]
@@ -30,7 +30,7 @@ def joined(
     return pairs, join(pairs, store, records, tmp_path_factory.mktemp("fraction") / "scores")
 
 
-def rows_of(source: ScoredPairs) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+def rows_of(source: TrainingPairs) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """(shard, row) of the pairs to train on, and of those held out."""
     training, held_out, unusable = source.usable(parse_method("mrpo", ALIASES))
     assert unusable == 0
@@ -43,7 +43,7 @@ def rows_of(source: ScoredPairs) -> tuple[set[tuple[int, int]], set[tuple[int, i
 def test_fractions_are_nested_and_leave_the_held_out_pairs_alone(
     joined: tuple[PairShards, JoinedScores],
 ) -> None:
-    parts = [rows_of(ScoredPairs(*joined, False, fraction)) for fraction in (0.2, 0.6, 1.0)]
+    parts = [rows_of(TrainingPairs(*joined, False, fraction)) for fraction in (0.2, 0.6, 1.0)]
     training, held_out = zip(*parts)
     assert training[0] < training[1] < training[2]
     assert held_out[0] == held_out[1] == held_out[2]
@@ -60,7 +60,7 @@ def test_fractions_are_nested_and_leave_the_held_out_pairs_alone(
 def test_weights_are_learned_from_the_fraction_alone(
     joined: tuple[PairShards, JoinedScores],
 ) -> None:
-    source = ScoredPairs(*joined, prompt_numbers=True, fraction=0.6)
+    source = TrainingPairs(*joined, prompt_numbers=True, fraction=0.6)
     training, _, _ = source.usable(parse_method("mrpo", ALIASES))
     scores = stacked([(source.scores(n)[0], rows) for n, rows in enumerate(training)])
     chosen, rejected = scores.reference_logps([0, 1, 2], "none")
@@ -74,7 +74,7 @@ def test_a_run_trains_on_the_fraction_and_says_so(
 ) -> None:
     config = inputs.config(tmp_path / "run", max_steps=None, train_fraction=0.6)
     train(config)
-    taken = len(rows_of(ScoredPairs(*scores_of(config), False, 0.6))[0])
+    taken = len(rows_of(TrainingPairs(*scores_of(config), False, 0.6))[0])
     assert f"pairs       {taken} to train on" in capsys.readouterr().out
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "| train_fraction | 0.6 |" in card

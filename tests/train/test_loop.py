@@ -18,7 +18,7 @@ from mrpo.data.rendering import RenderedSequence, Renderer
 from mrpo.data.shards import PairShards
 from mrpo.errors import UserError
 from mrpo.method.grammar import parse_method
-from mrpo.train.dataset import ScoredPairs
+from mrpo.train.dataset import TrainingPairs
 from mrpo.train.forward import PairForward
 from mrpo.train.loop import learning_rate, total_steps
 from mrpo.train.run import train
@@ -70,7 +70,7 @@ def test_three_steps_are_those_of_the_formula(inputs: Any, tmp_path: Path) -> No
     schedule = get_cosine_schedule_with_warmup(optimizer, 2, 3)
 
     scores = JoinedScores(tmp_path / "run" / "scores")
-    source = ScoredPairs(PairShards(config.pairs), scores, prompt_numbers=False)
+    source = TrainingPairs(PairShards(config.pairs), scores, prompt_numbers=False)
     method = parse_method("mrpo", scores.aliases)
     training, _, _ = source.usable(method)
     renderer = Renderer.load(folder)

@@ -12,19 +12,19 @@ from mrpo.data.join import join
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.method.grammar import parse_method
-from mrpo.train.dataset import ScoredPairs, Window
+from mrpo.train.dataset import TrainingPairs, Window
 
 
 @pytest.fixture
-def source(inputs: Any, tmp_path: Path) -> ScoredPairs:
+def source(inputs: Any, tmp_path: Path) -> TrainingPairs:
     store = Store(inputs.root / "store")
     pairs = PairShards(inputs.root / "pairs")
     records = [store.resolve(alias) for alias in ("llama", "qwen")]
-    return ScoredPairs(pairs, join(pairs, store, records, tmp_path / "scores"), False)
+    return TrainingPairs(pairs, join(pairs, store, records, tmp_path / "scores"), False)
 
 
 def test_rows_taken_from_a_window_are_those_of_their_shards_in_the_order_asked(
-    source: ScoredPairs,
+    source: TrainingPairs,
 ) -> None:
     assert source.num_shards > 1
     rows = [np.arange(count)[::-2] for count in source.pairs.rows]
@@ -50,13 +50,13 @@ def test_rows_taken_from_a_window_are_those_of_their_shards_in_the_order_asked(
 
 
 def test_a_resumed_run_knows_its_rows_without_reading_the_scores(
-    source: ScoredPairs, monkeypatch: pytest.MonkeyPatch
+    source: TrainingPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = parse_method("mrpo", source.joined.aliases)
     training, held_out, unusable = source.usable(method)
     total = sum(map(len, training)) + sum(map(len, held_out)) + unusable
     assert total == source.pairs.num_pairs
-    monkeypatch.setattr(ScoredPairs, "scores", lambda *_: pytest.fail("read the scores"))
+    monkeypatch.setattr(TrainingPairs, "scores", lambda *_: pytest.fail("read the scores"))
     again = source.usable(method, resumed=True)
     for ours, theirs in zip((training, held_out), again[:2]):
         assert [rows.tolist() for rows in ours] == [rows.tolist() for rows in theirs]

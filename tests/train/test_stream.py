@@ -17,7 +17,7 @@ from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.method.grammar import parse_method
-from mrpo.train.dataset import ScoredPairs
+from mrpo.train.dataset import TrainingPairs
 from mrpo.train.stream import PairStream, Prefetch, StepBatch, window
 
 SIZES = st.lists(st.integers(0, 9), max_size=6)
@@ -56,12 +56,12 @@ def test_window_mixes_rows_of_its_shards() -> None:
 
 
 @pytest.fixture(scope="module")
-def source(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> ScoredPairs:
+def source(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainingPairs:
     store = Store(inputs.root / "store")
     pairs = PairShards(inputs.root / "pairs")
     records = [store.resolve(alias) for alias in ("llama", "qwen")]
     out = tmp_path_factory.mktemp("joined") / "scores"
-    return ScoredPairs(pairs, join(pairs, store, records, out), prompt_numbers=False)
+    return TrainingPairs(pairs, join(pairs, store, records, out), prompt_numbers=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def renderer(inputs: Any) -> Renderer:
     return Renderer.load(inputs.references["qwen"])
 
 
-def stream(source: ScoredPairs, renderer: Renderer, **changes: Any) -> PairStream:
+def stream(source: TrainingPairs, renderer: Renderer, **changes: Any) -> PairStream:
     method = parse_method("mrpo", source.joined.aliases)
     training, _, _ = source.usable(method)
     given: dict[str, Any] = {
@@ -87,7 +87,7 @@ def contents(batch: StepBatch) -> tuple[Any, ...]:
 
 
 def test_reading_on_from_any_batch_gives_the_same_rest(
-    source: ScoredPairs, renderer: Renderer
+    source: TrainingPairs, renderer: Renderer
 ) -> None:
     whole = list(stream(source, renderer).batches())
     assert whole[0].dropped or whole[-1].dropped
@@ -97,7 +97,7 @@ def test_reading_on_from_any_batch_gives_the_same_rest(
 
 
 def test_batches_run_on_across_epochs_and_only_the_last_is_short(
-    source: ScoredPairs, renderer: Renderer
+    source: TrainingPairs, renderer: Renderer
 ) -> None:
     read = stream(source, renderer, limits={}, total_rows=90)
     batches = list(read.batches())
@@ -110,7 +110,7 @@ def test_batches_run_on_across_epochs_and_only_the_last_is_short(
     assert [batches[at].position.epoch for at in (rows // 4 - 1, rows // 4)] == [0, 1]
 
 
-def test_batch_holds_its_pairs_own_scores(source: ScoredPairs, renderer: Renderer) -> None:
+def test_batch_holds_its_pairs_own_scores(source: TrainingPairs, renderer: Renderer) -> None:
     scores = {}
     for shard in range(source.num_shards):
         table = source.joined.table(shard).to_pydict()
@@ -122,7 +122,7 @@ def test_batch_holds_its_pairs_own_scores(source: ScoredPairs, renderer: Rendere
 
 
 def test_long_pairs_are_dropped_whole_and_counted_once(
-    source: ScoredPairs, renderer: Renderer
+    source: TrainingPairs, renderer: Renderer
 ) -> None:
     rows = stream(source, renderer).epoch_rows
     all_batches = stream(source, renderer, limits={}, total_rows=rows).batches()
@@ -136,14 +136,14 @@ def test_long_pairs_are_dropped_whole_and_counted_once(
 
 @pytest.mark.parametrize("total_rows", [10, 2**62])
 def test_stream_without_a_pair_left_is_refused(
-    source: ScoredPairs, renderer: Renderer, total_rows: int
+    source: TrainingPairs, renderer: Renderer, total_rows: int
 ) -> None:
     none_left = stream(source, renderer, limits={"beyond_context": 5}, total_rows=total_rows)
     with pytest.raises(UserError, match=r"no pair is left .*beyond_context"):
         list(none_left.batches())
 
 
-def test_nothing_is_left_behind_the_last_batch(source: ScoredPairs, renderer: Renderer) -> None:
+def test_nothing_is_left_behind_the_last_batch(source: TrainingPairs, renderer: Renderer) -> None:
     read = stream(source, renderer)
     last = list(read.batches())[-1]
     assert list(read.batches(last.position, last.dropped)) == []
@@ -168,8 +168,8 @@ def test_closed_prefetch_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_other_pairs_than_those_joined_are_refused(source: ScoredPairs) -> None:
+def test_other_pairs_than_those_joined_are_refused(source: TrainingPairs) -> None:
     other = PairShards(source.pairs.path)
     other.rows = [number - 1 for number in other.rows]
     with pytest.raises(UserError, match="joined to other pairs"):
-        ScoredPairs(other, JoinedScores(source.joined.path), prompt_numbers=False)
+        TrainingPairs(other, JoinedScores(source.joined.path), prompt_numbers=False)

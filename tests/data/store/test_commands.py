@@ -19,7 +19,7 @@ from mrpo.data.config import (
 )
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
-from mrpo.data.store import ReferenceScores, Store, open_store
+from mrpo.data.store import ScoreFiles, Store, open_store
 from mrpo.data.store.commands import pull, push, status, verify_digests
 from mrpo.data.store.gc import gc
 from mrpo.errors import UserError
@@ -89,9 +89,9 @@ def test_references_that_scored_the_same_shards_are_looked_up_once(
         for shard in shards:
             store.scores(record.identity).add(make.scores(pairs.pair_ids(shard), first=-len(name)))
     looked = []
-    missing = ReferenceScores.missing
+    missing = ScoreFiles.missing
     monkeypatch.setattr(
-        ReferenceScores, "missing", lambda *given, **how: looked.append(1) or missing(*given, **how)
+        ScoreFiles, "missing", lambda *given, **how: looked.append(1) or missing(*given, **how)
     )
     status(StatusConfig(store=store.root, pairs=str(pairs.path)))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]

@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mrpo.data.store import LocalFiles, ReferenceScores, Store
+from mrpo.data.store import LocalFiles, ScoreFiles, Store
 from mrpo.data.store import files as store_files
 from mrpo.data.store.files import open_files
 from mrpo.errors import UserError
 
 
 @pytest.fixture
-def scores(tmp_path: Path, make: Any) -> ReferenceScores:
+def scores(tmp_path: Path, make: Any) -> ScoreFiles:
     store = Store(tmp_path / "store")
     return store.scores(store.record(make.record()).identity)
 
 
-def folder_of(scores: ReferenceScores, tmp_path: Path) -> Path:
+def folder_of(scores: ScoreFiles, tmp_path: Path) -> Path:
     return next((tmp_path / "store").glob("*/scores"))
 
 
 def test_any_flipped_bit_is_noticed_and_only_its_file_is_set_aside(
-    scores: ReferenceScores, tmp_path: Path, make: Any
+    scores: ScoreFiles, tmp_path: Path, make: Any
 ) -> None:
     ids = make.ids(40)
     bad, good = scores.add(make.scores(ids[:20])), scores.add(make.scores(ids[20:]))
@@ -55,7 +55,7 @@ def test_any_flipped_bit_is_noticed_and_only_its_file_is_set_aside(
 
 @pytest.mark.parametrize("keep", [0, 3, 0.5, -1])
 def test_a_torn_file_is_damage_and_readers_say_so(
-    scores: ReferenceScores, tmp_path: Path, make: Any, keep: float
+    scores: ScoreFiles, tmp_path: Path, make: Any, keep: float
 ) -> None:
     name = scores.add(make.scores(make.ids(20)))
     path = folder_of(scores, tmp_path) / name
@@ -67,7 +67,7 @@ def test_a_torn_file_is_damage_and_readers_say_so(
 
 
 def test_a_file_that_goes_unreadable_is_damage(
-    scores: ReferenceScores, tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+    scores: ScoreFiles, tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = scores.add(make.scores(make.ids(20)))
 
@@ -79,7 +79,7 @@ def test_a_file_that_goes_unreadable_is_damage(
 
 
 def test_a_file_whose_pages_do_not_decode_is_damage_to_every_reader(
-    scores: ReferenceScores, tmp_path: Path, make: Any
+    scores: ScoreFiles, tmp_path: Path, make: Any
 ) -> None:
     name = scores.add(make.scores(make.ids(500)))
     path = folder_of(scores, tmp_path) / name
@@ -97,7 +97,7 @@ def test_a_file_whose_pages_do_not_decode_is_damage_to_every_reader(
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_failed_write_leaves_nothing(
-    scores: ReferenceScores,
+    scores: ScoreFiles,
     tmp_path: Path,
     make: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -177,7 +177,7 @@ def test_a_writer_killed_around_fsync_and_rename_leaves_all_or_nothing(
 
 
 def test_a_temporary_file_left_by_a_kill_is_no_score_file(
-    scores: ReferenceScores, tmp_path: Path, make: Any
+    scores: ScoreFiles, tmp_path: Path, make: Any
 ) -> None:
     name = scores.add(make.scores(make.ids(2)))
     (folder_of(scores, tmp_path) / ".tmp-1-aa").write_bytes(b"PAR1")
@@ -196,7 +196,7 @@ UNIT = "c" * 32
 
 
 def test_a_lease_is_held_against_other_processes_and_gone_with_its_own(
-    scores: ReferenceScores, tmp_path: Path
+    scores: ScoreFiles, tmp_path: Path
 ) -> None:
     identity = next((tmp_path / "store").iterdir()).name
     with scores.lease(UNIT) as held:
@@ -240,7 +240,7 @@ print(done)
 
 
 def test_two_processes_share_the_work_and_no_row_stands_twice(
-    scores: ReferenceScores, tmp_path: Path, make: Any
+    scores: ScoreFiles, tmp_path: Path, make: Any
 ) -> None:
     identity = next((tmp_path / "store").iterdir()).name
     children = [

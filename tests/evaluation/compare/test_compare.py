@@ -19,7 +19,19 @@ from mrpo.evaluation.compare.results import Comparison, read_comparison
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
-WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
+WORDS = [
+    "Paris",
+    "is",
+    "the",
+    "capital",
+    "of",
+    "France",
+    "she",
+    "sells",
+    "two",
+    "eggs",
+    "thanks",
+]
 METHODS, FRACTIONS = ("dpo:llama", "mrpo"), (0.5, 1.0)
 TRAINING = (
     "--device",
@@ -138,7 +150,7 @@ def test_numbers_are_those_of_train_and_evaluate_by_hand(
     expected = {name: one["value"] for name, one in policy["overall"]["accuracy"].items()}
     assert run.accuracy == expected
     results = {
-        result.yardstick: result.accuracy.value
+        result.metric: result.accuracy.value
         for result in compared.comparison.results
         if (result.method, result.fraction) == ("mrpo", 0.5)
     }

@@ -9,7 +9,7 @@ import pytest
 
 from mrpo.evaluation.compare import verdict as verdict_module
 from mrpo.evaluation.compare.outcome import Draws, Standing, growth, resample, standing
-from mrpo.evaluation.compare.verdict import Outcome, verdict
+from mrpo.evaluation.compare.verdict import ComparisonOutcome, verdict
 
 METHODS = ["dpo:llama", "dpo:qwen", "mrpo"]
 SINGLE = [True, True, False]
@@ -32,9 +32,9 @@ def judged(right: np.ndarray, prompts: np.ndarray | None = None) -> Standing:
     return standing(draws, 0, METHODS, SINGLE)
 
 
-def outcome(*standings: Standing, **changes: object) -> Outcome:
+def outcome(*standings: Standing, **changes: object) -> ComparisonOutcome:
     given = {
-        "yardsticks": ["reward"],
+        "metrics": ["reward"],
         "fractions": [1.0],
         "standings": {"reward": list(standings)},
         "references": REFERENCES,
@@ -43,7 +43,7 @@ def outcome(*standings: Standing, **changes: object) -> Outcome:
         "seeds": 3,
         "missing": 0,
     }
-    return Outcome(**{**given, **changes})  # type: ignore[arg-type]
+    return ComparisonOutcome(**{**given, **changes})  # type: ignore[arg-type]
 
 
 def test_the_examples_give_what_they_say() -> None:
@@ -145,7 +145,7 @@ def test_another_yardstick_with_another_answer_is_said() -> None:
     better = judged(simulated([0.5, 0.6, 0.75], 4))
     worse = judged(simulated([0.5, 0.8, 0.7], 5))
     both = {"reward": [worse], "likelihood per token": [better]}
-    lines = verdict(outcome(yardsticks=list(both), standings=both))
+    lines = verdict(outcome(metrics=list(both), standings=both))
     assert any(
         line.startswith("Judged by likelihood per token instead, several references do beat one")
         for line in lines

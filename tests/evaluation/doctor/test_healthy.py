@@ -13,14 +13,14 @@ from mrpo.data.store import Store
 from mrpo.evaluation.doctor.checks import check_scores
 from mrpo.evaluation.doctor.doctor import doctor
 from mrpo.evaluation.figures import figures
-from mrpo.evaluation.score_table import ScoreTable, load_scores
+from mrpo.evaluation.score_table import ScoreTable, load_score_table
 from mrpo.tests.evaluation.doctor import faulty
 from mrpo.tests.evaluation.trained import Clinic, open_clinic
 
 
 def loaded(clinic: Clinic, store: Store) -> ScoreTable:
     records = [store.resolve(alias, clinic.specs()) for alias in clinic.models]
-    return load_scores(clinic.shards, store, records)
+    return load_score_table(clinic.shards, store, records)
 
 
 def part(table: ScoreTable, rows: np.ndarray, columns: list[int]) -> ScoreTable:

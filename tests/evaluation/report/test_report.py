@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mrpo.evaluation.compare.outcome import WORDS, resample, standing
-from mrpo.evaluation.compare.results import Comparison, Result, RunResult, Scoring
+from mrpo.evaluation.compare.outcome import METRIC_WORDS, resample, standing
+from mrpo.evaluation.compare.results import Comparison, Result, RunResult, ScoringCost
 from mrpo.evaluation.intervals import Interval
 from mrpo.evaluation.report.charts import (
     Curve,
-    Grid,
+    Heatmap,
     Lines,
     Range,
     Ranges,
@@ -120,7 +120,7 @@ def a_comparison(root: Path) -> Comparison:
     draws = resample(right, np.arange(50), 200)
     single = [len(names) == 1 for names in METHODS.values()]
     results = []
-    for yardstick in WORDS:
+    for metric in METRIC_WORDS:
         for at, fraction in enumerate((0.2, 1.0)):
             found = standing(draws, at, list(METHODS), single)
             for method in METHODS:
@@ -129,7 +129,7 @@ def a_comparison(root: Path) -> Comparison:
                     Result(
                         method=method,
                         fraction=fraction,
-                        yardstick=yardstick,
+                        metric=metric,
                         accuracy=found.accuracy[method],
                         seed_spread=math.nan,
                         gain=gain.gain if gain else None,
@@ -143,7 +143,7 @@ def a_comparison(root: Path) -> Comparison:
             seed=seed,
             folder=str(root / "cells" / method / f"{fraction}" / f"seed-{seed}"),
             identity="0" * 32,
-            accuracy=dict.fromkeys(WORDS, 0.5),
+            accuracy=dict.fromkeys(METRIC_WORDS, 0.5),
             pairs=70.0,
             seconds=3.5,
             pairs_per_second=20.0,
@@ -156,8 +156,8 @@ def a_comparison(root: Path) -> Comparison:
         base="llama",
         pairs=50,
         prompts=50,
-        yardstick="reward",
-        yardsticks=dict(WORDS),
+        metric="reward",
+        metrics=dict(METRIC_WORDS),
         methods=list(METHODS),
         references=METHODS,
         fractions=[0.2, 1.0],
@@ -167,7 +167,7 @@ def a_comparison(root: Path) -> Comparison:
         growth={},
         runs=runs,
         missing=[],
-        scoring=[Scoring(alias="llama", pairs=120, tokens=4000, seconds=math.nan)],
+        scoring=[ScoringCost(alias="llama", pairs=120, tokens=4000, seconds=math.nan)],
         verdict=[f"One reference is enough here: {EVIL}"],
     )
 
@@ -279,8 +279,8 @@ def test_a_drawing_leaves_gaps_where_nothing_is_known_and_escapes_names() -> Non
         Lines(title="t", x_label="x", y_label="y", curves=[Curve(name="a", x=[5], y=[0.0])]),
         Ranges(title="t", x_label="x", rows=[]),
         Ranges(title="t", x_label="x", rows=[Range(name="a", value=Interval(1, math.nan, 1))]),
-        Grid(title="t", rows=[], columns=[], values=[]),
-        Grid(title="t", rows=["a" * 50], columns=["b"], values=[[math.nan]]),
+        Heatmap(title="t", rows=[], columns=[], values=[]),
+        Heatmap(title="t", rows=["a" * 50], columns=["b"], values=[[math.nan]]),
     ],
     ids=lambda chart: type(chart).__name__,
 )
