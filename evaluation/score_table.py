@@ -127,8 +127,12 @@ def load_score_table(
 
 
 def pairs_at(pairs: PairShards, places: np.ndarray) -> list[Pair]:
-    """The pairs at the given places [n, 2], in that order."""
-    return [pairs.pairs(int(shard), [int(row)])[0] for shard, row in places]
+    """The pairs at the given places [n, 2], in that order; reads each shard once."""
+    by_place: dict[tuple[int, int], Pair] = {}
+    for shard in np.unique(places[:, 0]).tolist():
+        rows = places[places[:, 0] == shard, 1].tolist()
+        by_place |= zip([(shard, row) for row in rows], pairs.pairs(shard, rows))
+    return [by_place[shard, row] for shard, row in places.tolist()]
 
 
 def _read_pairs(

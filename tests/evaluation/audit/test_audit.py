@@ -111,7 +111,7 @@ def test_a_reviewed_table_enters_the_next_run(mrpo: Run, audited: Scored, tmp_pa
     assert ran.code == 0, ran.err
     assert "review  1 excluded, 1 flipped" in ran.out
     after = PairShards(tmp_path / "pairs")
-    ids = {one.hex() for one in (bytes(row) for row in after.pair_ids(0))}
+    ids = {bytes(pair_id).hex() for pair_id in after.pair_ids(0)}
     gone = [line["pair_id"] in ids for line in table]
     assert gone == [False, False] + [True] * (len(table) - 2)
     refused = mrpo("audit", "--refs", "llama", *audited.flags, "--out", tmp_path / "audit.csv")
