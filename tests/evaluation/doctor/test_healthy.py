@@ -102,7 +102,7 @@ def test_the_command_writes_what_it_prints_and_says_so(
 ) -> None:
     clinic.specs()
     healthy = clinic.config(clinic.store(tmp_path / "healthy"))
-    assert doctor(healthy) == 0
+    assert doctor(healthy).exit_code == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == healthy.out
     content = json.loads(Path(healthy.out).read_text(encoding="utf-8"))
@@ -110,5 +110,5 @@ def test_the_command_writes_what_it_prints_and_says_so(
     assert content["references"][0]["first_loss"] == pytest.approx(np.log(2))
     assert Path(healthy.out).with_suffix(".yaml").is_file()
     swapped = clinic.store(tmp_path / "swapped", qwen=faulty.swapped(clinic.scores["qwen"]))
-    assert doctor(clinic.config(swapped)) == 1
+    assert doctor(clinic.config(swapped)).exit_code == 1
     assert "chosen and rejected were exchanged" in capsys.readouterr().out
