@@ -31,6 +31,10 @@ from .findings import Finding
 from .probe import REFUTED, ProbeReport, probe
 from .verdicts import Advice, Verdict, advise, verdicts
 
+MARGINS = "summed margins, log pi(chosen) - log pi(rejected)"
+AGREEMENT = "pairs on which two references agree, % (correlation of their margins)"
+DOMINANCE = "pairs that a reference decides alone, %"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
@@ -147,14 +151,12 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     total = f" of {diagnosis.of_pairs:,}" if diagnosis.of_pairs > diagnosis.pairs else ""
     base = references[0].alias
     yield f"{diagnosis.pairs:,}{total} pairs, {len(references)} references, base {base}"
-    yield from _table("", _likelihood(references))
-    yield from _table("summed margins, log pi(chosen) - log pi(rejected)", _margins(references))
+    tables = {"": likelihood_rows(references), MARGINS: margin_rows(references)}
     if len(references) > 1:
-        yield from _table(
-            "pairs on which two references agree, % (correlation of their margins)",
-            _agreement(references),
-        )
-        yield from _table("pairs that a reference decides alone, %", _dominance(references))
+        tables |= {AGREEMENT: _agreement(references), DOMINANCE: _dominance(references)}
+    for title, rows in tables.items():
+        yield from ["", title] if title else [""]
+        yield from table_lines(rows)
     if diagnosis.probes:
         yield ""
         yield from map(_probe_line, diagnosis.probes)
@@ -174,14 +176,8 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"first loss  {diagnosis.first_loss:.3f} for mrpo with all of them; DPO's is 0.693"
 
 
-def _table(title: str, rows: Rows) -> Iterator[str]:
-    yield ""
-    if title:
-        yield title
-    yield from table_lines(rows)
-
-
-def _likelihood(references: Sequence[ReferenceFigures]) -> Rows:
+def likelihood_rows(references: Sequence[ReferenceFigures]) -> Rows:
+    """How likely the responses are, and how often the chosen one is the likelier."""
     accuracies = [f"accuracy {unit}, %" for unit in UNITS.values()]
     heading = ["reference", "pairs", "bits/byte chosen", "rejected", "nats/token", *accuracies]
     rows = [
@@ -198,13 +194,11 @@ def _likelihood(references: Sequence[ReferenceFigures]) -> Rows:
     return [heading, *rows]
 
 
-def _margins(references: Sequence[ReferenceFigures]) -> Rows:
+def margin_rows(references: Sequence[ReferenceFigures]) -> Rows:
+    """The summed margins, what moves them, and what is missing."""
     heading = ["reference", "mean", "scale", "by length", "CTRO moves", "per byte", "first loss"]
-    heading += ["end of turn", "boundary", "missing"]
-    rows = []
-    for reference in references:
-        missing = ", ".join(f"{count:,} {reason}" for reason, count in reference.missing.items())
-        row = [
+    rows = [
+        [
             reference.alias,
             f"{reference.margin:.1f}",
             f"{reference.margin_scale:.1f}",
@@ -214,33 +208,31 @@ def _margins(references: Sequence[ReferenceFigures]) -> Rows:
             f"{reference.first_loss:.3f}",
             _percent(reference.end_of_turn),
             _percent(reference.boundary),
-            missing or "none",
+            ", ".join(f"{count:,} {reason}" for reason, count in reference.missing.items())
+            or "none",
         ]
-        rows.append(row)
-    return [heading, *rows]
+        for reference in references
+    ]
+    return [[*heading, "end of turn", "boundary", "missing"], *rows]
 
 
 def _agreement(references: Sequence[ReferenceFigures]) -> Rows:
-    names = [reference.alias for reference in references]
-
-    def cell(reference: ReferenceFigures, name: str) -> str:
-        if name == reference.alias:
-            return "–"
-        return f"{100 * reference.agreement[name]:.0f} ({reference.correlation[name]:.2f})"
-
-    rows = [
-        [reference.alias, *(cell(reference, name) for name in names)] for reference in references
-    ]
-    return [["", *names], *rows]
+    rows = [["", *(reference.alias for reference in references)]]
+    for reference in references:
+        cells = {
+            name: f"{100 * share:.0f} ({reference.correlation[name]:.2f})"
+            for name, share in reference.agreement.items()
+        }
+        rows.append([reference.alias, *(cells.get(name, "–") for name in rows[0][1:])])
+    return rows
 
 
 def _dominance(references: Sequence[ReferenceFigures]) -> Rows:
-    kinds = list(references[0].dominance)
     rows = [
-        [reference.alias, *(f"{100 * reference.dominance[kind]:.0f}" for kind in kinds)]
+        [reference.alias, *(f"{100 * share:.0f}" for share in reference.dominance.values())]
         for reference in references
     ]
-    return [["weights of ARWC", *kinds], *rows]
+    return [["weights of ARWC", *references[0].dominance], *rows]
 
 
 def _probe_line(report: ProbeReport) -> str:
