@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 TEMPORARY = ".tmp-"  # begins the name of a file that is still being written
 
 
@@ -59,6 +61,18 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # an array or a number of numpy's
         return to_json(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def output_file(out: str, flag: str = "--out", suffix: str = ".json") -> Path:
+    """The path of a file to write, its folder made; `UserError` where it can't be written."""
+    path = Path(out).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {out}: {error.strerror}; name another file") from None
+    if path.suffix != suffix or path.is_dir():
+        raise UserError(f"{flag} {out}: must be a {suffix} file; name it like {path.stem}{suffix}")
+    return path
 
 
 @contextlib.contextmanager

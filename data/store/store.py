@@ -139,6 +139,11 @@ class Store:
         assert IDENTITY.fullmatch(identity), identity
         return ScoreFiles(self.files, identity)
 
+    @property
+    def policies(self) -> Store:
+        """Scores of trained policies: a store of its own in the folder `policies`."""
+        return Store(f"{self.root}/policies")
+
     def identities(self) -> list[str]:
         return [name for name in self.files.folders() if IDENTITY.fullmatch(name)]
 
