@@ -32,6 +32,7 @@ from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
 from .engines.protocol import Engine, Logps, PairTokenLogps, Progress
+from .process import Report
 
 BEYOND_CONTEXT = "beyond_context"
 
@@ -148,7 +149,6 @@ def _counts(pair: RenderedPair) -> dict[str, Any]:
     }
 
 
-Report = Callable[[dict[str, Any]], None]
 POLL = 1.0  # seconds between two looks at shards that other processes hold
 TELL = 0.2  # seconds between two reports of progress inside a shard
 

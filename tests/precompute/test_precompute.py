@@ -15,8 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mrpo.errors import UserError
-from mrpo.precompute import preflight
-from mrpo.precompute import reference_run as process
+from mrpo.precompute import preflight, process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 
@@ -41,7 +40,7 @@ def test_three_references_then_nothing(
     (logs,) = Path(workspace.store.root, "logs").iterdir()
     assert yaml.safe_load((logs / "precompute.yaml").read_text())["refs"] == "llama,mistral,qwen"
 
-    monkeypatch.setattr(process, "COMMAND", FORBIDDEN)
+    monkeypatch.setattr(process, "PYTHON", FORBIDDEN)
     assert precompute(workspace.config()) == 0
     assert "llama: 0 pairs scored; 20 from the store" in capsys.readouterr().out
 
@@ -49,7 +48,7 @@ def test_three_references_then_nothing(
 def test_a_dry_run_counts_everything_and_writes_nothing(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "COMMAND", FORBIDDEN)
+    monkeypatch.setattr(process, "PYTHON", FORBIDDEN)
     data = rows(10)
     data[0]["chosen"][0]["content"] = "word " * 1200  # the context is 1,024 tokens
     data[1]["chosen"][0]["content"] = "word " * 120
