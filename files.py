@@ -63,15 +63,19 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def output_file(out: str, flag: str = "--out", suffix: str = ".json") -> Path:
-    """The path of a file to write, its folder made; `UserError` where it can't be written."""
+def output_file(out: str | Path, suffix: str) -> Path:
+    """The path of a result that a command will write, its folder made.
+
+    Raises `UserError` for a path that is a folder or does not end with `suffix`, and where its
+    folder cannot be made.
+    """
     path = Path(out).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {out}: {error.strerror}; name another file") from None
     if path.suffix != suffix or path.is_dir():
-        raise UserError(f"{flag} {out}: must be a {suffix} file; name it like {path.stem}{suffix}")
+        raise UserError(f"--out {out}: must be a {suffix} file; name one like {path.stem}{suffix}")
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name another file") from None
     return path
 
 

@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Raises `UserError` where the base lacks scores, or a policy can't be loaded or scored.
     """
-    out = output_file(config.out)
+    out = output_file(config.out, ".json")
     runs = comma_separated(config.runs)
     inputs = _inputs(config, [run_settings(run) for run in runs])
     policies = [policy_at(path) for path in comma_separated(config.policies)]

@@ -1,8 +1,8 @@
 """Policies to evaluate, scored as stage one scores references.
 
-A policy is a model folder, a PEFT adapter's folder, a Hub id or a finished run. `score_policies`
-keeps their scores in `store.policies`, apart from the references', under identities of their own:
-a policy whose weights did not change is never scored again.
+A policy is a model folder, a PEFT adapter's folder, a Hub id or a finished run. Its scores are
+kept in `store.policies`, apart from the references', under an identity of its own: a policy whose
+weights did not change is never scored again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,137 @@ from ..train.run_folder import RunFolder
 from ..train.start import POLICY
 
 ADAPTER_CONFIG, TEMPLATE = "adapter_config.json", "chat_template.jinja"
-ALIAS_LENGTH = 48  # leaves room for a number
+ALIAS_LENGTH = 48  # characters of a policy's name that become its alias
 
 
-def policy_at(path: str, name: str | None = None, kwargs: dict[str, Any] | None = None) -> Policy:
-    """The policy that a path or a Hub id names; a folder with an adapter needs its base model."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """A model to evaluate."""
+
+    name: str
+    model: str  # a folder or a Hub id
+    revision: str | None = None
+    adapter: str | None = None  # a folder
+    chat_template: str | None = None  # the template's text, where it is not the model's own
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def reference(self, alias: str) -> ReferenceSpec:
+        """The policy as a reference that stage one can score."""
+        return ReferenceSpec(
+            alias=alias,
+            model=self.model,
+            revision=self.revision,
+            adapter=self.adapter,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+
+def policy_at(
+    path: str, name: str | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Policy:
+    """The policy at a path or on the Hub; `kwargs` are for its chat template.
+
+    A folder that holds a PEFT adapter also needs the adapter's base model.
+    """
+    if "://" in path:  # a URL could carry a token, so it is not repeated
+        raise UserError("--policies: one of them is a URL; name a folder or a Hub id (org/name)")
     folder = Path(path).expanduser()
-    name = name or path
-    if not folder.is_dir():
-        return Policy(name=name, model=path, chat_template_kwargs=kwargs or {})
+    model = str(folder.resolve()) if folder.is_dir() else path
     if not (folder / ADAPTER_CONFIG).is_file():
-        return Policy(name=name, model=str(folder.resolve()), chat_template_kwargs=kwargs or {})
+        return Policy(name=name or path, model=model, chat_template_kwargs=kwargs or {})
+    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = adapter["base_model_name_or_path"]
+    template = folder / TEMPLATE  # its base model may have another one, or none
+    return Policy(
+        name=name or path,
+        model=str(Path(base).resolve()) if Path(base).is_dir() else base,
+        revision=adapter.get("revision"),
+        adapter=model,
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        chat_template_kwargs=kwargs or {},
+    )
+
+
+def policy_of_run(run: str | Path, name: str) -> Policy:
+    """The model of a finished run, with pairs rendered as in training."""
+    folder = RunFolder(Path(run))
+    if not folder.finished:
+        raise UserError(
+            f"--runs {run}: no {folder.model.name}/ there yet; finish the run with "
+            "`mrpo train --resume`"
+        )
+    saved = checkpoints(folder.checkpoints)
+    kwargs = saved[-1].settings[POLICY]["chat_template_kwargs"] if saved else {}
+    return policy_at(str(folder.model), name, kwargs)
+
+
+def run_settings(run: str) -> TrainConfig:
+    """The settings of a run. Raises `UserError` where the folder holds none."""
+    path = RunFolder(Path(run)).settings
+    if not path.is_file():
+        raise UserError(f"--runs {run}: no {path.name} there; name folders that `mrpo train` made")
+    return build(TrainConfig, {}, str(path))
+
+
+def run_names(runs: Sequence[str]) -> list[str]:
+    """The end of each run's path, as many parts as it takes to tell the runs apart.
+
+    >>> run_names(["/runs/dpo", "/runs/mrpo"]), run_names(["/dpo/seed-1", "/mrpo/seed-1"])
+    (['dpo', 'mrpo'], ['dpo/seed-1', 'mrpo/seed-1'])
+    """
+    paths = [Path(run).resolve().parts for run in runs]
+    longest = max(map(len, paths), default=1)
+    ends = (["/".join(path[-length:]) for path in paths] for length in range(1, longest + 1))
+    names = next(ends, [])
+    while len(set(names)) < len(set(paths)):
+        names = next(ends)
+    return names
+
+
+def score_policies(
+    policies: Sequence[Policy],
+    pairs: PairShards,
+    store: Store,
+    *,
+    split: Literal["train", "validation"] | None = None,
+    engine: Literal["hf", "vllm", "auto"] = "hf",
+    max_tokens: int | None = None,
+    in_process: bool = False,
+) -> list[ReferenceRecord]:
+    """Score every policy on a split (None: all pairs) where `store` has no scores of it.
+
+    Returns their records in the order of the policies. Progress goes to stderr. Raises `UserError`
+    where a policy can't be scored, or the split has no pairs.
+    """
+    if split is not None and not pairs.manifest.get("splits", {}).get(split, pairs.num_pairs):
+        raise UserError(
+            f"{pairs.path} has no pairs of split {split}; prepare them with "
+            "--validation-fraction, or take --split all"
+        )
+    result = score(
+        [policy.reference(alias) for policy, alias in zip(policies, _aliases(policies))],
+        pairs,
+        store,
+        engine=engine,
+        split=split,
+        in_process=in_process,
+        max_tokens=max_tokens,
+        update_refs=True,  # a policy on the Hub is evaluated at its newest commit
+    )
+    if result.exit_code:
+        raise UserError("not all policies could be scored; see the lines above")
+    return result.records
+
+
+def _aliases(policies: Sequence[Policy]) -> list[str]:
+    """A name for each policy's record: its own, as far as an alias may hold it."""
+    aliases: list[str] = []
+    for policy in policies:
+        short = re.sub(r"[^A-Za-z0-9._-]+", "-", policy.name).strip("-._")[-ALIAS_LENGTH:]
+        short = short.strip("-._") or "policy"
+        alias, number = short, 2
+        while alias in aliases:
+            alias, number = f"{short}-{number}", number + 1
+        aliases.append(alias)
+    return aliases

@@ -192,13 +192,6 @@ def pairs_at(pairs: PairShards, places: np.ndarray) -> list[Pair]:
     return [texts[shard, row] for shard, row in places.tolist()]
 
 
-def places_of(pairs: PairShards, rows: np.ndarray) -> np.ndarray:
-    """The places [n, 2] (shard, row within it) of rows [n] that are counted over all shards."""
-    starts = np.cumsum([0, *pairs.rows])
-    shards = np.searchsorted(starts, rows, side="right") - 1
-    return np.stack([shards, rows - starts[shards]], axis=1)
-
-
 def _read_pairs(
     pairs: PairShards, split: str | None, sample: int | None, seed: int
 ) -> tuple[pa.Table, np.ndarray]:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ..data.ids import IdIndex, ids_to_numpy
 from ..data.prepare import open_pairs
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
-from ..data.store import ScoreFiles, Store, open_store
+from ..data.store import ReferenceRecord, ScoreFiles, Store, open_store
 from ..errors import UserError
 from ..settings import write_resolved
 from .config import PrecomputeConfig
@@ -218,3 +218,70 @@ def _logs(store: Store) -> Path:
     folder = base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder.mkdir(parents=True)
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    records: list[ReferenceRecord]
+    exit_code: int = 0
+
+
+def score(
+    references: Sequence[ReferenceSpec],
+    pairs: PairShards,
+    store: Store,
+    *,
+    engine: str = "auto",
+    split: str | None = None,
+    in_process: bool = False,
+    update_refs: bool = False,
+    max_tokens: int | None = None,
+) -> ScoreResult:
+    """SCAFFOLD."""
+    from ..data.rendering import Renderer
+    from .engines.hf import HfEngine
+    from .preflight import model_context
+    from .scoring import score_rows, sort_out
+
+    records = []
+    for spec in references:
+        resolved = resolve_reference(spec, store.kept_commits(spec), update=update_refs)
+        record = store.record(
+            ReferenceRecord(
+                alias=spec.alias,
+                entry=spec.entry(),
+                inputs=resolved.inputs,
+                resolved_commit=resolved.revision,
+            )
+        )
+        records.append(record)
+        renderer = Renderer.load(
+            resolved.model,
+            revision=resolved.revision,
+            chat_template=spec.chat_template,
+            chat_template_kwargs=dict(spec.chat_template_kwargs),
+        )
+        scores = store.scores(record.identity)
+        hf = None
+        for shard in range(len(pairs.names)):
+            ids = pairs.pair_ids(shard)
+            splits = pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
+            import numpy as np
+
+            places = np.flatnonzero(scores.missing(ids) & ((splits == split) | (split is None)))
+            if not len(places):
+                continue
+            print(f"{spec.alias}: {len(places)} to score", file=sys.stderr)
+            hf = hf or HfEngine(
+                EngineSettings(
+                    alias=spec.alias,
+                    model=resolved.model,
+                    dtype=resolved.dtype,
+                    adapter=resolved.adapter,
+                    max_tokens=max_tokens,
+                )
+            )
+            rendered = renderer.render_many(pairs.pairs(shard, places.tolist()))
+            rows = sort_out(ids[places], rendered, model_context(resolved), None)
+            scores.add(score_rows(rows, hf, keep_token_logps=False, progress=lambda n: None).table)
+    return ScoreResult(records)

@@ -22,10 +22,11 @@ from ...data.references import ReferenceSpec, load_refs
 from ...data.shards import PairShards
 from ...data.store import NotScored, ReferenceRecord, Store, open_store
 from ...errors import UserError
+from ...files import output_file, write_json
 from ...settings import write_resolved
+from ...terminal import Rows, table_lines
 from ..config import DoctorConfig
 from ..figures import UNITS, ReferenceFigures, figures, method_first_loss
-from ..results import Rows, columns, free_path, write_json
 from ..score_table import ScoreTable, load_score_table
 from .checks import check_scores
 from .diagnosis import Advice, Verdict, advise, verdicts
@@ -52,7 +53,7 @@ class Diagnosis:
 
 def doctor(config: DoctorConfig) -> int:
     """Print the diagnosis and write it; 1 where a reference is broken, else 0."""
-    out = free_path(config.out)
+    out = output_file(config.out, ".json")
     diagnosis = diagnose(config)
     for line in diagnosis_lines(diagnosis):
         print(line)
@@ -187,7 +188,7 @@ def _table(title: str, rows: Rows) -> Iterator[str]:
     yield ""
     if title:
         yield title
-    yield from columns(rows)
+    yield from table_lines(rows)
 
 
 def _likelihood(references: Sequence[ReferenceFigures]) -> Rows:

@@ -24,23 +24,23 @@ from markupsafe import Markup
 from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError
+from ...files import write_json
 from ...method.grammar import aliases_of
 from ...settings import build, write_resolved
 from ...train.config import TrainConfig
-from ...train.logs import read_log
+from ...train.run_folder import read_log
 from ..audit.audit import REASONS
 from ..compare.cells import methods_of
 from ..compare.compare import RESULT, SETTINGS, aliases_over
 from ..compare.results import read_comparison
 from ..config import CompareConfig, DoctorConfig, ReportConfig
 from ..doctor.doctor import diagnose
-from ..policies import RESOLVED
-from ..results import write_json
 from ..score_table import load_score_table
 from .charts import Chart, Section, Table, legend, to_svg
 from .references_section import references_section
 from .runs_section import Log, compare_section, logs_by_method, training_section
 
+RESOLVED = "train.yaml"
 TEMPLATE = Path(__file__).with_name("page.html")
 
 

@@ -29,7 +29,7 @@ from mrpo.evaluation.report.charts import (
     to_svg,
 )
 from mrpo.evaluation.report.report import to_html
-from mrpo.evaluation.results import write_json
+from mrpo.files import write_json
 from mrpo.settings import write_resolved
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
