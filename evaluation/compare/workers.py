@@ -52,7 +52,6 @@ class CellRunner:
     base: str  # the reference that rewards are measured from
     devices: Sequence[str | None]  # for each worker its CUDA_VISIBLE_DEVICES; None: as it is
     keep_models: bool = True
-    module: str = WORKER
     _queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = field(default_factory=SimpleQueue)
 
     def run(self, cells: Sequence[Cell]) -> list[Failure]:
@@ -105,7 +104,7 @@ class CellRunner:
             return
         environment = _environment(slot.device, len(self.devices))
         # Whatever goes wrong before the worker opens the cell's log stands there too.
-        slot.worker = WorkerProcess(self.module, job, self._queue, cell.log, environment)
+        slot.worker = WorkerProcess(WORKER, job, self._queue, cell.log, environment)
 
     def _hear(self, slot: _Slot, event: Event | None) -> str | None:
         """The reason why the slot's cell failed, "" where it is finished, None while it runs."""
