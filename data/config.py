@@ -91,6 +91,7 @@ class StatusConfig:
 
     store: Annotated[str | None, STORE] = None
     pairs: Annotated[str | None, "Count what of this folder of pairs is missing for which."] = None
+    policies: Annotated[bool, "Show the trained policies that were scored instead."] = False
 
 
 @dataclass(kw_only=True, slots=True)

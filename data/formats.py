@@ -2,29 +2,23 @@
 
 `sources.py` reads the rows, `prepare.py` writes the pairs. A row is read by what it holds:
 
-- text, with a prompt column or with the prompt as the two texts' common beginning;
-- message lists, which share their leading messages or stand beside a prompt column;
+- text, with a prompt column or with the prompt as the common beginning of the two texts;
+- message lists, which share their leading messages or come with a prompt column;
 - HH-RLHF dialogues ("\\n\\nHuman: …\\n\\nAssistant: …"), which become message lists.
 
-Two exceptions leave here: `Broken` for structure that is wrong (the whole run stops), `Unusable`
-for a row that is well formed but no pair (it is dropped and counted).
+Two exceptions leave this module: `Broken` for invalid structure (the whole run stops), `Unusable`
+for a well-formed row that is no preference pair (it is dropped and counted).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .messages import (
-    Broken,
-    is_dialogue,
-    json_field,
-    opens_dialogue,
-    parse_dialogue,
-    parse_messages,
-)
-from .pairs import Message, Pair, Turns
+from .pairs import Message, Pair, Turns, canonical_json, without_nulls
 
 REASONS = {
     "empty_prompt": "the prompt has no text",
@@ -37,7 +31,17 @@ REASONS = {
     "not_unicode": "the text holds half of a surrogate pair, which UTF-8 cannot encode",
 }
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of HH-RLHF
 COLUMN_FLAGS = "name columns with --prompt-column, --chosen-column and --rejected-column"
+
+
+class Broken(ValueError):
+    """Invalid structure: the field, and what is wrong with it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"field {field!r} {message}")
+        self.field = field
 
 
 class Unusable(Exception):
@@ -263,3 +267,96 @@ def _user(content: str) -> list[Message]:
 
 def _assistant(content: str) -> list[Message]:
     return [{"role": "assistant", "content": content}]
+
+
+def parse_messages(field: str, values: list[Any]) -> list[Message]:
+    """The messages of a list, checked for what every chat template relies on.
+
+    Null fields are removed (Parquet fills the missing fields of a struct with nulls), contents
+    given as text parts are joined, other fields stay as they are. Raises `Broken` naming the
+    field, as in `chosen[2].role`.
+    """
+    return [_message(f"{field}[{index}]", value) for index, value in enumerate(values)]
+
+
+def json_field(field: str, value: Any, kind: type) -> Any:
+    """`tools` (list of objects) or `chat_template_kwargs` (object), also as JSON text.
+
+    None where there is none or it is empty.
+    """
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Broken(field, "is text but not JSON") from None
+    if not value:
+        return None
+    expected = "a list of objects" if kind is list else "an object"
+    if not isinstance(value, kind) or (
+        isinstance(value, list) and not all(isinstance(item, dict) for item in value)
+    ):
+        raise Broken(field, f"must be {expected}")
+    return _plain_json(field, value) or None
+
+
+def _message(field: str, value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise Broken(field, f"must be a message, not {type(value).__name__}")
+    role, content = value.get("role"), value.get("content")
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        wrong = "is missing" if role is None else f"is {str(role)[:40]!r}"
+        raise Broken(f"{field}.role", f"{wrong}; a role is one of {known}")
+    message: Message = {"role": role}
+    if isinstance(content, list):
+        content = _joined(f"{field}.content", content)
+    if isinstance(content, str):
+        message["content"] = content
+    elif content is not None:
+        raise Broken(f"{field}.content", f"must be text, not {type(content).__name__}")
+    elif role != "assistant":  # an assistant's message may be tool calls alone
+        raise Broken(f"{field}.content", "is missing")
+    if len(value) > 2:
+        extra = {key: item for key, item in value.items() if key not in ("role", "content")}
+        message.update(_plain_json(field, extra))
+    return message
+
+
+def _joined(field: str, parts: list[Any]) -> str:
+    """A content of text parts as a single text."""
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise Broken(f"{field}[{index}]", "is not a text part; only text can be scored")
+    return "".join(part["text"] for part in parts)
+
+
+def _plain_json(field: str, value: Any) -> Any:
+    """The value without null fields; raises `Broken` where JSON cannot hold it."""
+    value = without_nulls(value)
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError, RecursionError):
+        raise Broken(field, "holds a value that JSON cannot") from None
+    return value
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def opens_dialogue(text: str) -> bool:
+    """Whether the text opens with a human turn."""
+    return text.lstrip().startswith("Human:")
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether the text opens with a human turn and comes to an assistant's."""
+    return opens_dialogue(text) and "\n\nAssistant:" in text
+
+
+def parse_dialogue(text: str) -> list[Message]:
+    """The turns of a dialogue string; white space around a turn is the format's, not the text's."""
+    parts = _TURN.split("\n\n" + text.lstrip())[1:]
+    return [
+        {"role": SPEAKERS[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2])
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mrpo.data.config import PrepareConfig
-from mrpo.data.messages import parse_dialogue
+from mrpo.data.formats import parse_dialogue
 from mrpo.data.pairs import Pair
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards

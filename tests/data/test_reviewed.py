@@ -127,5 +127,5 @@ def test_both_decisions_for_one_pair_are_refused(
 ) -> None:
     first = reviewed(tmp_path / "first.csv", [(ids[0], "exclude")])
     second = reviewed(tmp_path / "second.csv", [(ids[0], "flip")])
-    with pytest.raises(UserError, match="decide for one"):
+    with pytest.raises(UserError, match="keep one of the two decisions"):
         run(source, tmp_path / "after", exclude=str(first), flip=str(second))

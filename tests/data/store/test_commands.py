@@ -12,7 +12,6 @@ import pytest
 from mrpo.data.config import (
     GcConfig,
     PrepareConfig,
-    PullConfig,
     PushConfig,
     StatusConfig,
     VerifyConfig,
@@ -20,8 +19,7 @@ from mrpo.data.config import (
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import ScoreFiles, Store, open_store
-from mrpo.data.store.commands import pull, push, status, verify_digests
-from mrpo.data.store.gc import gc
+from mrpo.data.store.commands import gc, pull, push, status, verify_digests
 from mrpo.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -246,7 +244,7 @@ def test_push_leaves_damaged_files_behind_and_says_so(
     for seed in range(3):
         name = store.scores(record.identity).add(make.scores(make.ids(5, seed=seed)))
     damage(Path(store.root) / record.identity / "scores" / name)
-    assert push(PushConfig(target=str(tmp_path / "other"), store=store.root)) == 1
+    assert push(PushConfig(target=str(tmp_path / "other"), store=store.root)).exit_code == 1
     assert "left    1 damaged files behind" in capsys.readouterr().out
     other = Store(tmp_path / "other")
     assert other.scores(record.identity).num_rows() == 10
@@ -258,7 +256,7 @@ def test_pull_joins_names_and_keeps_the_newer_date(store: Store, make: Any, tmp_
     mine = store.record(make.record("mine", "a" * 40))
     theirs = other.record(make.record("theirs", "a" * 40))
     other.scores(theirs.identity).add(make.scores(make.ids(5)))
-    assert pull(PullConfig(source=other.root, store=store.root, refs="theirs")) == 0
+    assert pull(source=other.root, store=store.root, refs="theirs").exit_code == 0
     assert store.resolve("mine").recorded == mine.recorded
     assert store.resolve("theirs").recorded == theirs.recorded
     assert store.scores(mine.identity).num_rows() == 5

@@ -150,12 +150,12 @@ def test_an_alias_with_prefix_names_one_identity(store: Store, make: Any) -> Non
     records = [store.record(make.record(commit=letter * 40)) for letter in "abcdefgh"]
     for record in records:
         assert store.resolve(f"llama@{record.identity[:9]}", SPECS).identity == record.identity
-    with pytest.raises(UserError, match="fits no identity"):
+    with pytest.raises(UserError, match="matches no identity"):
         store.resolve("llama@ffffffffffffffff")
     common = next(
         r.identity[0] for r in records if sum(o.identity[0] == r.identity[0] for o in records) > 1
     )
-    with pytest.raises(UserError, match="fits several"):
+    with pytest.raises(UserError, match="matches several"):
         store.resolve(f"llama@{common}")
 
 
