@@ -52,10 +52,10 @@ def prompts(pairs: list[Pair]) -> list[str]:
 
 def most_sides(pairs: list[Pair]) -> int:
     """The largest number of splits that any one prompt stands in."""
-    found: dict[str, set[str]] = {}
+    splits: dict[str, set[str]] = {}
     for prompt, pair in zip(prompts(pairs), pairs):
-        found.setdefault(prompt, set()).add(pair.split)
-    return max(map(len, found.values()))
+        splits.setdefault(prompt, set()).add(pair.split)
+    return max(map(len, splits.values()))
 
 
 def test_hh_rlhf_becomes_messages(shared_data: Path, tmp_path: Path) -> None:

@@ -233,8 +233,8 @@ def test_a_wrong_path_is_no_healthy_store(tmp_path: Path) -> None:
 def littered(store: Store, make: Any, tmp_path: Path) -> dict[str, str]:
     """A store with one of every kind of garbage beside what must stay; names by kind."""
     old, new = (store.record(make.record(commit=letter * 40)) for letter in "ab")
-    other = store.record(make.record("other", "c" * 40))
-    for record in (old, new, other):
+    unrelated = store.record(make.record("other", "c" * 40))
+    for record in (old, new, unrelated):
         store.scores(record.identity).add(make.scores(make.ids(10)))
     scores = store.scores(new.identity)
     names = [
@@ -311,17 +311,17 @@ def test_push_leaves_damaged_files_behind_and_says_so(
     damage(Path(store.root) / record.identity / "scores" / name)
     assert push(PushConfig(target=str(tmp_path / "other"), store=store.root)).exit_code == 1
     assert "left    1 damaged files behind" in capsys.readouterr().out
-    other = Store(tmp_path / "other")
-    assert other.scores(record.identity).num_rows() == 10
-    assert verify_digests(VerifyConfig(store=other.root)) == 0
+    target = Store(tmp_path / "other")
+    assert target.scores(record.identity).num_rows() == 10
+    assert verify_digests(VerifyConfig(store=target.root)) == 0
 
 
 def test_pull_joins_names_and_keeps_the_newer_date(store: Store, make: Any, tmp_path: Path) -> None:
-    other = Store(tmp_path / "other")
+    source = Store(tmp_path / "other")
     mine = store.record(make.record("mine", "a" * 40))
-    theirs = other.record(make.record("theirs", "a" * 40))
-    other.scores(theirs.identity).add(make.scores(make.ids(5)))
-    assert pull(source=other.root, store=store.root, refs="theirs").exit_code == 0
+    theirs = source.record(make.record("theirs", "a" * 40))
+    source.scores(theirs.identity).add(make.scores(make.ids(5)))
+    assert pull(source=source.root, store=store.root, refs="theirs").exit_code == 0
     assert store.resolve("mine").recorded == mine.recorded
     assert store.resolve("theirs").recorded == theirs.recorded
     assert store.scores(mine.identity).num_rows() == 5

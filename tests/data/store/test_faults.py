@@ -208,8 +208,8 @@ def test_a_lease_is_held_against_other_processes_and_gone_with_its_own(
     assert child.stdout.readline() == "True\n"
     with scores.lease(UNIT) as held:
         assert not held
-    with scores.lease("d" * 32) as other:
-        assert other
+    with scores.lease("d" * 32) as free:
+        assert free
     child.kill()
     child.communicate()
     with scores.lease(UNIT) as held:

@@ -78,8 +78,8 @@ class Answering(BaseHTTPRequestHandler):
             state = {"id": "org/name", "sha": COMMIT, "siblings": []}
             return self.answer(200, json.dumps(state).encode())
         name = path.removeprefix(f"/{REPOSITORY}/resolve/main/")
-        found = self.server.files.get(name)
-        self.answer(404 if found is None else 200, found or b"")
+        content = self.server.files.get(name)
+        self.answer(404 if content is None else 200, content or b"")
 
     do_HEAD = do_GET
 
@@ -94,8 +94,8 @@ class Answering(BaseHTTPRequestHandler):
         assert self.path.startswith(f"/api/{REPOSITORY}/commit/main"), self.path
         lines = [json.loads(line) for line in body.splitlines()]
         added = [line["value"] for line in lines if line["key"] == "file"]
-        self.server.files |= {one["path"]: base64.b64decode(one["content"]) for one in added}
-        self.server.commits.append([one["path"] for one in added])
+        self.server.files |= {file["path"]: base64.b64decode(file["content"]) for file in added}
+        self.server.commits.append([file["path"] for file in added])
         url = f"{self.server.endpoint}/{REPOSITORY}/commit/{COMMIT}"
         self.answer(200, json.dumps({"commitUrl": url, "commitOid": COMMIT}).encode())
 

@@ -245,10 +245,10 @@ def test_push_and_pull_carry_every_row_and_the_second_time_none(
     assert push(PushConfig(target=url, store=local.root)).exit_code == 0
     assert "copied  0 files, 0 B; 6 were there already" in capsys.readouterr().out
     assert pull(PullConfig(source=url, store=str(tmp_path / "other"))).exit_code == 0
-    other = Store(tmp_path / "other")
-    assert other.references() == local.references()
+    copy = Store(tmp_path / "other")
+    assert copy.references() == local.references()
     for record in records:
-        assert other.scores(record.identity).read().equals(local.scores(record.identity).read())
+        assert copy.scores(record.identity).read().equals(local.scores(record.identity).read())
 
 
 def test_a_bucket_that_is_not_there_is_one_line(proxy: FaultyProxy, make: Any) -> None:
