@@ -41,7 +41,6 @@ DROPPED = "dropped.jsonl"
 SETTINGS = "prepare.yaml"
 SHARDS = "part-*.parquet"
 STAGE = ".preparing-"  # begins the name of the hidden folder
-MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
@@ -55,7 +54,6 @@ def prepare(config: PrepareConfig) -> PairShards:
 
     Raises `UserError` for data or settings that cannot be used, and then writes nothing.
     """
-    _check(config)
     sources = open_sources(config.source)
     out = Path(config.out)
     with _staged(out) as folder:
@@ -77,17 +75,6 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
     if source is not None:
         return prepare(PrepareConfig(source=source, out=folder or PAIRS))
     return PairShards(folder or PAIRS)
-
-
-def _check(config: PrepareConfig) -> None:
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {config.validation_fraction} must be at least 0 and below 1"
-        )
-    if not 1 <= config.shard_pairs <= MAX_SHARD_PAIRS:
-        raise UserError(
-            f"--shard-pairs {config.shard_pairs} must be between 1 and {MAX_SHARD_PAIRS}"
-        )
 
 
 class _Preparation:
