@@ -96,6 +96,17 @@ def load_refs(path: str | Path) -> dict[str, ReferenceSpec]:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(entries, Mapping) or not entries:
         raise UserError(f"{path}: must map aliases to references, like 'llama: {{model: …}}'")
+    return refs_from(entries, path)
+
+
+def refs_from(
+    entries: Mapping[str, Mapping[str, Any] | str], path: Path = Path("references")
+) -> dict[str, ReferenceSpec]:
+    """References from entries as in refs.yaml, by alias.
+
+    `path` is their file in messages; local paths are relative to its folder. Raises `UserError`
+    as `load_refs` does.
+    """
     return {str(alias): _spec(path, str(alias), entry) for alias, entry in entries.items()}
 
 
