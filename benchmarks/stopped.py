@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mrpo import cli
-from mrpo.data.store.files import TEMPORARY
-from mrpo.precompute import reference_run as process
+from mrpo.files import TEMPORARY
+from mrpo.precompute import process, worker
 from mrpo.precompute import scoring as loop
-from mrpo.precompute import worker
 
 WORKER = "worker"
 
@@ -45,8 +44,8 @@ def main() -> int:
     if is_worker:
         _tell_what_is_scored(stop.scored)
         return worker.main()
-    module = "mrpo.benchmarks.stopped"
-    process.COMMAND = (sys.executable, "-m", module, sys.argv[1], WORKER)  # type: ignore[assignment]
+    # The name of the worker's own module follows as one more argument.
+    process.PYTHON = (sys.executable, "-m", "mrpo.benchmarks.stopped", sys.argv[1], WORKER)  # type: ignore[assignment]
     del sys.argv[1]
     cli.main()
     return 0

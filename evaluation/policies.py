@@ -139,7 +139,7 @@ def score_policies(
             update_refs=True,  # a policy on the Hub is what it is now
         )
         with redirect_stdout(sys.stderr):
-            failed = precompute(config)
+            failed = precompute(config).exit_code
         if failed:
             raise UserError("not all policies could be scored; see the lines above")
         specs = load_refs(refs_config)
