@@ -53,6 +53,12 @@ class Unusable(Exception):
         self.reason = reason
 
 
+def by_reason(counts: Mapping[str, int]) -> str:
+    """How many rows were left out for each reason, as text."""
+    parts = [f"{reason} {count:,}" for reason, count in sorted(counts.items()) if count]
+    return ", ".join(parts) or "none"
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Column names; None for prompt and source: `prompt` and `source` where the data has them."""

@@ -74,6 +74,15 @@ def pair_id(pair: Pair) -> bytes:
     return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
 
 
+def parse_id(value: Any) -> bytes | None:
+    """An id from its 16 bytes or 32 hexadecimal digits; None where the value is neither."""
+    try:
+        parsed = value if isinstance(value, bytes) else bytes.fromhex(value.strip())
+    except (AttributeError, ValueError):
+        return None
+    return parsed if len(parsed) == ID_BYTES else None
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, no spaces, null fields removed, and text exactly as it is."""
     text = _ENCODER.encode(value)

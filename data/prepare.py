@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..files import sync
 from ..settings import command, write_resolved
 from .config import PrepareConfig
-from .formats import REASONS, Broken, Columns, PairReader, Unusable
+from .formats import REASONS, Broken, Columns, PairReader, Unusable, by_reason
 from .ids import IdSet, ids_from_bytes
 from .pairs import Pair, is_validation
 from .reviewed import Review
@@ -112,7 +112,7 @@ class _Preparation:
         duplicates = self._reasons.pop(DUPLICATE, 0)
         unusable = self._reasons.total() - self._reasons[EXCLUDED]
         if self._writer.num_pairs == 0:
-            left = f"no pair is left of {rows:,} rows (dropped: {_listed(self._reasons)})"
+            left = f"no pair is left of {rows:,} rows (dropped: {by_reason(self._reasons)})"
             raise UserError(
                 f"{self._config.source}: {left if rows else 'there are no rows'}; "
                 "at least one pair is needed"
@@ -120,7 +120,7 @@ class _Preparation:
         if unusable > MAX_DROPPED_SHARE * rows and not self._config.allow_dropped:
             raise UserError(
                 f"{self._config.source}: {unusable:,} of {rows:,} rows ({unusable / rows:.1%}) "
-                f"cannot be used ({_listed(self._reasons)}; the first is {self._first_unusable}); "
+                f"cannot be used ({by_reason(self._reasons)}; the first: {self._first_unusable}); "
                 f"more than {MAX_DROPPED_SHARE:.0%} needs --allow-dropped"
             )
         excluded = self._reasons.pop(EXCLUDED, 0)
@@ -202,10 +202,6 @@ def _identify(pair: Pair) -> bytes:
         raise Unusable("not_unicode") from None
 
 
-def _listed(reasons: Counter[str] | dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
-
-
 def _summary(shards: PairShards) -> str:
     """How many rows were kept and dropped, and where the pairs are."""
     manifest = shards.manifest
@@ -214,7 +210,7 @@ def _summary(shards: PairShards) -> str:
     kept = f"{shards.num_pairs:,} pairs of {shards.kind} in {parts}"
     gone = f"{manifest['duplicates']:,} duplicates, {sum(dropped.values()):,} unusable"
     if dropped:
-        gone += f" ({_listed(dropped)})"
+        gone += f" ({by_reason(dropped)})"
     return "\n".join(
         [
             f"rows    {manifest['rows']:,}",

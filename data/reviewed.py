@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import UserError
-from .pairs import ID_BYTES, Pair
+from .pairs import ID_BYTES, Pair, parse_id
 from .sources import open_sources
 
 ID, DECISION = "pair_id", "decision"
@@ -93,11 +93,8 @@ def _read(decision: Decision, files: str | None) -> Iterator[tuple[bytes, str, s
 
 
 def _pair_id(value: object, place: str) -> bytes:
-    try:
-        pair_id = bytes.fromhex(value.strip()) if isinstance(value, str) else b""
-    except ValueError:
-        pair_id = b""
-    if len(pair_id) != ID_BYTES:
+    pair_id = parse_id(value)
+    if pair_id is None:
         raise UserError(
             f"{place}: {ID} is {value!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
             "as `mrpo audit` writes them"

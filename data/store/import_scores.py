@@ -19,9 +19,9 @@ import pyarrow as pa
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
-from ..formats import Broken, Columns, PairReader, Unusable
+from ..formats import Broken, Columns, PairReader, Unusable, by_reason
 from ..ids import IdIndex, ids_from_bytes, ids_to_arrow, ids_to_numpy
-from ..pairs import ID_BYTES
+from ..pairs import parse_id
 from ..references import check_alias
 from ..sources import Source, open_sources
 from .scores import SCORE_SCHEMA, ScoreFiles
@@ -76,9 +76,11 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
     tables = [table for source in sources for table in _tables(source, columns, config.chat, left)]
     kept = sum(_add(scores, table, left) for table in tables)
     if not kept and not left[ALREADY_THERE]:
-        raise UserError(f"{config.source}: no row has a score ({_counts(left)}); nothing imported")
+        raise UserError(
+            f"{config.source}: no row has a score ({by_reason(left)}); nothing imported"
+        )
     record = store.record(record)
-    print(f"imported {kept:,} pairs; left out: {_counts(left)}")
+    print(f"imported {kept:,} pairs; left out: {by_reason(left)}")
     print(f"reference {record.alias}@{record.identity[:12]}, marked as imported: {config.model}")
     print(f"store   {store.root}")
     return record
@@ -181,16 +183,7 @@ def _token_count(name: str, value: Any) -> int | None:
 
 def _pair_id(value: Any) -> bytes:
     """A pair's id from 16 raw bytes or 32 hex digits."""
-    try:
-        identity = value if isinstance(value, bytes) else bytes.fromhex(value)
-    except (TypeError, ValueError):
-        identity = b""
-    if len(identity) != ID_BYTES:
+    pair_id = parse_id(value)
+    if pair_id is None:
         raise Broken(ID_COLUMN, f"is {value!r}; an id has 32 hex digits, as `mrpo inspect` shows")
-    return identity
-
-
-def _counts(left: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(left.items()) if count) or (
-        "none"
-    )
+    return pair_id

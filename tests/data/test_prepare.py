@@ -196,7 +196,7 @@ def test_more_than_five_percent_unusable_needs_a_flag(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"6 of 100 rows \(6\.0%\) cannot be used \(empty_response 5, responses_equal 1; "
-        r"the first is .*x\.jsonl, line 11\); more than 5% needs --allow-dropped",
+        r"the first: .*x\.jsonl, line 11\); more than 5% needs --allow-dropped",
     ):
         run(source, tmp_path / "x")
     assert contents(tmp_path) == before
