@@ -1,6 +1,6 @@
 """From one raw row of preference data to one pair: TRL's formats and HH-RLHF's dialogues.
 
-`sources.py` reads the rows, `prepare.py` writes the pairs. A row is read by what it holds:
+`sources.py` reads the rows, `prepare.py` writes the pairs. A row is read according to its content:
 
 - text, with a prompt column or with the prompt as the common beginning of the two texts;
 - message lists, which share their leading messages or come with a prompt column;
@@ -26,9 +26,9 @@ REASONS = {
     "responses_equal": "chosen and rejected are the same",
     "prompt_not_shared": "chosen and rejected differ before the last assistant turn",
     "prompt_mismatch": "the prompt column is not the prompt of the messages",
-    "tool_turn_in_response": "a response holds a tool's turn, which no model would have written",
-    "not_a_dialogue": "no HH-RLHF dialogue, as the first row of this source is",
-    "not_unicode": "the text holds half of a surrogate pair, which UTF-8 cannot encode",
+    "tool_turn_in_response": "a response contains a turn of a tool, which no model writes",
+    "not_a_dialogue": "not an HH-RLHF dialogue, unlike the first row of this source",
+    "not_unicode": "the text holds a lone surrogate, which UTF-8 cannot encode",
 }
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -45,7 +45,7 @@ class Broken(ValueError):
 
 
 class Unusable(Exception):
-    """A row that is no preference pair; `reason` is a key of `REASONS`."""
+    """A row that is not a preference pair; `reason` is a key of `REASONS`."""
 
     def __init__(self, reason: str) -> None:
         assert reason in REASONS
@@ -89,7 +89,7 @@ class Columns:
 
 
 class PairReader:
-    """Reads the rows of one source. After its first dialogue, text that is none is unusable."""
+    """Reads the rows of a source. After its first dialogue, any other text is unusable."""
 
     def __init__(self, columns: Columns, name: str, chat: bool) -> None:
         self._columns = columns
@@ -124,7 +124,7 @@ class PairReader:
     def _split(
         self, prompt: Turns | None, chosen: Turns, rejected: Turns
     ) -> tuple[Turns, Turns, Turns]:
-        """Prompt, chosen and rejected, with what the two responses share in the prompt."""
+        """Prompt, chosen and rejected; the common beginning of the responses joins the prompt."""
         if isinstance(chosen, str) and isinstance(rejected, str):
             if not chosen.strip() or not rejected.strip():
                 raise Unusable("empty_response")
@@ -138,7 +138,7 @@ class PairReader:
                 raise Unusable("not_a_dialogue")
             chosen, rejected = map(parse_dialogue, dialogues)
             if prompt is not None and opens_dialogue(prompt):
-                prompt = None  # it stands in the dialogues already
+                prompt = None  # the dialogues contain it
         assert not isinstance(chosen, str)
         assert not isinstance(rejected, str)
         shared = _common_length(chosen, rejected)
@@ -176,7 +176,7 @@ def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
         raise Unusable("responses_equal")
     end = _common_length(chosen, rejected)
     if end == min(len(chosen), len(rejected)):
-        end -= 1  # one text goes on where the other ends: leave it something to answer
+        end -= 1  # one text is the beginning of the other: leave both a response
     while end and (_inside_word(chosen, end) or _inside_word(rejected, end)):
         end -= 1
     if end and chosen[end - 1] == " ":
@@ -187,9 +187,9 @@ def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _inside_word(text: str, at: int) -> bool:
-    """Whether a cut before `text[at]` falls between two letters or digits.
+    """Whether a cut before `text[at]` separates two letters or digits.
 
-    From U+2E80 on scripts such as Chinese put no space between words: any cut is as good.
+    From U+2E80 on, scripts such as Chinese have no spaces between words: any cut is allowed.
     """
     around = text[at - 1 : at + 1]
     return len(around) == 2 and all(char.isalnum() and char < "\u2e80" for char in around)
@@ -198,7 +198,7 @@ def _inside_word(text: str, at: int) -> bool:
 def _common_length(first: Turns, second: Turns) -> int:
     """How many leading characters or messages two sequences share."""
     low, high = 0, min(len(first), len(second))
-    while low < high:  # bisection: comparing slices is far faster than a loop over characters
+    while low < high:  # bisection: comparing slices is much faster than a loop over characters
         middle = (low + high + 1) // 2
         if first[low:middle] == second[low:middle]:
             low = middle
@@ -217,12 +217,12 @@ def _turns(row: Mapping[str, Any], field: str) -> Turns | None:
 
 
 def _whole_text(prompt: str | None, text: str) -> str:
-    """The text from its dialogue's start: some data sets keep all but the response in a column."""
+    """The whole dialogue: some data sets keep all of it but the response in the prompt column."""
     return text if prompt is None or is_dialogue(text) else prompt + text
 
 
 def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
-    """The prompt column and the messages that both responses begin with, as one prompt."""
+    """The prompt column and the common first messages of the responses, as one prompt."""
     if not prompt:
         return shared
     if isinstance(prompt, str):
@@ -236,7 +236,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
         return shared
     if not shared or prompt[-len(shared) :] == shared:
         return prompt
-    # The responses go on where the prompt column ends; a second opening would be another prompt.
+    # The responses continue the prompt column; a second opening would be another prompt.
     opening, last = shared[0]["role"], prompt[-1]["role"]
     if opening in ("system", "developer") or opening == last:
         raise Unusable("prompt_mismatch")
@@ -244,7 +244,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
 
 
 def _check(pair: Pair) -> None:
-    """Raises `Unusable` unless a prompt is followed by two different responses."""
+    """Raises `Unusable` unless the pair has a prompt and two different responses."""
     if not pair.prompt:
         same = pair.chosen == pair.rejected
         raise Unusable("responses_equal" if same else "prompt_not_shared")
@@ -288,7 +288,7 @@ def parse_messages(field: str, values: list[Any]) -> list[Message]:
 def json_field(field: str, value: Any, kind: type) -> Any:
     """`tools` (list of objects) or `chat_template_kwargs` (object), also as JSON text.
 
-    None where there is none or it is empty.
+    None where it is missing or empty.
     """
     if isinstance(value, str) and value:
         try:

@@ -18,7 +18,7 @@ from .references import ReferenceSpec, load_refs, select_refs
 from .rendering import ExplainedSequence, Refusal, Renderer
 from .shards import PairShards
 
-# Part of a sequence -> ANSI color, and the brackets that stand for it without color.
+# Part of a sequence -> ANSI color, and the brackets that replace it without color.
 LOOKS = {
     "prompt": ("2", "", ""),
     "boundary": ("1;33", "<<", ">>"),
@@ -84,7 +84,7 @@ def marked_text(branch: ExplainedSequence, color: bool) -> str:
         prompt_end = first_end
     parts += [("response", text[prompt_end:content_end])]
     parts += [("end", text[max(prompt_end, content_end) :])]
-    if branch.spans[0] == (0, 0):  # BOS and EOS that plain text was given
+    if branch.spans[0] == (0, 0):  # BOS and EOS added to plain text
         parts.insert(0, ("prompt", branch.tokens[0]))
     if branch.spans[-1] == (len(text), len(text)):
         parts.append(("end", branch.tokens[-1]))

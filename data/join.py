@@ -1,4 +1,4 @@
-"""Scores of several references beside the pairs: all that training reads of the store.
+"""Scores of several references beside the pairs: the part of the store that training reads.
 
 `join` writes one file for each shard of pairs, row for row, so that a trainer streams both side by
 side and a store that grows in the meantime changes nothing. It holds one reference in memory at a
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .shards import PairShards
 
 MANIFEST = "joined.json"
-ROW_GROUP = 8192  # rows: a reader of part of a file holds no more than this
+ROW_GROUP = 8192  # rows that a reader of part of a file holds in memory
 JOINED = {
     "ref_chosen_logps": "chosen_logp",
     "ref_rejected_logps": "rejected_logp",

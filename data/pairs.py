@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def id(self) -> bytes:
-        """16 bytes; computed anew at each access, shards keep it in a column."""
+        """16 bytes, computed at each access; shards have it in a column."""
         return pair_id(self)
 
 

@@ -36,7 +36,7 @@ from .reviewed import Review
 from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
 
-PAIRS = "pairs"  # the folder where none is named
+PAIRS = "pairs"  # the default folder
 DROPPED = "dropped.jsonl"
 SETTINGS = "prepare.yaml"
 SHARDS = "part-*.parquet"
@@ -44,7 +44,7 @@ STAGE = ".preparing-"  # begins the name of the hidden folder
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
-EXCLUDED = "excluded"  # by a person, in a reviewed table
+EXCLUDED = "excluded"  # by a reviewed table
 UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data; the manifest lists all
 
 
@@ -92,7 +92,7 @@ class _Preparation:
         self._sources: list[dict[str, str | int]] = []
         self._splits: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()  # of rows that gave no pair, duplicates too
-        self._first_pair = ""  # the place of the row, for messages
+        self._first_pair = ""  # where its row is, for messages
         self._first_unusable = ""
 
     def read(self, source: Source) -> Iterator[int]:

@@ -35,7 +35,7 @@ class ReferenceSpec:
     alias: str
     model: str
     revision: str | None = None
-    dtype: str = "auto"  # auto: what the model's config.json says
+    dtype: str = "auto"  # auto: as in the model's config.json
     quantization: str | None = None
     adapter: str | None = None
     chat_template: str | None = None  # the template's text, read from its file if it was a path

@@ -6,9 +6,9 @@ log-probs are kept and, within a budget of bytes, the slopes; slopes beyond it a
 backward pass.
 
 `benchmarks/head.py` on 2 idle cores, forward and backward, 1,536 rows, width 256, vocabulary
-16,384, float32, and peak memory above what was there before: slopes kept 0.37 s and 255 MiB,
-recomputed 0.52 s and 97 MiB; log_softmax of all logits 0.49 s and 380 MiB, checkpointed
-chunks 0.56 s and 492 MiB, torch's linear_cross_entropy 0.49 s and 365 MiB.
+16,384, float32, with the peak memory added by the call: slopes kept 0.37 s and 255 MiB, recomputed
+0.52 s and 97 MiB; log_softmax of all logits 0.49 s and 380 MiB, checkpointed chunks 0.56 s and
+492 MiB, torch's linear_cross_entropy 0.49 s and 365 MiB.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ a whole, once, without added special tokens, and split by character offset where
 
 A token across the boundary belongs to the response. Nothing is ever truncated. Tokenizers differ in
 how characters lie under tokens: a normalizer joins some (NFC), a character of several bytes lies
-under several tokens, a control token swallows the white space beside it, a post-processor trims
+under several tokens, a control token swallows adjacent white space, a post-processor trims
 spaces off. `spans` brings all of them to the same form, which the renderer splits.
 """
 
@@ -96,7 +96,7 @@ class Renderer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template in force (for conversations without tools), or None."""
+        """The template for conversations without tools, or None."""
         return self.template.get()
 
     @property
@@ -169,16 +169,18 @@ class Renderer:
         if start == len(ids):
             return Refusal("empty_response_tokens", "the response has no tokens of its own")
         if start == 0:
-            return Refusal("nothing_before_response", "no token stands before the response's first")
+            return Refusal(
+                "nothing_before_response", "no token comes before the first of the response"
+            )
         return RenderedSequence(ids, start, end_start, boundary)
 
     def _between_bos_and_eos(self, ids: list[int], start: int) -> tuple[list[int], int]:
         """Plain text's ids with BOS before and EOS after it where the tokenizer has them and the
         text doesn't; and how many ids were added before it."""
-        front = [self._bos] if self._bos is not None and ids[:1] != [self._bos] else []
+        before = [self._bos] if self._bos is not None and ids[:1] != [self._bos] else []
         ended = start < len(ids) and ids[-1] == self._eos
-        behind = [self._eos] if self._eos is not None and not ended else []
-        return [*front, *ids, *behind], len(front)
+        after = [self._eos] if self._eos is not None and not ended else []
+        return [*before, *ids, *after], len(before)
 
     def _explained(self, rendered: RenderedText, sequence: RenderedSequence) -> ExplainedSequence:
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)

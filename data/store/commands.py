@@ -131,7 +131,7 @@ def gc(config: GcConfig) -> list[Garbage]:
 
 
 def find_garbage(store: Store, unneeded: set[str]) -> Iterator[Garbage]:
-    """Everything that can go: of the references in `unneeded` and of policies that is all."""
+    """Everything that can go; this includes all of the references in `unneeded`, and policies."""
     for identity in store.identities():
         whole = identity in unneeded
         covered = set() if whole else _covered(store.scores(identity))
@@ -258,7 +258,7 @@ def _transfer_all(source: Store, target: Store, refs: str | None) -> Transfer:
 
 
 def _transfer(source: Store, target: Store, identity: str, done: Transfer) -> None:
-    """Copy what the target lacks of one reference, and its names."""
+    """Copy the files of a reference that the target lacks, and its names."""
     scores, target_names = source.scores(identity), set(target.scores(identity).names())
 
     def missing() -> Iterator[tuple[str, bytes]]:

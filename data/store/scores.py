@@ -108,10 +108,10 @@ class ScoreFiles:
         return ~self._known.contains(ids)
 
     def add(self, table: pa.Table) -> str:
-        """Store rows of `SCORE_SCHEMA` for good; returns the file's name.
+        """Store rows of `SCORE_SCHEMA` permanently; returns the file's name.
 
         Complete and on disk when this returns; on an error nothing of it remains. Raises
-        `UserError` for a score that is neither finite nor has its reason.
+        `UserError` for a score that is not finite and has no reason.
         """
         table = checked(table)
         data = to_bytes(table)

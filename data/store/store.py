@@ -1,8 +1,8 @@
 """The score store: every reference's scores of every pair, computed once and kept.
 
-`<store>/<identity>/reference.json` says what the scores come from, under which names (an alias with
-its refs.yaml entry) and who computed them; `<store>/<identity>/scores/` holds them (`scores.py`).
-An identity is a digest of what determines the numbers and of nothing else, so a pair scored for one
+`<store>/<identity>/reference.json` says what determines the scores, under which names they are known
+(alias and refs.yaml entry) and what computed them; `<store>/<identity>/scores/` holds them
+(`scores.py`). An identity is a digest of what determines the numbers and of nothing else, so a pair scored for one
 data set is scored for all. A store is a local path or an fsspec URL.
 
     store = Store("store")
@@ -96,7 +96,7 @@ class Store:
         return next(kept for kept in self.merge([new]) if kept.recorded == now)
 
     def merge(self, records: Sequence[ReferenceRecord]) -> list[ReferenceRecord]:
-        """Write the names of one identity, as they are, beside those it has; returns all."""
+        """Add names to those of an identity, unchanged; returns all."""
         identity = records[0].identity
         if self._is_damaged(identity):
             self.files.rename(f"{identity}/{RECORD}", f"{identity}/{RECORD}{BAD}")
