@@ -1,9 +1,9 @@
 """The score store: every reference's scores of every pair, computed once and kept.
 
-`<store>/<identity>/reference.json` says what determines the scores, under which names they are known
-(alias and refs.yaml entry) and what computed them; `<store>/<identity>/scores/` holds them
-(`scores.py`). An identity is a digest of what determines the numbers and of nothing else, so a pair scored for one
-data set is scored for all. A store is a local path or an fsspec URL.
+`<store>/<identity>/reference.json` says what determines the scores, under which names they are
+known (alias and refs.yaml entry) and what computed them; `<store>/<identity>/scores/` holds them
+(`scores.py`). An identity is a digest of what determines the numbers and of nothing else, so a pair
+scored for one data set is scored for all. A store is a local path or an fsspec URL.
 
     store = Store("store")
     record = store.resolve("llama", load_refs("configs/refs.yaml"))
