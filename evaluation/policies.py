@@ -129,11 +129,6 @@ def score_policies(
     Returns their records in the order of the policies. Progress goes to stderr. Raises `UserError`
     where a policy can't be scored, or the split has no pairs.
     """
-    if split is not None and not pairs.manifest.get("splits", {}).get(split, pairs.num_pairs):
-        raise UserError(
-            f"{pairs.path} has no pairs of split {split}; prepare them with "
-            "--validation-fraction, or take --split all"
-        )
     result = score(
         [policy.reference(alias) for policy, alias in zip(policies, _aliases(policies))],
         pairs,

@@ -126,7 +126,7 @@ class WorkerProcess:
             self._process.stdin.close()
 
     def _logged(self) -> str:
-        """What this worker wrote to its log; an earlier worker may have written to the same file."""
+        """What this worker wrote to its log, where an earlier worker may have written too."""
         with self.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read().decode(errors="replace")

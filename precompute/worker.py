@@ -1,22 +1,23 @@
 """The process that scores one reference: `python -P -m mrpo.precompute.worker`.
 
-`reference_run.py` starts it with one job, and hears its events (`process.py`).
+`reference_run.py` starts it with one job and hears its events (`process.py`), or runs the job in
+its own process.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..data.rendering import Renderer
 from ..data.shards import PairShards
 from ..data.store import Store
-from .engines import load_engine
-from .engines.protocol import EngineName, EngineSettings
+from .engines import EngineName, load_engine
+from .engines.protocol import EngineSettings
 from .process import Report, serve
-from .scoring import Work, score_missing
+from .scoring import PairSelection, ReferenceWork, renderer_for, score_missing
 
 # What a server's tokenizer must agree on: words, spaces, digits, accents, scripts, bytes.
 PROBES = ("The answer is 42.", "  two\n\nlines\t", "naïve café, 東京 🙂", "x = [1, 2]; # ok")
@@ -29,6 +30,7 @@ class Job:
     engine: EngineName
     settings: EngineSettings
     pairs: str
+    split: str | None = None  # None: all pairs
     store: str
     identity: str
     chat_template: str | None
@@ -49,32 +51,33 @@ class Job:
 
 def main() -> int:
     """One job; the exit code is 2 for a user's mistake, which an event has reported."""
-    return serve(lambda values, report: run(Job.from_values(values), report), once=True)
+    return serve(lambda values, report: run_job(Job.from_values(values), report), once=True)
 
 
-def run(job: Job, report: Report) -> None:
-    """Load the reference and score what the store lacks."""
+def run_job(job: Job, report: Report) -> None:
+    """Load the reference and score what the store lacks. Raises `UserError` as `score_missing`."""
     settings = job.settings
-    renderer = Renderer.load(
+    renderer = renderer_for(
+        job.identity,
         settings.model,
-        revision=settings.revision,
-        chat_template=job.chat_template,
-        chat_template_kwargs=job.chat_template_kwargs,
+        settings.revision,
+        job.chat_template,
+        json.dumps(job.chat_template_kwargs),
     )
     if job.engine == "server":
         encode = renderer.tokenizer.encode
         probes = {text: encode(text, add_special_tokens=False) for text in PROBES}
         settings = replace(settings, probes=probes)
-    # Where every missing pair has a permanent reason, only these are to be stored.
+    # Where every missing pair is refused for good, there is nothing to score, only to store.
     engine = load_engine(job.engine, settings) if settings.longest else None
     limits = [job.limit, engine.limit if engine else None]
     try:
         if engine:
             report({"event": "ready", "facts": engine.facts})
         score_missing(
-            Work(
+            ReferenceWork(
                 alias=settings.alias,
-                pairs=PairShards(job.pairs),
+                selection=PairSelection(PairShards(job.pairs), job.split),
                 scores=Store(job.store).scores(job.identity),
                 renderer=renderer,
                 engine=engine,

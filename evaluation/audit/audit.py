@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...data.files import SETTINGS
 from ...data.pairs import Pair
+from ...data.prepare import SETTINGS
 from ...data.reviewed import DECISION, ID
 from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError
-from ...precompute.refs import print_table
 from ...settings import write_resolved
+from ...terminal import print_table
 from ..config import AuditConfig
 from ..score_table import ScoreTable, byte_margins, load_complete_score_table, margins
 from .near_duplicates import Opposites, band_keys, candidates, opposites, text_of

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -49,9 +50,9 @@ def command_line(workspace: Workspace) -> Iterator[list[str]]:
         "import json, sys\n"
         "from mrpo.precompute.config import PrecomputeConfig\n"
         "from mrpo.precompute.run import precompute\n"
-        "sys.exit(precompute(PrecomputeConfig(**json.loads(sys.argv[1]))))"
+        "sys.exit(precompute(PrecomputeConfig(**json.loads(sys.argv[1]))).exit_code)"
     )
-    settings = {name: getattr(config, name) for name in config.__slots__}
+    settings = asdict(config)
     return [sys.executable, "-c", code, json.dumps(settings)]
 
 
@@ -71,7 +72,7 @@ def test_a_killed_run_takes_its_worker_along_and_two_workers_share_what_is_left(
     assert 2 <= len(kept) < 60
     assert workspace.scores("llama").damaged() == []
 
-    assert precompute(workspace.config(refs="llama", data_parallel_size=2)) == 0
+    assert precompute(workspace.config(refs="llama", data_parallel_size=2)).exit_code == 0
     assert f"{120 - 2 * len(kept)} pairs scored (" in capsys.readouterr().out
     names = workspace.scores("llama").names()
     assert set(kept) < set(names)
@@ -170,7 +171,7 @@ def test_folders_of_the_users_are_not_imported_in_place_of_ours(
         (workspace.folder / name / "__init__.py").write_text("raise RuntimeError(__file__)")
     workspace.prepare(rows(2))
     monkeypatch.chdir(workspace.folder)
-    assert precompute(workspace.config(refs="llama")) == 0
+    assert precompute(workspace.config(refs="llama")).exit_code == 0
     assert len(workspace.by_id("llama")) == 2
 
 
@@ -216,7 +217,7 @@ def test_a_damaged_file_is_set_aside_and_its_pairs_are_missing_again(
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     worker("")
-    assert precompute(workspace.config(refs="llama")) == 1
+    assert precompute(workspace.config(refs="llama")).exit_code == 1
     printed = capsys.readouterr().out
     assert f"damaged, set aside, its pairs are scored again: {name}" in printed
     assert "6 pairs in the store; 6 to score (" in printed
@@ -235,7 +236,7 @@ def test_a_worker_out_of_memory_is_replaced_by_one_with_half_the_batch(
         "print('torch.OutOfMemoryError: CUDA out of memory', file=sys.stderr)\n"
         "sys.exit(1)\n"
     )
-    assert precompute(workspace.config(refs="llama", max_tokens=1200)) == 1
+    assert precompute(workspace.config(refs="llama", max_tokens=1200)).exit_code == 1
     assert [job["settings"]["max_tokens"] for job in jobs] == [1200, 600, 300]
     told = capsys.readouterr().err
     assert "llama: out of memory; going on with 600 tokens at once" in told
@@ -257,7 +258,7 @@ def test_a_worker_killed_by_the_system_is_said_to_be(
 ) -> None:
     workspace.prepare(rows(4))
     worker("import os; os.kill(os.getpid(), 9)")
-    assert precompute(workspace.config(refs="qwen")) == 1
+    assert precompute(workspace.config(refs="qwen")).exit_code == 1
     assert "reference qwen failed: killed by SIGKILL" in capsys.readouterr().err
 
 
