@@ -74,7 +74,7 @@ train: setup
 	    --method $(METHOD) $(if $(BETA),--beta $(BETA)) --output-dir runs/$(RUN) $(ARGS)
 
 evaluate: setup
-	$(MRPO) evaluate --runs runs/$(RUN) --out runs/$(RUN)/evaluate.json $(ARGS)
+	$(MRPO) evaluate --runs runs/$(RUN) --out runs/$(RUN)/evaluation.json $(ARGS)
 
 compare: setup
 	$(MRPO) compare --pairs $(PAIRS) $(REFERENCES) $(if $(POLICY),--policy $(POLICY)) \

@@ -10,8 +10,14 @@ runs/name/model/            the final model; it is there when the run is complet
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +53,28 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return self.model.is_dir()
+
+
+def read_log(folder: Path) -> Sequence[Mapping[str, float | None]]:
+    """The lines of a run's log. Raises `UserError` where the folder has none."""
+    path = RunFolder(folder).log
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no run of `mrpo train` ({path.name} is missing)") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged; a line is not JSON") from None
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What an evaluation.json holds; empty where there is none."""
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict), path
+    return content
+
+
+def update_evaluation(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` into an evaluation.json; its other keys stay."""
+    write_json(path, read_evaluation(path) | dict(content))

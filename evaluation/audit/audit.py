@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...data.files import SETTINGS
+from ...data.prepare import SETTINGS
 from ...data.pairs import Pair
 from ...data.reviewed import DECISION, ID
 from ...data.shards import PairShards

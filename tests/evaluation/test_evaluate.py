@@ -46,7 +46,7 @@ def trained(
         "refs_config": str(folder / "refs.yaml"),
         "store": str(folder / "store"),
     }
-    assert precompute(PrecomputeConfig(**shared, engine="hf")) == 0
+    assert precompute(PrecomputeConfig(**shared, engine="hf")).exit_code == 0
     for name, more in {"full": {}, "lora": {"lora_rank": 4}}.items():
         config = TrainConfig(
             output_dir=str(folder / "runs" / name),

@@ -153,7 +153,7 @@ def test_a_shard_that_another_process_holds_is_waited_for_and_not_scored_twice(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The other one takes the second shard, stores it, and lets go while we wait."""
-    monkeypatch.setattr(loop, "POLL", 0.02)
+    monkeypatch.setattr(loop, "POLL_SECONDS", 0.02)
     pairs = workspace.prepare(rows(12), shard_pairs=6)
     (tmp_path / "other").mkdir()
     entries = {alias: spec.model for alias, spec in load_refs(workspace.refs_config).items()}
@@ -185,6 +185,6 @@ def test_a_shard_that_another_process_holds_is_waited_for_and_not_scored_twice(
 
 
 def loop_over(workspace: Workspace, pairs: Any, hear: Any) -> None:
-    from mrpo.precompute.worker import run
+    from mrpo.precompute.worker import run_job
 
-    run(workspace.job("qwen", pairs), hear)
+    run_job(workspace.job("qwen", pairs), hear)

@@ -33,11 +33,19 @@ class FakeServer(ThreadingHTTPServer):
     """vLLM's answers; the log-prob of token t at place i is -(t + i / 1000).
 
     `shares`: it has the route for given ids; `swallows`: there, scores are left out where the
-    cache may be read.
+    cache may be read. `code` and `text`: what it answers instead, to everything.
     """
 
-    def __init__(self, failures: int = 0, shares: bool = False, swallows: bool = False) -> None:
+    def __init__(
+        self,
+        failures: int = 0,
+        shares: bool = False,
+        swallows: bool = False,
+        code: int | None = None,
+        text: str = "",
+    ) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.code, self.text = code, text
         self.failures = failures  # answers of 503 before the first good one
         self.shares, self.swallows = shares, swallows
         self.tokens = [1, 2]  # what /tokenize says
@@ -94,7 +102,11 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.server.failures -= 1
         code = 503 if self.server.failures >= 0 else 200
         content = json.dumps(self.server.answer(self.path, body) if code == 200 else {}).encode()
+        if self.server.code is not None:
+            code, content = self.server.code, self.server.text.encode()
         self.send_response(code)
+        if code == 307:
+            self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -185,6 +197,26 @@ def test_a_server_that_stays_away_is_a_users_mistake(
         free.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match=r"failed 3 times.*is the server up"):
             engine(f"http://127.0.0.1:{free.getsockname()[1]}")
+
+
+def test_a_refused_request_or_a_redirect_is_one_line_at_once(serve: Serve) -> None:
+    """No second attempt, and nothing is sent to where a redirect points."""
+    for code, reason in ((401, "401 no key given"), (307, "307")):
+        fake = serve(code=code, text="no key\ngiven")
+        with pytest.raises(UserError, match=f"/v1/models answers {reason}") as told:
+            engine(fake.url)
+        assert "\n" not in str(told.value)
+        assert len(fake.keys) == 1
+
+
+def test_pauses_double_and_an_answer_that_is_no_json_is_asked_for_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "ATTEMPTS", 4)
+    with pytest.raises(UserError, match="failed 4 times, last with: no JSON: <html>"):
+        engine(serve(code=200, text="<html>").url)
+    told = capsys.readouterr().err
+    assert [line.split()[-2] for line in told.splitlines()] == ["0.01", "0.02", "0.04"]
 
 
 def test_another_model_or_tokenizer_is_refused(serve: Serve) -> None:
