@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ...settings import comma_separated
-from ...train.logs import read_log
+from ...train.run_folder import read_log
 from ..compare.compare import RESULT, SETTINGS
 from ..compare.results import Comparison, Result, accuracy_rows, read_comparison
 from ..compare.verdict import percent
