@@ -159,6 +159,18 @@ def test_no_folder_has_more_than_16_files_of_its_own() -> None:
     assert {folder: count for folder, count in counts.items() if count > 16} == {}
 
 
+def test_contributing_shows_the_whole_tree() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    shown, parents = set(), [""]
+    for line in text.strip("\n").splitlines():
+        entry = line.split()[0]
+        parents[(len(line) - len(line.lstrip())) // 2 + 1 :] = [entry]
+        shown.add("".join(parents))
+    assert {path for path in shown if not (ROOT / path).exists()} == set(), "gone"
+    folders = {f"{name_of(path.parent)}/" for path in SOURCES}
+    assert {*map(name_of, FILES), *folders} - shown == set(), "not shown"
+
+
 COMMANDS = {**cli.COMMANDS, **{f"store {name}": row for name, row in cli.STORE_COMMANDS.items()}}
 
 
