@@ -25,8 +25,8 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import NotScored, ReferenceRecord, Store, open_store
 from ..errors import UserError
+from ..method.arrays import normalize_logps
 from ..method.grammar import aliases_of
-from ..method.normalization import normalize_logps
 from ..settings import write_resolved
 from ..train.config import TrainConfig
 from .config import EvaluateConfig

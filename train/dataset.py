@@ -20,10 +20,8 @@ from ..data.shards import PAIR_COLUMNS, PairShards, from_table
 from ..data.store import LocalFiles
 from ..errors import UserError
 from ..method.objective import Method, ReferenceLogps
-from ..method.weightings import FROM_HELD_OUT
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
-WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")
 USABLE = "usable.npy"  # for every row, what it is used for
 UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
@@ -107,7 +105,7 @@ class TrainingPairs:
 
     def prepared(self, method: Method) -> Method:
         """The method with the weights that it takes from the data, if it takes any."""
-        if method.weighting not in WEIGHTINGS_FROM_DATA:
+        if not method.learns_weights:
             return method
         parts = [(*self.scores(shard), self._left_out(shard)) for shard in range(self.num_shards)]
         training = stacked([(scores, np.flatnonzero(~held & ~out)) for scores, held, out in parts])

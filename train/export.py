@@ -23,7 +23,7 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import open_store
 from ..errors import UserError
-from ..method.grammar import method_of
+from ..method.grammar import reference_method
 from ..method.objective import SEPARATE, Method
 from ..settings import write_resolved
 from .config import ExportConfig
@@ -44,7 +44,7 @@ def export(config: ExportConfig) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         joined = join(pairs, store, records, partial / "scores", refs_config=config.refs_config)
-        source = TrainingPairs(pairs, joined, prompt_numbers=method.weighting == "fitted")
+        source = TrainingPairs(pairs, joined, prompt_numbers=method.reads_prompts)
         method = source.prepared(method)
         counts = _write(source, method, partial)
         shutil.rmtree(joined.path)
@@ -67,7 +67,7 @@ def export(config: ExportConfig) -> Path:
 
 def _method(config: ExportConfig) -> Method:
     """The method over the references that it uses, and no others."""
-    method = method_of(config)
+    method = reference_method(config)
     if method.kind == SEPARATE:
         raise UserError(
             f"method {config.method!r} averages losses and has no virtual reference to export; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -107,14 +107,6 @@ def measures(losses: PairLosses, logps: PairLogps) -> Tensor:
     return torch.stack([column.to(chosen.dtype) for column in columns]).sum(1)
 
 
-def select(targets: ReferenceTargets, rows: Sequence[int]) -> ReferenceTargets:
-    """The targets of some of the pairs."""
-    index = list(rows)
-    return ReferenceTargets(
-        **{field.name: getattr(targets, field.name)[index] for field in fields(targets)}
-    )
-
-
 BATCH_PAIRS = 32
 
 
@@ -158,7 +150,7 @@ class HeldOut:
             for batch in batches:
                 for rows, counts in self.forward.shares(batch.pairs, max_tokens):
                     logps = self.forward([batch.pairs[row] for row in rows])
-                    losses = pair_losses(self.method, logps, select(batch.targets, rows))
+                    losses = pair_losses(self.method, logps, batch.targets.of_rows(rows))
                     sums += measures(losses, logps).cpu() * counts
                 pairs += len(batch)
         policy.train()

@@ -27,7 +27,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -254,7 +253,7 @@ class Meter:
         weights = batch.targets.weights.sum(0)
         values = {f"refs/weight/{name}": float(one) for name, one in zip(names, weights)}
         if self.method.epsilon is not None:
-            clipped = np.nansum(batch.targets.clipped, 0)
+            clipped = batch.targets.clipped.nansum(0)
             values |= {f"refs/clipped/{name}": float(c) for name, c in zip(names[1:], clipped[1:])}
         return values
 

@@ -37,7 +37,7 @@ from ..model.packing import packed_tokens
 from . import checkpoint
 from .checkpoint import TrainState
 from .config import TrainConfig
-from .forward import MEASURES, HeldOut, PairForward, measures, pair_losses, select
+from .forward import MEASURES, HeldOut, PairForward, measures, pair_losses
 from .logs import Meter, RunLog
 from .memory import TokenBudget, is_out_of_memory
 from .stream import PairStream, Prefetch, StepBatch
@@ -206,7 +206,7 @@ def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], floa
     totals = torch.zeros(len(MEASURES) + 1, device=run.forward.ranks.device)
     for rows, counts in shares:
         logps = run.forward([batch.pairs[row] for row in rows])
-        losses = pair_losses(run.method, logps, select(batch.targets, rows))
+        losses = pair_losses(run.method, logps, batch.targets.of_rows(rows))
         scale = counts * run.forward.ranks.world / len(batch)
         (losses.loss.sum() * scale).backward()
         totals += counts * nn.functional.pad(measures(losses, logps), (0, 1), value=logps.tokens)

@@ -25,8 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..data.rendering import Renderer
 from ..errors import UserError
-from ..method.grammar import method_of
-from ..method.normalization import beta_warning
+from ..method.grammar import beta_warning, method_of
 from ..method.objective import Method
 from ..settings import write_resolved
 from . import checkpoint
@@ -144,7 +143,7 @@ def _read_scores(
     source = TrainingPairs(
         start.pairs,
         start.scores,
-        prompt_numbers=method.weighting == "fitted",
+        prompt_numbers=method.reads_prompts,
         fraction=config.train_fraction,
     )
     method = source.prepared(method)
