@@ -128,11 +128,9 @@ def geometric(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def arithmetic(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log Σ_k alpha_k pi_k of [N, K] log-probs and normalized weights -> [N]."""
-    unused = weights == 0
-    log_weights = torch.where(unused, 1.0, weights).log()
-    terms = torch.where(unused, -torch.inf, log_weights + logps)
-    largest = terms.amax(-1, keepdim=True)
-    return largest[..., 0] + (terms - largest).exp().sum(-1).log()
+    unused = weights == 0  # log 0, without its gradient
+    log_weights = torch.where(unused, -torch.inf, torch.where(unused, 1.0, weights).log())
+    return torch.logsumexp(log_weights + logps, dim=-1)
 
 
 KINDS = {"harmonic": harmonic, "geometric": geometric, "arithmetic": arithmetic}
