@@ -9,6 +9,7 @@ numpy arrays; gradients flow through the policy's side.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from ..errors import UserError
 from .arrays import (
@@ -129,8 +130,7 @@ def sigmoid_loss(margin: Array, beta: float) -> Array:
     >>> bool(np.isclose(sigmoid_loss(np.array([0.0]), 0.1)[0], np.log(2)))
     True
     """
-    # log(1 + e^(−beta h)), without overflow
-    return torch.logaddexp(torch.zeros_like(margin), -beta * margin)
+    return -logsigmoid(beta * margin)
 
 
 @accepts_numpy
