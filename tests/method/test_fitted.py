@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrpo.errors import UserError
-from mrpo.method.fitted import FOLDS, RIDGE, fit_weights
+from mrpo.method.fitted import FOLDS, RIDGE, fit_weights, logistic_regression
 
 SIMULATIONS = 100
 
@@ -70,6 +70,24 @@ def test_the_fit_is_the_minimum_of_the_penalized_loss_over_weights_of_0_or_more(
     np.testing.assert_allclose(gradient[w > 0], 0, atol=1e-8)
     assert (gradient[w == 0] >= 0).all()
     np.testing.assert_allclose(fit.weights, w / w.sum())
+
+
+def test_a_sample_of_weight_two_is_a_sample_given_twice_and_coefficients_may_be_negative() -> None:
+    margins, _ = simulate(3, [0.08, -0.05], pairs=300)
+    features, counts = margins / 10, np.arange(300) % 3
+    w = logistic_regression(features, counts, ridge=0.01, non_negative=False)
+    assert w[0] > 0 > w[1]
+    repeated = np.repeat(features, counts, axis=0)
+    again = logistic_regression(repeated, np.ones(len(repeated)), ridge=0.01, non_negative=False)
+    np.testing.assert_allclose(w, again, atol=1e-8)
+    gradient = -(repeated / (1 + np.exp(repeated @ w))[:, None]).mean(axis=0) + 0.01 * w
+    np.testing.assert_allclose(gradient, 0, atol=1e-8)
+    bounded = logistic_regression(features, counts, ridge=0.01, non_negative=True)
+    assert bounded[1] == 0
+    assert logistic_regression(features, 0 * counts, ridge=0.01, non_negative=True).tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_no_pair_of_training_has_seen_its_own_label() -> None:
