@@ -30,7 +30,6 @@ from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
 
 PAIRS = "pairs"  # the folder where none is named
-MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
@@ -40,7 +39,6 @@ UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data, printed; 
 
 def prepare(config: PrepareConfig) -> PairShards:
     """Write `config.out` and return it opened; raises `UserError`, and then nothing is written."""
-    _check(config)
     sources = open_sources(config.source)
     out = Path(config.out)
     with staged(out) as folder:
@@ -62,17 +60,6 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
     if source is not None:
         return prepare(PrepareConfig(source=source, out=folder or PAIRS))
     return PairShards(folder or PAIRS)
-
-
-def _check(config: PrepareConfig) -> None:
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {config.validation_fraction} must be at least 0 and below 1"
-        )
-    if not 1 <= config.shard_pairs <= MAX_SHARD_PAIRS:
-        raise UserError(
-            f"--shard-pairs {config.shard_pairs} must be between 1 and {MAX_SHARD_PAIRS}"
-        )
 
 
 class _Preparation:

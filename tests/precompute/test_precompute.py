@@ -128,9 +128,9 @@ def test_text_pairs_for_a_model_with_a_chat_template_are_warned_of(
         ({"engine": "server", "server": "http://a:1"}, "a server serves one model"),
         ({"engine": "server", "server": "llama=a:1", "refs": "llama"}, "has no URL for llama"),
         ({"engine": "server", "server": "http://me:key@a:1", "refs": "llama"}, "VLLM_API_KEY"),
-        ({"engine": "vllm", "bf16": True}, "--bf16 is of engine hf"),
-        ({"max_tokens": 0}, "--max-tokens 0: must be 1 or more"),
-        ({"gpu_memory_utilization": 90}, "--gpu-memory-utilization 90: must be above 0"),
+        ({"engine": "vllm", "bf16": True}, "--bf16 is for --engine hf"),
+        ({"max_tokens": 0}, "--max-tokens is 0; it must be above 0"),
+        ({"gpu_memory_utilization": 90}, "--gpu-memory-utilization is 90; it must be in"),
     ],
 )
 def test_a_users_mistake_stops_before_any_work(
