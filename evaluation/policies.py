@@ -27,8 +27,9 @@ from ..errors import UserError
 from ..precompute.config import PrecomputeConfig
 from ..precompute.run import precompute
 from ..settings import build
-from ..train.checkpoint import CHECKPOINTS, MODEL, checkpoints
+from ..train.checkpoint import checkpoints
 from ..train.config import TrainConfig
+from ..train.run_folder import RunFolder
 from ..train.start import POLICY
 
 ADAPTER_CONFIG, RESOLVED = "adapter_config.json", "train.yaml"
@@ -101,14 +102,15 @@ def run_names(runs: Sequence[str]) -> list[str]:
 
 def policy_of_run(run: str, name: str) -> Policy:
     """A finished run's model, shown pairs as in training."""
-    folder = Path(run)
-    if not (folder / MODEL).is_dir():
+    folder = RunFolder(Path(run))
+    if not folder.finished:
         raise UserError(
-            f"--runs {run}: no {MODEL}/ there yet; finish the run with `mrpo train --resume`"
+            f"--runs {run}: no {folder.model.name}/ there yet; finish the run with "
+            "`mrpo train --resume`"
         )
-    found = checkpoints(folder / CHECKPOINTS)
+    found = checkpoints(folder.checkpoints)
     kwargs = found[-1].settings[POLICY]["chat_template_kwargs"] if found else {}
-    return policy_at(str(folder / MODEL), name, kwargs)
+    return policy_at(str(folder.model), name, kwargs)
 
 
 def score_policies(

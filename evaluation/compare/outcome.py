@@ -24,7 +24,7 @@ import numpy as np
 
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
-from ...train.logs import read_log
+from ...train.run_folder import read_log
 from ..evaluate import METRICS, Metric, right
 from ..intervals import Interval, mean_intervals
 from ..score_table import ScoreTable, load_score_table

@@ -26,7 +26,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from ...train.checkpoint import CHECKPOINTS, MODEL, STATE_FILE
+from ...train.checkpoint import STATE_FILE
+from ...train.run_folder import RunFolder
 from ..results import write_json
 from .cells import EVALUATION, LOG, RESULT, SETTINGS, Cell
 
@@ -91,7 +92,7 @@ class Grid:
                 return Failure(cell, "another process is at work on it", "")
             started = time.monotonic()
             failure = None
-            if not (cell.folder / MODEL).is_dir():
+            if not RunFolder(cell.folder).finished:
                 failure = self._try(
                     cell, ["train", "--config", str(cell.folder / SETTINGS)], seat, lock
                 )
@@ -149,10 +150,10 @@ class Grid:
         `mrpo evaluate` shows its model the pairs as in training.
         """
         if not self.keep_models:
-            shutil.rmtree(cell.folder / MODEL)
-            shutil.rmtree(cell.folder / CHECKPOINTS)
+            shutil.rmtree(RunFolder(cell.folder).model)
+            shutil.rmtree(RunFolder(cell.folder).checkpoints)
             return
-        for path in (cell.folder / CHECKPOINTS).glob("*/*"):
+        for path in RunFolder(cell.folder).checkpoints.glob("*/*"):
             if path.name != STATE_FILE:
                 path.unlink()
 

@@ -27,7 +27,7 @@ from ...errors import UserError
 from ...method.grammar import aliases_of
 from ...settings import build, write_resolved
 from ...train.config import TrainConfig
-from ...train.logs import read_log
+from ...train.run_folder import read_log
 from ..audit.audit import REASONS
 from ..compare.cells import methods_of
 from ..compare.compare import RESULT, SETTINGS, aliases_over

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...train.logs import read_log
+from ...train.run_folder import read_log
 from ..compare.results import Comparison, Result, accuracy_rows
 from ..compare.verdict import percent
 from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table, thinned
