@@ -106,12 +106,12 @@ def test_no_pair_of_training_has_seen_its_own_label() -> None:
 
 def test_it_is_deterministic_and_does_not_depend_on_the_unit_of_the_log_probs() -> None:
     margins, prompts = simulate(2, [0.1, 0.05, 0.0])
-    one, two = (fit_weights(margins, prompts, bootstrap=20) for _ in range(2))
-    for a, b in ((one.weights, two.weights), (one.intervals, two.intervals)):
+    first, second = (fit_weights(margins, prompts, bootstrap=20) for _ in range(2))
+    for a, b in ((first.weights, second.weights), (first.intervals, second.intervals)):
         np.testing.assert_array_equal(a, b)
     per_byte = fit_weights(margins / 300, prompts)
-    np.testing.assert_allclose(per_byte.weights, one.weights, atol=1e-7)
-    np.testing.assert_allclose(per_byte.coefficients, one.coefficients * 300, rtol=1e-5)
+    np.testing.assert_allclose(per_byte.weights, first.weights, atol=1e-7)
+    np.testing.assert_allclose(per_byte.coefficients, first.coefficients * 300, rtol=1e-5)
 
 
 def test_pairs_that_a_reference_is_missing_from_are_left_out() -> None:
@@ -135,8 +135,8 @@ def test_separable_data_end_with_finite_weights() -> None:
     assert np.isfinite(fit.coefficients).all()
     assert (fit.weights > 0.3).all()
     assert fit.weights.sum() == pytest.approx(1)
-    one = fit_weights(margins[:, :1], np.arange(300))
-    assert one.weights.tolist() == [1.0]
+    alone = fit_weights(margins[:, :1], np.arange(300))
+    assert alone.weights.tolist() == [1.0]
 
 
 @pytest.mark.filterwarnings("error")

@@ -46,7 +46,9 @@ def test_model_folder_loads_and_generates(inputs: Any, run: Path) -> None:
     )
     assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
     before = AutoModelForCausalLM.from_pretrained(inputs.references["llama"]).state_dict()
-    changed = [name for name, one in model.state_dict().items() if not one.equal(before[name])]
+    changed = [
+        name for name, weight in model.state_dict().items() if not weight.equal(before[name])
+    ]
     assert len(changed) == len(before)
 
 
@@ -146,8 +148,7 @@ def test_best_checkpoint_is_what_is_written_on_request(inputs: Any, tmp_path: Pa
     # A rate that ruins the policy: the first checkpoints are better than the last.
     changes = {"learning_rate": 0.3, "warmup_ratio": 0.0, "save_steps": 1, "max_steps": 4}
     train(inputs.config(tmp_path / "run", load_best_model_at_end=True, seed=1, **changes))
-    found = checkpoints(tmp_path / "run" / "checkpoints")
-    top = best(found)
+    top = best(checkpoints(tmp_path / "run" / "checkpoints"))
     assert top is not None
     training = read_evaluation(tmp_path / "run" / "evaluation.json")["training"]
     assert training["step"] == top.state.step
@@ -157,7 +158,8 @@ def test_best_checkpoint_is_what_is_written_on_request(inputs: Any, tmp_path: Pa
 def test_bfloat16_autocast_stays_near_float32(inputs: Any, run: Path, tmp_path: Path) -> None:
     train(inputs.config(tmp_path / "run", max_steps=3, warmup_ratio=0.0, bf16=True))
     losses = [
-        [line["loss"] for line in log_of(one) if "loss" in line] for one in (tmp_path / "run", run)
+        [line["loss"] for line in log_of(folder) if "loss" in line]
+        for folder in (tmp_path / "run", run)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
@@ -195,7 +197,8 @@ def test_architecture_that_is_not_packed_trains_and_says_so(
         "rows        one response each: packing is not tested for llama" in capsys.readouterr().out
     )
     packed, single = (
-        [line["loss"] for line in log_of(one) if "loss" in line] for one in (run, tmp_path / "run")
+        [line["loss"] for line in log_of(folder) if "loss" in line]
+        for folder in (run, tmp_path / "run")
     )
     assert single == pytest.approx(packed, rel=1e-3)
 
