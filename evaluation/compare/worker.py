@@ -100,7 +100,7 @@ def _finish(cell: Cell, base: str, keep_model: bool) -> None:
     started = time.monotonic()
     config = build(TrainConfig, {}, str(cell.folder / SETTINGS))
     print(f"$ mrpo train --config {cell.folder / SETTINGS}")
-    code = getattr(result := train(config), "exit_code", result)
+    code = train(config).exit_code
     if code:  # SIGTERM: the checkpoint is saved, and this process ends as it was asked to
         sys.exit(code)
     trained = time.monotonic()

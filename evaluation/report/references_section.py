@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...method.normalization import NORMALIZATIONS
+from ...method.arrays import NORMALIZATIONS
 from ...method.weightings import arwc_weights
 from ..doctor.doctor import Diagnosis
 from ..figures import UNITS, agreement, saturation

@@ -21,10 +21,11 @@ from mrpo.evaluation.compare.results import Comparison, read_comparison
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
-WORDS = "Paris is the capital of France she sells two eggs thanks".split()
+WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
 WEIGHTS = Path("model", "model.safetensors")
 METHODS, FRACTIONS = ("dpo:llama", "mrpo"), (0.5, 1.0)
-TRAINING = "--device cpu --batch-pairs 8 --learning-rate 1e-3 --refs llama,qwen".split()
+REFS = ["--refs", "llama,qwen"]
+TRAINING = ["--device", "cpu", "--batch-pairs", "8", "--learning-rate", "1e-3"]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def compared(
     one_thread: None,
 ) -> Compared:
     out = scored.folder / "runs" / "compare"
-    flags = [*scored.flags, *TRAINING, "--policy", str(tiny_references["llama"])]
+    flags = [*scored.flags, *TRAINING, *REFS, "--policy", str(tiny_references["llama"])]
     code, printed = run_in_process(
         *("compare", *flags, "--methods", ",".join(METHODS), "--seeds", "1", "--jobs", "2"),
         *("--fractions", "0.5,1", "--output-dir", str(out)),
@@ -178,7 +179,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(
         ran = mrpo("compare", *compared.flags, *flags)
     assert ran.code == 0, ran.err
     words = (cell / "cell.log").read_text()
-    assert f"resumed     behind step {2 if how == 'kill' else 3}" in words
+    assert f"resumed     after step {2 if how == 'kill' else 3}" in words
     assert (cell / WEIGHTS).read_bytes() == (compared.cell("mrpo", 1.0) / WEIGHTS).read_bytes()
     assert figures_of(cell) == figures_of(compared.cell("mrpo", 1.0))
 
@@ -297,7 +298,14 @@ def test_mistakes_are_one_line_before_any_run(
 ) -> None:
     policy = ["--policy", tiny_references["llama"]]
     ran = mrpo(
-        "compare", *scored.flags, *TRAINING, *policy, "--output-dir", tmp_path / "c", *changes
+        "compare",
+        *scored.flags,
+        *TRAINING,
+        *REFS,
+        *policy,
+        "--output-dir",
+        tmp_path / "c",
+        *changes,
     )
     assert ran.code == 2
     for word in words:
