@@ -122,15 +122,15 @@ def a_comparison(root: Path) -> Comparison:
     results = []
     for metric in METRIC_WORDS:
         for at, fraction in enumerate((0.2, 1.0)):
-            found = standing(draws, at, list(METHODS), single)
+            ranking = standing(draws, at, list(METHODS), single)
             for method in METHODS:
-                gain = next((one for one in found.gains if one.method == method), None)
+                gain = next((gain for gain in ranking.gains if gain.method == method), None)
                 results.append(
                     Result(
                         method=method,
                         fraction=fraction,
                         metric=metric,
-                        accuracy=found.accuracy[method],
+                        accuracy=ranking.accuracy[method],
                         seed_spread=math.nan,
                         gain=gain.gain if gain else None,
                         over=gain.over if gain else None,
@@ -211,7 +211,7 @@ def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path)
     page = Page(written.read_text(encoding="utf-8"))
     charts = [chart for section in content["sections"] for chart in section["charts"]]
     drawings = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert [chart["title"] for chart in charts] == [one["aria-label"] for one in drawings]
+    assert [chart["title"] for chart in charts] == [drawing["aria-label"] for drawing in drawings]
     shown = " ".join(chart["title"] for chart in charts)
     for word in ("Gain", "Learning curves", "Loss", "agree", "Margins", "weights", "CTRO"):
         assert word in shown or word in page.text
@@ -249,7 +249,7 @@ def test_references_that_are_gone_leave_the_runs_part(
 def test_mistakes_are_one_line(
     mrpo: Run, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
-    ran = mrpo("report", *(one.format(tmp=tmp_path) for one in arguments))
+    ran = mrpo("report", *(argument.format(tmp=tmp_path) for argument in arguments))
     assert ran.code == 2
     for word in words:
         assert word in ran.err
