@@ -38,7 +38,7 @@ COMMANDS = {
 STORE_COMMANDS = {
     "status": ("data.config:StatusConfig", "data.store.commands:status"),
     "verify": ("data.config:VerifyConfig", "precompute.verify:verify"),
-    "gc": ("data.config:GcConfig", "data.store.gc:gc"),
+    "gc": ("data.config:GcConfig", "data.store.commands:gc"),
     "push": ("data.config:PushConfig", "data.store.commands:push"),
     "pull": ("data.config:PullConfig", "data.store.commands:pull"),
     "import": ("data.config:ImportConfig", "data.store.import_scores:import_scores"),

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.prepare import open_pairs
-from ..data.references import ReferenceSpec, load_refs, refs_from, select_refs
+from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
 from ..data.store import ReferenceRecord, Store, open_store
 from ..errors import UserError
@@ -84,7 +84,7 @@ def score(
 
         score({"llama": "meta-llama/Llama-3.2-1B-Instruct"}, "pairs", "store")
     """
-    specs = list(refs_from(references).values() if isinstance(references, Mapping) else references)
+    specs = list(load_refs(references).values() if isinstance(references, Mapping) else references)
     aliases = [spec.alias for spec in specs]
     if not specs or len(set(aliases)) < len(specs):
         raise UserError(f"references {', '.join(aliases)!r}: name one or more, each alias once")

@@ -60,7 +60,7 @@ class PairForward:
         with torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext():
             token_logps = self.policy(batch)
         logps = sum_by_sequence(token_logps, batch)
-        counts = torch.tensor(batch.counts).to(device, non_blocking=True)
+        counts = torch.tensor(batch.token_counts).to(device, non_blocking=True)
         return PairLogps(logps[0::2], logps[1::2], counts[0::2], counts[1::2], batch.num_tokens)
 
     def shares(

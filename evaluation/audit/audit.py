@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...data.files import SETTINGS
 from ...data.pairs import Pair
+from ...data.prepare import SETTINGS
 from ...data.reviewed import DECISION, ID
 from ...data.shards import PairShards
 from ...data.store import open_store
