@@ -81,16 +81,22 @@ class WorkerProcess:
     def ran_out_of_memory(self) -> bool:
         return OUT_OF_MEMORY.search(self._logged()) is not None
 
+    @property
+    def how_it_ended(self) -> str:
+        """The exit code or the signal, in words. Blocks until the process has ended."""
+        code = self.exit_code
+        if code == -signal.SIGKILL:
+            return "killed by SIGKILL (by the system, for lack of memory?)"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
     def why_it_failed(self) -> str:
         """How the process ended, with the tail of its log."""
-        code = self.exit_code
-        how = f"exit code {code}"
-        if code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += " (by the system, for lack of memory?)"
         tail = "\n".join(f"  {line}" for line in self._logged().splitlines()[-TAIL_LINES:])
-        return f"{how}; the end of {self.log}:\n{tail}"
+        return f"{self.how_it_ended}; the end of {self.log}:\n{tail}"
+
+    def terminate(self) -> None:
+        """Ask the worker to end (SIGTERM); its last event, None, says when it has."""
+        self._process.terminate()
 
     def stop(self) -> None:
         """Kill the worker and everything it started."""

@@ -149,7 +149,8 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
 @pytest.mark.parametrize(
     ("references", "options", "message"),
     [
-        ({}, {}, "name one or more"),
+        ({}, {}, "references: must map aliases"),
+        ([], {}, "name one or more"),
         ({"a b": "org/model"}, {}, "alias 'a b' is not allowed"),
         ({"llama": {"modle": "org/model"}}, {}, "references: llama: needs a 'model'"),
         ({"llama": "org/model"}, {"max_tokens": 0}, "--max-tokens is 0"),
@@ -158,7 +159,7 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
     ],
 )
 def test_a_mistake_is_found_before_any_work(
-    workspace: Workspace, references: dict[str, Any], options: dict[str, Any], message: str
+    workspace: Workspace, references: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         score(references, "nowhere", workspace.store, **options)
