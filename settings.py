@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar
 
 from .errors import UserError
+from .files import write_text
 
 Config = TypeVar("Config")
 Given = ParamSpec("Given")
@@ -39,7 +41,9 @@ Returns = TypeVar("Returns", covariant=True)
 
 
 class Command(Protocol[Given, Takes, Returns]):
-    """A command as a function: of its settings, or of one object that holds them."""
+    """A command as a function: of its settings as keywords, or of one object that holds them."""
+
+    config: type  # the class of its settings
 
     @typing.overload
     def __call__(self, config: Takes, /) -> Returns: ...
@@ -50,7 +54,7 @@ class Command(Protocol[Given, Takes, Returns]):
 def command(
     config: Callable[Given, Config],
 ) -> Callable[[Callable[[Config], Result]], Command[Given, Config, Result]]:
-    """Make a function of a settings object one of the settings themselves, typed alike.
+    """Make a function of a settings object also one of the settings as keywords, typed alike.
 
         @command(PrepareConfig)
         def prepare(config: PrepareConfig) -> PairShards: ...
@@ -58,21 +62,51 @@ def command(
         prepare(source="pairs.jsonl", out="pairs")  # checked as the command line checks them
         prepare(PrepareConfig(source="pairs.jsonl", out="pairs"))
 
-    Lists may stand for comma-separated text, and paths for text.
+    A list may be given for comma-separated text, and a path for text. `help()` shows the signature
+    and what each setting is.
     """
+    kind = typing.cast(type, config)
 
     def decorate(work: Callable[[Config], Result]) -> Command[Given, Config, Result]:
         @functools.wraps(work)
         def call(*args: Any, **settings: Any) -> Result:
-            return work(*args) if args else work(build(typing.cast(type, config), settings))
+            return work(*args) if args else work(build(kind, settings))
 
-        signature = inspect.signature(config)
-        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            return_annotation=work.__annotations__.get("return")
-        )
+        call.__doc__ = f"{inspect.getdoc(work) or ''}\n\n{described(kind)}"
+        returns = work.__annotations__.get("return")
+        vars(call).update(config=kind, __signature__=signature_of(kind, returns))
         return typing.cast(Command[Given, Config, Result], call)
 
     return decorate
+
+
+def signature_of(config: type, returns: Any) -> inspect.Signature:
+    """The settings of a class as keyword parameters with plain types."""
+    parameters = [
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if setting.required else setting.default,
+            annotation=setting.type,
+        )
+        for setting in settings_of(config)
+    ]
+    return inspect.Signature(parameters, return_annotation=returns)
+
+
+def described(config: type) -> str:
+    """The settings of a class, with type, default and meaning, as the "Args" of a docstring."""
+    lines = ["Args:"]
+    for setting in settings_of(config):
+        kinds = (
+            kind.__name__ if isinstance(kind, type) else repr(kind)
+            for kind in options(setting.type)
+        )
+        kind = " | ".join(kinds).replace("NoneType", "None")
+        default = "" if setting.required else f" = {setting.default!r}"
+        lines += [f"    {setting.name}: {kind}{default}"]
+        lines += textwrap.wrap(setting.help, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
 
 
 # Fields that several commands share. Where one needs other words, it builds them on these.
@@ -141,8 +175,7 @@ def _flag(name: str) -> str:
 def comma_separated(text: str | None, flag: str | None = None) -> list[str]:
     """The parts of a comma-separated list without the white space around them; none are empty.
 
-    With `flag`, the name that a message has for the list, raises `UserError` where a part stands
-    there twice.
+    With `flag`, what messages call the list, raises `UserError` for a part that is given twice.
     """
     parts = [part.strip() for part in (text or "").split(",")]
     parts = [part for part in parts if part]
@@ -192,6 +225,11 @@ class Setting:
     def required(self) -> bool:
         return self.default is dataclasses.MISSING
 
+    @property
+    def flag(self) -> str:
+        """The name on the command line; without hyphens in front where it is positional."""
+        return self.name if self.positional else _flag(self.name)
+
 
 def settings_of(config: type) -> list[Setting]:
     """The settings of a class with their annotations resolved, the required ones first.
@@ -201,7 +239,9 @@ def settings_of(config: type) -> list[Setting]:
     """
     hints = typing.get_type_hints(config, include_extras=True)
     fields = []
-    for field in _given(config):
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
         kind, note, *more = typing.get_args(hints[field.name])
         positional = isinstance(note, Arg)
         text = note.help if positional else note
@@ -239,8 +279,9 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
         values[name] = _checked(known[name], value, "command line")
     for setting in known.values():
         if setting.required and setting.name not in values:
-            flag = setting.name if setting.positional else f"--{setting.name.replace('_', '-')}"
-            raise UserError(f"{flag} is missing; give it on the command line or in --config")
+            raise UserError(
+                f"{setting.flag} is missing; give it on the command line or in --config"
+            )
     return config(**values)
 
 
@@ -248,13 +289,8 @@ def write_resolved(config: Any, path: Path) -> None:
     """Write every setting in force as YAML, which `--config` reads back."""
     import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {field.name: getattr(config, field.name) for field in _given(config)}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def _given(config: Any) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(config) if field.init]
+    values = {setting.name: getattr(config, setting.name) for setting in settings_of(type(config))}
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(file: str) -> Mapping[str, Any]:

@@ -22,13 +22,16 @@ class MethodConfig(ScoredPairSettings):
         "Aliases of references, comma-separated, the base first. By default those that --method "
         "names.",
     ] = None
-    method: Annotated[str, "METHOD[:ref/ref...][+weighting]: mrpo, multi-dpo, dpo:x, ...."] = "mrpo"
+    method: Annotated[str, "METHOD[:ref/ref…][+weighting], such as mrpo, multi-dpo, dpo:x."] = (
+        "mrpo"
+    )
     reference_kind: Annotated[
         Literal["harmonic", "geometric", "arithmetic"] | None,
         "How several references become one. By default the method's.",
     ] = None
     weighting: Annotated[
-        str | None, "Weights of the references: uniform, arwc, vdw, .... By default the method's."
+        str | None,
+        "Weights of the references, such as uniform, arwc, vdw. By default the method's.",
     ] = None
     weights: Annotated[str | None, "Fixed weights, one for each reference, as 0.5,0.3,0.2."] = None
     epsilon: Annotated[
@@ -74,7 +77,7 @@ class TrainConfig(MethodConfig):
     normalize: Annotated[
         Literal["none", "token", "byte"], "Divide log-probs by the response's length."
     ] = "none"
-    loss_type: Annotated[str, "The loss on the margin: sigmoid (DPO's), hinge, ipo, ...."] = (
+    loss_type: Annotated[str, "The loss on the margin, such as sigmoid (DPO's), hinge, ipo."] = (
         "sigmoid"
     )
     beta: Annotated[float, "How strongly the policy is held to the references."] = 0.1
