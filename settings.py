@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar
 
 from .errors import UserError
+from .files import write_text
 
 Config = TypeVar("Config")
 Given = ParamSpec("Given")
@@ -224,6 +225,11 @@ class Setting:
     def required(self) -> bool:
         return self.default is dataclasses.MISSING
 
+    @property
+    def flag(self) -> str:
+        """The name on the command line; without hyphens in front where it is positional."""
+        return self.name if self.positional else _flag(self.name)
+
 
 def settings_of(config: type) -> list[Setting]:
     """The settings of a class with their annotations resolved, the required ones first.
@@ -233,7 +239,9 @@ def settings_of(config: type) -> list[Setting]:
     """
     hints = typing.get_type_hints(config, include_extras=True)
     fields = []
-    for field in _given(config):
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
         kind, note, *more = typing.get_args(hints[field.name])
         positional = isinstance(note, Arg)
         text = note.help if positional else note
@@ -271,8 +279,9 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
         values[name] = _checked(known[name], value, "command line")
     for setting in known.values():
         if setting.required and setting.name not in values:
-            flag = setting.name if setting.positional else f"--{setting.name.replace('_', '-')}"
-            raise UserError(f"{flag} is missing; give it on the command line or in --config")
+            raise UserError(
+                f"{setting.flag} is missing; give it on the command line or in --config"
+            )
     return config(**values)
 
 
@@ -280,13 +289,8 @@ def write_resolved(config: Any, path: Path) -> None:
     """Write every setting in force as YAML, which `--config` reads back."""
     import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {field.name: getattr(config, field.name) for field in _given(config)}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def _given(config: Any) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(config) if field.init]
+    values = {setting.name: getattr(config, setting.name) for setting in settings_of(type(config))}
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(file: str) -> Mapping[str, Any]:
