@@ -5,8 +5,8 @@ Everything public is importable from here, the commands as functions:
     import mrpo
 
     mrpo.prepare(source="pairs.jsonl", out="pairs", validation_fraction=0.05)
-    mrpo.score({"llama": "models/llama", "qwen": "models/qwen"}, "pairs", "store")
-    mrpo.train(pairs="pairs", refs="llama,qwen", store="store", output_dir="runs/mrpo")
+    mrpo.precompute(pairs="pairs", refs="llama,qwen", refs_config="refs.yaml")
+    mrpo.train(pairs="pairs", refs="llama,qwen", refs_config="refs.yaml", output_dir="runs/mrpo")
     mrpo.evaluate(runs="runs/mrpo")
 
 A name is loaded when it is first asked for (PEP 562), so that `import mrpo` and `mrpo --help` do
@@ -65,19 +65,20 @@ _MODULES = {
     "method.virtual_reference": ("ctro_clip", "virtual_reference"),
     "method.weightings": ("arwc_weights", "max_margin_weights"),
     "precompute.config": ("PrecomputeConfig",),
-    "precompute.run": ("precompute", "score"),
+    "precompute.run": ("score",),
     "train.config": ("ExportConfig", "TrainConfig"),
     "train.export": ("export",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_PACKAGES = ("precompute", "train")  # named as their commands, and callable as these
 
-__all__ = [*_HOME, "train"]
+__all__ = [*_HOME, *_PACKAGES]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a folder of this name is there too: it is callable, see train/__init__.py
-        return import_module(".train", __name__)
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

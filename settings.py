@@ -23,10 +23,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar
 
@@ -107,6 +109,40 @@ def described(config: type) -> str:
         lines += [f"    {setting.name}: {kind}{default}"]
         lines += textwrap.wrap(setting.help, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
+
+
+class CallablePackage(types.ModuleType):
+    """A package that has the name of its command and is called as the command: `mrpo.train(…)`.
+
+    An import of any module in it binds the name to the package, so the package itself has to be
+    callable for the name to mean the same whatever was imported before.
+    """
+
+    _config: str
+    _function: str
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return self._load(self._function)(*args, **settings)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return signature_of(self._load(self._config), Any)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        config = self._load(self._config)
+        return f"{inspect.getdoc(config)}\n\n{described(config)}"
+
+    def _load(self, path: str) -> Any:
+        module, name = path.split(":")
+        return getattr(import_module(f"{self.__name__}.{module}"), name)
+
+
+def make_callable(package: str, config: str, function: str) -> None:
+    """Make a package callable as `function`; both given as `module:name` inside of it."""
+    module = sys.modules[package]
+    module.__class__ = CallablePackage
+    vars(module).update(_config=config, _function=function)
 
 
 # Fields that several commands share. Where one needs other words, it builds them on these.
@@ -272,11 +308,11 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
                 raise UserError(f"{file}: {keys[name]!r} and {key!r} are one setting; keep one")
             keys[name] = str(key)
             if value is not None or type(None) in options(known[name].type):
-                values[name] = _checked(known[name], value, file)
+                values[name] = _checked(known[name], value, f"{file}: ")
     for name, value in flags.items():
         if name not in known:
             raise UserError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        values[name] = _checked(known[name], value, "command line")
+        values[name] = _checked(known[name], value)
     for setting in known.values():
         if setting.required and setting.name not in values:
             raise UserError(
@@ -307,7 +343,7 @@ def _read_yaml(file: str) -> Mapping[str, Any]:
     return values
 
 
-def _checked(setting: Setting, value: Any, origin: str) -> Any:
+def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
     """The value as the field's type; a list is taken as comma-separated text.
 
     YAML reads 1e-5 as text and 1 as an integer, and the command line gives a union as text, so a
@@ -333,7 +369,7 @@ def _checked(setting: Setting, value: Any, origin: str) -> Any:
                 continue
     names = [option.__name__ if isinstance(option, type) else str(option) for option in admitted]
     names = [name for name in names if name != "NoneType"]
-    raise UserError(f"{origin}: {setting.name} is {value!r}; it must be {' or '.join(names)}")
+    raise UserError(f"{origin}{setting.name} is {value!r}; it must be {' or '.join(names)}")
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -165,7 +165,7 @@ def held_out_table(out: Path, methods: Mapping[str, str]) -> str:
         f"trained with {method}": preferred(policy_logps(out / "runs" / run / "model", pairs))
         for run, method in methods.items()
     }
-    rows = accuracy_rows(right | policies, scores.sources)
+    rows = domain_rows(right | policies, scores.sources)
     gains = [[f"  {name}", text] for name, text in differences(policies, scores.prompts).items()]
     title = f"{list(policies)[-1]} minus, in points, with a 95 % bootstrap interval over the pairs:"
     return "\n".join(
@@ -186,7 +186,7 @@ def policy_logps(model: Path, pairs: Sequence[Pair]) -> np.ndarray:
     )
 
 
-def accuracy_rows(right: Mapping[str, Right], sources: np.ndarray) -> list[list[str]]:
+def domain_rows(right: Mapping[str, Right], sources: np.ndarray) -> list[list[str]]:
     """The table's rows: a heading of two, then for each model its accuracy by domain, and over all.
 
     Args:

@@ -38,7 +38,7 @@ def test_type_checkers_see_every_public_name_where_it_is() -> None:
     declared = declared_for_type_checkers()
     assert sorted(declared) == sorted(mrpo.__all__)
     for name, module in declared.items():
-        if name != "train":  # the package of this name, which is callable
+        if name not in mrpo._PACKAGES:
             assert mrpo._HOME[name] == module
     assert set(mrpo.__all__) <= set(dir(mrpo))
 
@@ -65,17 +65,25 @@ def test_help_shows_every_setting_with_its_type_default_and_meaning(name: str) -
         assert " ".join(setting.help.split()) in text
 
 
-def test_train_is_the_command_whatever_was_imported_before() -> None:
-    code = (
-        "import mrpo\n"
-        "from mrpo import TrainConfig, train\n"
-        "import mrpo.train.config\n"
-        "assert mrpo.train is train and callable(train)\n"
-        "try:\n    train(output_dir='run', batch_pairs=0)\n"
-        "except mrpo.UserError as error:\n    print(error)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "--batch-pairs is 0; it must be above 0"
+CALLED = """
+import mrpo
+from mrpo import PrecomputeConfig, TrainConfig, precompute, train
+import mrpo.train.config, mrpo.precompute.config
+assert mrpo.train is train and mrpo.precompute is precompute
+for call in (lambda: train(output_dir="run", batch_pairs=0), lambda: precompute(refs=[], bf16=3)):
+    try:
+        call()
+    except mrpo.UserError as error:
+        print(error)
+"""
+
+
+def test_a_command_named_as_its_package_is_one_whatever_was_imported_before() -> None:
+    ran = subprocess.run([sys.executable, "-c", CALLED], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        "--batch-pairs is 0; it must be above 0",
+        "bf16 is 3; it must be bool",
+    ]
 
 
 def test_a_mistake_is_an_error_that_python_can_catch(tmp_path: Path) -> None:

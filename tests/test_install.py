@@ -123,7 +123,12 @@ def test_no_folder_of_the_users_is_imported_in_place_of_ours(
     for name in ("data", "model", "train"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not ours')")
+    path = {"PYTHONPATH": str(installed)}
+    where = "import mrpo.precompute.worker as worker; print(worker.__file__)"
+    started = run(sys.executable, "-P", "-c", where, folder=tmp_path, **path)
+    assert Path(started.strip()) == installed / "mrpo" / "precompute" / "worker.py"
+    # Without a job on its stdin it ends at once, but not by a folder of the user's.
     command = (sys.executable, "-P", "-m", "mrpo.precompute.worker")
-    said = run(*command, folder=tmp_path, check=False, PYTHONPATH=str(installed))
-    assert "not ours" not in said
-    assert "mrpo/precompute/worker.py" in said  # it started, and missed the job on its stdin
+    assert "not ours" not in run(*command, folder=tmp_path, check=False, **path)
+    for_contrast = run(sys.executable, "-c", "import data", folder=tmp_path, check=False, **path)
+    assert "not ours" in for_contrast

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mrpo.demo.run import accuracy_rows, differences, wilson
+from mrpo.demo.run import differences, domain_rows, wilson
 
 
 def test_wilsons_interval_of_eight_in_ten() -> None:
@@ -25,7 +25,7 @@ def test_all_right_is_not_certain() -> None:
 
 def test_a_row_has_every_domain_and_all_of_them_together() -> None:
     sources = np.array(["facts"] * 4 + ["style"] * 4)
-    heading, counts, row = accuracy_rows({"name": np.array([1, 1, 1, 1, 0, 0, 0, 0])}, sources)
+    heading, counts, row = domain_rows({"name": np.array([1, 1, 1, 1, 0, 0, 0, 0])}, sources)
     assert heading == ["", "facts", "arithmetic", "style", "overall"]
     assert counts == ["", "4 pairs", "0 pairs", "4 pairs", "8 pairs"]
     assert [cell.split()[0] for cell in row] == ["name", "100.0", "–", "0.0", "50.0"]
