@@ -194,30 +194,3 @@ def _sum_to_one(coefficients: np.ndarray) -> np.ndarray:
 
 def _fold_of(prompts: np.ndarray, folds: int) -> np.ndarray:
     return (np.asarray(prompts).astype(np.uint64) % np.uint64(folds)).astype(np.intp)
-
-
-def logistic_regression(
-    features: np.ndarray, sample_weights: np.ndarray, *, ridge: float, non_negative: bool
-) -> np.ndarray:
-    """argmin over w [K] of the weighted mean of log(1 + exp(−w·x)) plus ridge/2 |w|².
-
-    Args:
-        features: [N, K] x, one row for each sample.
-        sample_weights: [N] 0 or more.
-        non_negative: whether to search among w ≥ 0 alone.
-    """
-    shares = sample_weights / sample_weights.sum()
-
-    def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = features @ w
-        wrong = 0.5 - 0.5 * np.tanh(logits / 2)  # sigmoid(−logits), without overflow
-        value = shares @ np.logaddexp(0, -logits) + ridge / 2 * w @ w
-        return float(value), ridge * w - features.T @ (shares * wrong)
-
-    size = features.shape[1]
-    bounds = [(0.0, None)] * size if non_negative else None
-    options = {"ftol": 1e-15, "gtol": 1e-10}
-    fit = minimize(
-        objective, np.zeros(size), jac=True, method="L-BFGS-B", bounds=bounds, options=options
-    )
-    return np.asarray(fit.x)
