@@ -184,6 +184,30 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(
     assert figures_of(cell) == figures_of(compared.cell("mrpo", 1.0))
 
 
+def test_a_run_that_keeps_crashing_is_named_and_the_others_are_compared(
+    mrpo: Run, compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "WORKER", "mrpo.tests.evaluation.compare.interrupted_worker")
+    monkeypatch.setenv("MRPO_TEST_INTERRUPT", "kill-dpo")
+    flags = ["--methods", "dpo:llama,mrpo", "--seeds", 1, "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 1
+    assert "FAILED: dpo:llama, fraction 1, seed 42: killed by SIGKILL" in ran.err
+    log = (tmp_path / "cells" / "dpo=llama" / "fraction-1" / "seed-42" / "cell.log").read_text()
+    assert log.count("$ mrpo train") == 2
+    comparison = read_comparison(tmp_path / "compare.json")
+    assert comparison.missing == ["dpo:llama, fraction 1, seed 42"]
+    assert [run.method for run in comparison.runs] == ["mrpo"]
+
+
+def test_nothing_to_compare_is_an_error(mrpo: Run, compared: Compared, tmp_path: Path) -> None:
+    flags = ["--methods", "mrpo", "--seeds", 1, "--policy", "nowhere", "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 2
+    assert "FAILED: mrpo, fraction 1, seed 42: policy nowhere: no model to load" in ran.err
+    assert "all 1 runs failed, there is nothing to compare" in ran.err
+
+
 def test_policies_scores_are_no_references_and_what_gc_took_is_scored_again(
     mrpo: Run, compared: Compared, tmp_path: Path
 ) -> None:
