@@ -21,8 +21,8 @@ from ..data.shards import PairShards
 from ..data.store import Store, open_store
 from ..errors import UserError
 from ..files import output_file, to_json
+from ..method.arrays import normalize_logps
 from ..method.grammar import aliases_of
-from ..method.normalization import normalize_logps
 from ..settings import comma_separated, command, write_resolved
 from ..terminal import table_lines
 from ..train.config import TrainConfig
@@ -87,9 +87,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     out = output_file(config.out, ".json")
     runs = comma_separated(config.runs)
-    inputs = _inputs(config, [run_settings(run) for run in runs])
+    settings = [run_settings(run) for run in runs]
     policies = [policy_at(path) for path in comma_separated(config.policies)]
     policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
+    inputs = _inputs(config, settings)
     evaluation = measure(
         policies,
         inputs,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..method.arrays import NORMALIZATIONS, normalize_logps
 from ..method.grammar import parse_method
-from ..method.normalization import NORMALIZATIONS, normalize_logps
 from ..method.objective import ReferenceLogps
 from ..method.virtual_reference import ctro_clip
 from ..method.weightings import arwc_weights
@@ -174,7 +174,7 @@ def method_first_loss(
 ) -> float:
     """A method's mean loss for a policy equal to the base; with DPO on the base it is ln 2."""
     targets = parse_method(method, aliases, beta=beta).targets(scores)
-    virtual = targets.virtual_chosen_logps - targets.virtual_rejected_logps
+    virtual = (targets.virtual_chosen_logps - targets.virtual_rejected_logps).numpy()
     base = scores.ref_chosen_logps[:, 0] - scores.ref_rejected_logps[:, 0]
     return _mean(np.logaddexp(0, -beta * (base - virtual)))
 

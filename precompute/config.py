@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import UserError
 from ..settings import (
@@ -15,8 +15,12 @@ from ..settings import (
     above_zero,
     share,
 )
+from .engines import ENGINES
 
-EngineChoice = Literal["auto", "hf", "vllm", "server"]
+if TYPE_CHECKING:
+    EngineChoice = str
+else:
+    EngineChoice = Literal[("auto", *ENGINES)]
 
 
 @dataclass(kw_only=True, slots=True)

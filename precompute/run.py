@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,9 @@ def score(
     if not isinstance(store, Store):
         store = open_store(None if store is None else str(store))
     run = _Run(config, specs, placement, selection, store, in_process)
+    for plan in run.plans:
+        for name in plan.damaged:
+            print(f"{plan.reference.alias}: damaged file set aside: {name}", file=sys.stderr)
     result = run.carry_out()
     run.report_failures()
     return result
@@ -135,50 +139,43 @@ def precompute(config: PrecomputeConfig) -> ScoreResult:
     return result
 
 
+@dataclass(frozen=True)
 class _Run:
-    """Some references over some pairs: planned when made, then carried out."""
+    """Some references over some pairs: planned, then carried out."""
 
-    def __init__(
-        self,
-        config: PrecomputeConfig,
-        specs: Sequence[ReferenceSpec],
-        placement: Placement,
-        selection: PairSelection,
-        store: Store,
-        in_process: bool = False,
-    ) -> None:
-        if selection.num_pairs == 0:
+    config: PrecomputeConfig
+    specs: Sequence[ReferenceSpec]
+    placement: Placement
+    selection: PairSelection
+    store: Store
+    in_process: bool = False
+    outcomes: list[ReferenceOutcome] = field(default_factory=list)  # one per plan, in the end
+
+    @cached_property
+    def plans(self) -> list[ReferencePlan]:
+        if self.selection.num_pairs == 0:
             raise UserError(
-                f"{selection.pairs.path} has no pairs of split {selection.split}; prepare them "
-                "with --validation-fraction, or take all pairs"
+                f"{self.selection.pairs.path} has no pairs of split {self.selection.split}; "
+                "prepare them with --validation-fraction, or take all pairs"
             )
-        self.config = config
-        self.placement = placement
-        self.selection = selection
-        self.store = store
-        self.in_process = in_process
-        self.outcomes: list[ReferenceOutcome] = []  # one for each plan, once carried out
-        self.plans = make_plans(
-            [_resolve(spec, store, config, placement) for spec in specs],
-            selection,
-            store,
-            limit=config.max_model_len,
-            keep_token_logps=config.keep_token_logps,
-            dry_run=config.dry_run,
-            processes=1 if in_process else None,
+        return make_plans(
+            [_resolve(spec, self.store, self.config, self.placement) for spec in self.specs],
+            self.selection,
+            self.store,
+            limit=self.config.max_model_len,
+            keep_token_logps=self.config.keep_token_logps,
+            dry_run=self.config.dry_run,
+            processes=1 if self.in_process else None,
         )
-        self._logs: Path | None = None
 
-    @property
+    @cached_property
     def logs(self) -> Path:
         """A new folder for this run's logs, beside the scores where these are on this machine."""
-        if self._logs is None:
-            local = self.store.files.is_local
-            base = Path(self.store.root) if local else Path(tempfile.gettempdir()) / "mrpo"
-            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-            self._logs = base / "logs" / name
-            self._logs.mkdir(parents=True)
-        return self._logs
+        local = self.store.files.is_local
+        base = Path(self.store.root) if local else Path(tempfile.gettempdir()) / "mrpo"
+        folder = base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder.mkdir(parents=True)
+        return folder
 
     def carry_out(self) -> ScoreResult:
         """Score every reference."""

@@ -1,11 +1,11 @@
 """The folder of a run: the one owner of its file names.
 
 runs/name/train.yaml        the settings in force
-runs/name/scores/           the references' scores, joined once
-runs/name/log.jsonl         a line a step, evaluations between them
-runs/name/checkpoints/      the last ones and the best
+runs/name/scores/           the references' scores, joined once; training reads nothing else
+runs/name/log.jsonl         a line a step, held-out evaluations between them
+runs/name/checkpoints/      the latest ones and the best
 runs/name/evaluation.json   held-out figures: of training, and those that `mrpo evaluate` adds
-runs/name/model/            the final model; it is there when the run is complete
+runs/name/model/            the final model; it is there once the run is finished
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..files import write_json
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where a run's files are; makes none of them."""
+    """Where a run's files are; creates none of them."""
 
     path: Path
 

@@ -2,7 +2,7 @@
 
 It imports torch and transformers once and then runs one cell after another: `train`, then the
 figures of `mrpo evaluate`. `workers.py` starts it and sends it cells (`precompute/process.py`).
-After each cell the state of the process is restored, so that a cell's numbers are those of
+After each of the two the state of the process is restored, so that a cell's numbers are those of
 `mrpo train` and `mrpo evaluate` in processes of their own.
 
 A user's mistake is reported, and the worker goes on; any other error ends the process.
@@ -42,6 +42,8 @@ from ..evaluate import EvaluationInputs, measure
 from ..policies import policy_of_run
 from .cells import SETTINGS, Cell
 
+TORCH_SEED = torch.initial_seed()  # of a new process
+
 
 def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
     """Train and evaluate a cell; this process prints to the cell's log from then on.
@@ -54,8 +56,7 @@ def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
             raise UserError("another process is at work on it")
         _print_to(cell.log)
         try:
-            with process_state_kept():
-                _finish(cell, base, keep_model)
+            _train_and_evaluate(cell, base, keep_model)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise
@@ -96,11 +97,12 @@ def process_state_kept() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _finish(cell: Cell, base: str, keep_model: bool) -> None:
+def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
     started = time.monotonic()
     config = build(TrainConfig, {}, str(cell.folder / SETTINGS))
     print(f"$ mrpo train --config {cell.folder / SETTINGS}")
-    code = getattr(result := train(config), "exit_code", result)
+    with process_state_kept():
+        code = train(config).exit_code
     if code:  # SIGTERM: the checkpoint is saved, and this process ends as it was asked to
         sys.exit(code)
     trained = time.monotonic()
@@ -108,7 +110,8 @@ def _finish(cell: Cell, base: str, keep_model: bool) -> None:
         PairShards(config.pairs or "pairs"), open_store(config.store), base, config.refs_config
     )
     policy = policy_of_run(cell.folder, f"{cell.method}-{cell.fraction:g}-{cell.seed}")
-    evaluation = measure([policy], inputs, in_process=True)
+    with process_state_kept():
+        evaluation = measure([policy], inputs, in_process=True)
     update_evaluation(cell.run.evaluation, to_json(evaluation))
     seconds = {"train": trained - started, "evaluate": time.monotonic() - trained}
     _free_disk(cell, keep_model)
@@ -141,9 +144,6 @@ def _print_to(log: Path) -> None:
 def _handle(values: dict[str, Any], report: Report) -> None:
     cell = values["cell"]
     run_cell(Cell(**cell | {"folder": Path(cell["folder"])}), values["base"], values["keep_model"])
-
-
-TORCH_SEED = torch.initial_seed()  # of a new process
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ class PairTokenLogps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What an engine loads and how it runs; plain values, so that it travels as JSON."""
+    """What an engine loads and how it runs; plain values, to be sent as JSON."""
 
     alias: str
     model: str  # a folder or a Hub id
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """The log-probs of every pair, in the given order."""
 
     def close(self) -> None:
-        """Free what the engine holds outside this process."""
+        """Free the devices, connections and processes that the engine holds."""
 
 
 def adapter_folder(settings: EngineSettings) -> Path:

@@ -78,7 +78,7 @@ def test_preflight_counts_the_same_on_many_cores(
 def test_a_reference_that_fails_costs_the_others_nothing(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One whose weights do not load, one with weights that are not numbers, one that is fine."""
+    """Weights that do not load, weights that are NaN, and a reference without fault."""
     references = yaml.safe_load(workspace.refs_config.read_text())
     torn, broken = tmp_path / "torn", tmp_path / "broken"
     for folder, alias in ((torn, "llama"), (broken, "mistral")):
@@ -94,12 +94,12 @@ def test_a_reference_that_fails_costs_the_others_nothing(
     run = Workspace(tmp_path / "run", {"torn": torn, "broken": broken, "fine": qwen})
     run.prepare(rows(5))
     assert precompute(run.config()).exit_code == 1
-    told = capsys.readouterr()
-    assert "torn: 0 pairs scored; 0 from the store; 5 NOT SCORED" in told.out
-    assert "fine: 5 pairs scored (" in told.out
-    assert "reference torn failed: exit code 1; the end of " in told.err
-    assert "SafetensorError" in told.err
-    assert "error: reference broken: pair " in told.err
+    printed = capsys.readouterr()
+    assert "torn: 0 pairs scored; 0 from the store; 5 NOT SCORED" in printed.out
+    assert "fine: 5 pairs scored (" in printed.out
+    assert "reference torn failed: exit code 1; the end of " in printed.err
+    assert "SafetensorError" in printed.err
+    assert "error: reference broken: pair " in printed.err
     assert len(run.by_id("fine")) == 5
     assert len(run.by_id("torn")) == len(run.by_id("broken")) == 0
 

@@ -66,9 +66,9 @@ def test_from_python_or_in_this_process_the_files_are_those_of_precompute(
     again = score(mapping, pairs, here, in_process=True)
     assert again.scored == {"llama": 0, "qwen": 0}
     assert [r.identity for r in again.records] == [r.identity for r in result.records]
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert "llama: scored 20 pairs" in told.err
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "llama: scored 20 pairs" in printed.err
 
 
 @pytest.fixture
@@ -131,10 +131,10 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
     result = score(renamed, pairs, workspace.store, engine="hf")
     assert (result.scored, result.unscored) == ({"broken": 0}, {"broken": 4})
     assert result.exit_code == 1
-    told = capsys.readouterr()
-    assert "reference broken failed: exit code 1" in told.err
-    assert "no worker was to be started" in told.err
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert "reference broken failed: exit code 1" in printed.err
+    assert "no worker was to be started" in printed.err
+    assert printed.out == ""
 
     Path(broken).mkdir()
     for path in Path(renamed["broken"]).iterdir():
@@ -149,7 +149,8 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
 @pytest.mark.parametrize(
     ("references", "options", "message"),
     [
-        ({}, {}, "name one or more"),
+        ({}, {}, "references: must map aliases"),
+        ([], {}, "name one or more"),
         ({"a b": "org/model"}, {}, "alias 'a b' is not allowed"),
         ({"llama": {"modle": "org/model"}}, {}, "references: llama: needs a 'model'"),
         ({"llama": "org/model"}, {"max_tokens": 0}, "--max-tokens is 0"),
@@ -158,7 +159,7 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
     ],
 )
 def test_a_mistake_is_found_before_any_work(
-    workspace: Workspace, references: dict[str, Any], options: dict[str, Any], message: str
+    workspace: Workspace, references: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         score(references, "nowhere", workspace.store, **options)

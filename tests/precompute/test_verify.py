@@ -1,4 +1,4 @@
-"""`mrpo store verify --rescore`: a sample scored again, found again, or said to differ."""
+"""`mrpo store verify --rescore`: a sample scored again agrees, or is reported to differ."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_pairs_that_moved_are_named_by_a_flag(workspace: Workspace, capsys: Capt
     assert "12 pairs scored again" in capsys.readouterr().out
 
 
-def test_a_reference_that_refs_yaml_has_not_is_skipped_aloud(
+def test_a_reference_that_refs_yaml_lacks_is_skipped_with_a_line(
     workspace: Workspace, capsys: Capture
 ) -> None:
     other = workspace.folder / "other.yaml"

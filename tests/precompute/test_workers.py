@@ -1,4 +1,4 @@
-"""Worker processes of `mrpo precompute`: killed, out of memory, at fault, and on their GPUs."""
+"""Worker processes of `mrpo precompute`: killed, out of memory, failing, and on their GPUs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ serve(handle)
 
 
 def test_a_worker_that_is_busy_ends_with_its_parent_and_takes_its_engines_along() -> None:
-    """It tells nothing meanwhile, so only the end of its stdin can say that the parent is gone."""
+    """It sends no events meanwhile, so only the end of its stdin shows that the parent is gone."""
     worker = subprocess.Popen(
         [sys.executable, "-c", IDLE],
         stdin=subprocess.PIPE,
@@ -133,16 +133,16 @@ def test_a_worker_stays_up_for_more_jobs_until_it_is_stopped_or_fails(
     monkeypatch.setattr(process, "PYTHON", (sys.executable, "-c", SERVING))
     queue: SimpleQueue[Any] = SimpleQueue()
     worker = process.WorkerProcess("unused", {"number": 2}, queue, tmp_path / "log")
-    told = []
+    events = []
     for number in (3, 5, 4):
         while True:
             source, event = queue.get(timeout=60)
             assert source is worker
-            told.append(event)
+            events.append(event)
             if event["event"] in ("finished", "error"):
                 break
         worker.send({"number": number})
-    assert told == [
+    assert events == [
         {"event": "square", "value": 4},
         {"event": "finished"},
         {"event": "error", "text": "three is not allowed"},
@@ -152,7 +152,7 @@ def test_a_worker_stays_up_for_more_jobs_until_it_is_stopped_or_fails(
     assert queue.get(timeout=60) == (worker, None)
     assert worker.exit_code == 1
     assert "RuntimeError: four is a fault" in worker.why_it_failed()
-    worker.send({"number": 6})  # to nobody: no error, its end was told
+    worker.send({"number": 6})  # the worker is gone: no error
 
     idle = process.WorkerProcess("unused", {"number": 2}, queue, tmp_path / "log")
     for name in ("square", "finished"):
@@ -179,13 +179,13 @@ RECORDING = """
 import json, pathlib, sys
 job = json.loads(sys.stdin.readline())
 with open({path!r}, "a") as jobs: print(json.dumps(job), file=jobs)
-def tell(**event): print(json.dumps(event), flush=True)
+def send(**event): print(json.dumps(event), flush=True)
 """
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Jobs]:
-    """Puts a worker of a few lines in place of the real one; gives the jobs it was given."""
+    """Replaces the worker by a script of a few lines; returns the jobs that it gets."""
     path = tmp_path / "jobs.jsonl"
 
     def install(code: str) -> Jobs:
@@ -197,7 +197,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], J
 
 
 class Jobs:
-    """The jobs that workers were given so far."""
+    """The jobs that workers have got so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -232,28 +232,28 @@ def test_a_worker_out_of_memory_is_replaced_by_one_with_half_the_batch(
 ) -> None:
     workspace.prepare(rows(4))
     jobs = worker(
-        "tell(event='ready', facts={'max_tokens': job['settings']['max_tokens']})\n"
+        "send(event='ready', facts={'max_tokens': job['settings']['max_tokens']})\n"
         "print('torch.OutOfMemoryError: CUDA out of memory', file=sys.stderr)\n"
         "sys.exit(1)\n"
     )
     assert precompute(workspace.config(refs="llama", max_tokens=1200)).exit_code == 1
     assert [job["settings"]["max_tokens"] for job in jobs] == [1200, 600, 300]
-    told = capsys.readouterr().err
-    assert "llama: out of memory; going on with 600 tokens at once" in told
-    assert "reference llama failed: exit code 1; the end of " in told
+    printed = capsys.readouterr().err
+    assert "llama: out of memory; going on with 600 tokens at once" in printed
+    assert "reference llama failed: exit code 1; the end of " in printed
 
 
 def test_a_workers_mistake_is_one_line_and_names_what_is_left(
     workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace.prepare(rows(4))
-    worker("tell(event='error', text=job['settings']['alias'] + ' is broken'); sys.exit(2)")
+    worker("send(event='error', text=job['settings']['alias'] + ' is broken'); sys.exit(2)")
     with pytest.raises(UserError, match=r"^llama is broken; qwen is broken$"):
         precompute(workspace.config(refs="llama,qwen"))
     assert "llama: 0 pairs scored; 0 from the store; 4 NOT SCORED" in capsys.readouterr().out
 
 
-def test_a_worker_killed_by_the_system_is_said_to_be(
+def test_a_worker_killed_by_the_system_is_reported_as_such(
     workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace.prepare(rows(4))

@@ -1,4 +1,4 @@
-"""In place of a comparison's worker: notes that it was asked, then does what the cell's name says."""
+"""In place of a comparison's worker: notes each try, then does what the cell's name says."""
 
 from __future__ import annotations
 

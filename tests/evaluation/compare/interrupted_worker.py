@@ -1,6 +1,7 @@
-"""A comparison's own worker, interrupted once behind its third step as MRPO_TEST_INTERRUPT says.
+"""A comparison's own worker, interrupted behind the third step as MRPO_TEST_INTERRUPT says.
 
-kill: SIGKILL to itself. stop: SIGTERM to the command that started it, which is to send it SIGTERM.
+kill: SIGKILL to itself, once. stop: SIGTERM to the command that started it, which is to send it
+SIGTERM, once. kill-dpo: SIGKILL to itself in every cell of method dpo, each time.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ take_step = loop.optimizer_step
 
 def interrupted_step(run: Run, batch: StepBatch) -> dict[str, float]:
     values = take_step(run, batch)
-    mark = Path(run.config.output_dir) / "interrupted"
-    if run.state.step == 3 and not mark.exists():
+    how, mark = os.environ["MRPO_TEST_INTERRUPT"], Path(run.config.output_dir) / "interrupted"
+    if how == "kill-dpo":
+        if run.config.method.startswith("dpo"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif run.state.step == 3 and not mark.exists():
         mark.touch()
-        if os.environ["MRPO_TEST_INTERRUPT"] == "kill":
+        if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         arrived, wakeup = os.pipe()
         os.set_blocking(wakeup, False)

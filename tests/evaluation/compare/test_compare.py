@@ -21,10 +21,11 @@ from mrpo.evaluation.compare.results import Comparison, read_comparison
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
-WORDS = "Paris is the capital of France she sells two eggs thanks".split()
+WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
 WEIGHTS = Path("model", "model.safetensors")
 METHODS, FRACTIONS = ("dpo:llama", "mrpo"), (0.5, 1.0)
-TRAINING = "--device cpu --batch-pairs 8 --learning-rate 1e-3 --refs llama,qwen".split()
+REFS = ["--refs", "llama,qwen"]
+TRAINING = ["--device", "cpu", "--batch-pairs", "8", "--learning-rate", "1e-3"]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def compared(
     one_thread: None,
 ) -> Compared:
     out = scored.folder / "runs" / "compare"
-    flags = [*scored.flags, *TRAINING, "--policy", str(tiny_references["llama"])]
+    flags = [*scored.flags, *TRAINING, *REFS, "--policy", str(tiny_references["llama"])]
     code, printed = run_in_process(
         *("compare", *flags, "--methods", ",".join(METHODS), "--seeds", "1", "--jobs", "2"),
         *("--fractions", "0.5,1", "--output-dir", str(out)),
@@ -178,9 +179,33 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(
         ran = mrpo("compare", *compared.flags, *flags)
     assert ran.code == 0, ran.err
     words = (cell / "cell.log").read_text()
-    assert f"resumed     behind step {2 if how == 'kill' else 3}" in words
+    assert f"resumed     after step {2 if how == 'kill' else 3}" in words
     assert (cell / WEIGHTS).read_bytes() == (compared.cell("mrpo", 1.0) / WEIGHTS).read_bytes()
     assert figures_of(cell) == figures_of(compared.cell("mrpo", 1.0))
+
+
+def test_a_run_that_keeps_crashing_is_named_and_the_others_are_compared(
+    mrpo: Run, compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "WORKER", "mrpo.tests.evaluation.compare.interrupted_worker")
+    monkeypatch.setenv("MRPO_TEST_INTERRUPT", "kill-dpo")
+    flags = ["--methods", "dpo:llama,mrpo", "--seeds", 1, "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 1
+    assert "FAILED: dpo:llama, fraction 1, seed 42: killed by SIGKILL" in ran.err
+    log = (tmp_path / "cells" / "dpo=llama" / "fraction-1" / "seed-42" / "cell.log").read_text()
+    assert log.count("$ mrpo train") == 2
+    comparison = read_comparison(tmp_path / "compare.json")
+    assert comparison.missing == ["dpo:llama, fraction 1, seed 42"]
+    assert [run.method for run in comparison.runs] == ["mrpo"]
+
+
+def test_nothing_to_compare_is_an_error(mrpo: Run, compared: Compared, tmp_path: Path) -> None:
+    flags = ["--methods", "mrpo", "--seeds", 1, "--policy", "nowhere", "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 2
+    assert "FAILED: mrpo, fraction 1, seed 42: policy nowhere: no model to load" in ran.err
+    assert "all 1 runs failed, there is nothing to compare" in ran.err
 
 
 def test_policies_scores_are_no_references_and_what_gc_took_is_scored_again(
@@ -297,7 +322,14 @@ def test_mistakes_are_one_line_before_any_run(
 ) -> None:
     policy = ["--policy", tiny_references["llama"]]
     ran = mrpo(
-        "compare", *scored.flags, *TRAINING, *policy, "--output-dir", tmp_path / "c", *changes
+        "compare",
+        *scored.flags,
+        *TRAINING,
+        *REFS,
+        *policy,
+        "--output-dir",
+        tmp_path / "c",
+        *changes,
     )
     assert ran.code == 2
     for word in words:
