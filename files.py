@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 TEMPORARY = ".tmp-"  # begins the name of a file that is still being written
 
 
@@ -59,6 +61,22 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # an array or a number of numpy's
         return to_json(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def output_file(out: str | Path, suffix: str) -> Path:
+    """The path of a result that a command will write, its folder made.
+
+    Raises `UserError` for a path that is a folder or does not end with `suffix`, and where its
+    folder cannot be made.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != suffix or path.is_dir():
+        raise UserError(f"--out {out}: must be a {suffix} file; name one like {path.stem}{suffix}")
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name another file") from None
+    return path
 
 
 @contextlib.contextmanager

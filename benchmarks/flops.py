@@ -1,9 +1,9 @@
-"""How much arithmetic a forward asks for, for model FLOPs utilization.
+"""How much arithmetic a forward pass needs, for model FLOPs utilization.
 
 Counted are the products that the mathematics needs: every real token through the decoder's
 weights, every query with the keys that its mask shows, every scored token through the head. A
-packed batch counts each prompt once; padding and hidden keys count nothing, whatever a kernel
-computes. A training step is three times this, of which recomputed activations are no part.
+packed batch counts each prompt once; padding and masked keys count nothing, whatever a kernel
+computes. A training step counts three times as much; recomputed activations are not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mrpo.model.packing import PADDING, Batch
 
 
 def forward_flops(logps: SequenceLogps, batch: Batch) -> int:
-    """Floating-point operations of one forward, a multiplication and an addition counted as two."""
+    """Floating-point operations of one forward; a multiplication with an addition counts as two."""
     config = logps.lm.config.get_text_config()
     real = batch.pair != PADDING
     tokens = int(real.sum())
@@ -23,20 +23,20 @@ def forward_flops(logps: SequenceLogps, batch: Batch) -> int:
     attention = 0
     for window in layer_windows(config):
         keys = positions + 1 if window is None else (positions + 1).clamp(max=window)
-        # Scores and their product with the values: two products over all heads' widths.
+        # Two products over all heads' widths: queries with keys, attention with values.
         attention += 4 * config.num_attention_heads * width * int(keys.sum())
     head = 2 * config.hidden_size * config.vocab_size * len(batch.targets)
     return 2 * layer_weights(logps) * tokens + attention + head
 
 
 def layer_weights(logps: SequenceLogps) -> int:
-    """Weights of the decoder's layers that each token is multiplied with."""
+    """How many weights of the decoder's layers each token is multiplied with."""
     config = logps.lm.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
     total = 0
     for parameter in logps.decoder_layers.parameters():
         if parameter.ndim == 2:
             total += parameter.numel()
-        elif parameter.ndim == 3:  # all experts of a layer in one
+        elif parameter.ndim == 3:  # all experts of a layer in one tensor
             total += parameter.numel() * config.num_experts_per_tok // experts
     return total

@@ -2,9 +2,9 @@
 
     python benchmarks/head.py [--rows 1536 --width 256 --vocabulary 16384 --dtype float32]
 
-`kept` and `again` are the project's own, with the slopes kept from forward to backward and with
-none kept. Each way runs in a process of its own, so that its peak memory is its own; times are
-medians, and the ways take turns. Prints a table in Markdown.
+`kept` and `recomputed` are the project's own, with the logits' gradients kept from forward to
+backward and with none kept. Each way runs in a process of its own, so that its peak memory is its
+own; times are medians, and the ways take turns. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def kept(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
     return token_logps(hidden, weight, None, targets, LogitRule(), chunk=chunk, keep_bytes=2**62)
 
 
-def again(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
     return token_logps(hidden, weight, None, targets, LogitRule(), chunk=chunk, keep_bytes=0)
 
 
@@ -58,8 +58,8 @@ WAYS: dict[str, Way] = {
     "plain log_softmax": plain,
     "checkpointed chunks": checkpointed,
     "torch linear_cross_entropy": torchs_own,
-    "ours, slopes computed again": again,
-    "ours, slopes kept": kept,
+    "ours, gradients recomputed": recomputed,
+    "ours, gradients kept": kept,
 }
 
 
@@ -75,7 +75,7 @@ def measure(name: str, options: argparse.Namespace) -> tuple[float, float]:
     weight.requires_grad_()
     chunk, cuda = chunk_rows(options.vocabulary, device), device.type == "cuda"
     weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
-    (hidden.detach() @ weight.detach()[:64].T).sum()  # the library's own buffers
+    (hidden.detach() @ weight.detach()[:64].T).sum()  # allocates the library's own buffers
     before = torch.cuda.memory_allocated() if cuda else _peak()
     seconds = []
     for _ in range(options.repeats):

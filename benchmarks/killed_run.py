@@ -1,6 +1,6 @@
-"""One run of `mrpo precompute` that dies: the moments, who is killed, and that nothing outlives it.
+"""A run of `mrpo precompute` that is killed: when, which process, and that nothing outlives it.
 
-`kills.py` makes a list of deaths and starts a run for each; `stopped.py` is the process that runs.
+`kills.py` makes a list of kills and starts a run for each; `stopped.py` is the process that runs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any, Literal
 from mrpo.benchmarks.stopped import WORKER, Stop
 from mrpo.data.store import Store
 
-RANDOM = 3.0  # seconds in which a random moment of starting or loading lies
-PATIENCE = 300.0  # seconds until a moment must have come
+RANDOM = 3.0  # seconds from which a random moment of starting or loading is drawn
+PATIENCE = 300.0  # seconds to wait for a moment
 
 Victim = Literal["both", "parent", "worker"]
 VICTIMS: tuple[Victim, ...] = ("both", "parent", "worker")
-# Where a run stops to be killed; at the other moments it is killed as it runs.
+# Where a run stops to be killed; at the other moments it is killed while it runs.
 STOPS: dict[str, dict[str, Any]] = {
     "before the record's rename": {"process": "parent"},
     "after the record's rename": {"process": "parent", "when": "after"},
@@ -41,16 +41,16 @@ MOMENTS = (*ALONE, "loading", "scoring", *list(STOPS)[2:])
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One death: the moment, at the run's `count`-th shard where it is one of a shard."""
+    """A kill: its moment, at the `count`-th shard of the run where the moment concerns a shard."""
 
     moment: str
     victim: Victim
     count: int
-    seconds: float  # behind the moment, where this is random
+    seconds: float  # after the moment, where this is random
 
 
 def make_kills(count: int, seed: int = 0) -> list[Kill]:
-    """Every moment in turn, each time with another victim; counts and delays are random."""
+    """All moments in turn, with alternating victims; counts and delays are random."""
     dice = random.Random(seed)
     kills = []
     for number in range(count):
@@ -64,7 +64,7 @@ def make_kills(count: int, seed: int = 0) -> list[Kill]:
 
 
 class Run:
-    """A `mrpo precompute` in a process group of its own; its worker has another."""
+    """A `mrpo precompute` in a process group of its own, as is its worker."""
 
     def __init__(
         self, folder: Path, name: str, store: str = "store", stop: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class Run:
         self.scored = folder / f"{name}.scored"
         self.log = folder / f"{name}.log"
         where = Stop(scored=str(self.scored), store=str(folder / store), **(stop or {}))
-        command = [sys.executable, "-m", "mrpo.benchmarks.stopped", json.dumps(asdict(where))]
+        command = [sys.executable, "-P", "-m", "mrpo.benchmarks.stopped", json.dumps(asdict(where))]
         command += ["precompute", "--engine", "hf", "--refs", "tiny", "--store", where.store]
         command += ["--pairs", str(folder / "pairs"), "--refs-config", str(folder / "refs.yaml")]
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -92,7 +92,7 @@ class Run:
         with contextlib.suppress(OSError):
             pid = self.process.pid
             for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                if Path(f"/proc/{child}/cmdline").read_text().endswith(f"\0{WORKER}\0"):
+                if f"\0{WORKER}\0" in Path(f"/proc/{child}/cmdline").read_text():
                     return int(child)
         return None
 
@@ -105,7 +105,7 @@ class Run:
         return pid is not None and state(pid) == "T"
 
     def wait_for(self, moment: Callable[[], object]) -> None:
-        """Looks every millisecond. An early end is a failure of the kill test itself."""
+        """Poll every millisecond. An early end is an error of the kill test itself."""
         end = time.monotonic() + PATIENCE
         while not moment():
             assert self.process.poll() is None, f"ended too early:\n{self.log.read_text()}"
@@ -113,7 +113,7 @@ class Run:
             time.sleep(0.001)
 
     def kill(self, victim: Victim) -> None:
-        """End the victims; what is left of the run must end by itself, soon."""
+        """Kill the victims; the rest of the run must end by itself soon."""
         worker = self.strike(victim)
         code = self.process.wait(60)
         assert code == (1 if victim == "worker" else -signal.SIGKILL), self.log.read_text()
@@ -128,7 +128,7 @@ class Run:
         A worker that stopped itself and is no victim goes on.
         """
         worker = self.worker
-        with contextlib.suppress(ProcessLookupError):  # a worker whose parent dies is quick
+        with contextlib.suppress(ProcessLookupError):  # a worker ends quickly after its parent
             if victim != "worker":
                 os.killpg(self.process.pid, signal.SIGKILL)
             if worker is not None:
@@ -137,7 +137,7 @@ class Run:
 
 
 def killed(folder: Path, number: int, kill: Kill) -> int:
-    """A run that dies as told; how many damaged files the store has then."""
+    """Run until the kill; returns the number of damaged files in the store then."""
     stop = STOPS.get(kill.moment)
     if stop and stop["process"] == "worker":
         stop = {**stop, "count": kill.count}
@@ -150,7 +150,7 @@ def killed(folder: Path, number: int, kill: Kill) -> int:
         elif kill.moment == "scoring":
             run.wait_for(lambda: run.shards_begun >= kill.count)
         time.sleep(0 if stop else kill.seconds)
-    except BaseException:  # nothing that stopped itself may stay behind
+    except BaseException:  # no stopped process may stay behind
         run.strike("both")
         raise
     run.kill(kill.victim)

@@ -1,12 +1,12 @@
-"""Kills a real `mrpo precompute` again and again until it is done, and looks at what is there.
+"""Kills a real `mrpo precompute` many times until it is done, and checks the store it leaves.
 
     python benchmarks/kills.py --kills 100 --publish
 
-Two runs at a time work on one store, each until SIGKILL ends its parent, its worker, or both: at a
-random moment while it starts, loads or scores, or at an aimed one, around the flush and the rename
-of a file of scores and of the reference's record. A last run finishes; the store is then compared
-with that of an undisturbed run. A row counts as scored when its shard's scoring begins. The test
-tests/precompute/test_kills.py is this with 8 kills.
+Two runs at a time work on the same store, each until SIGKILL ends its parent, its worker, or both:
+at a random moment while it starts, loads or scores, or around the flush and the rename of a score
+file or of the reference's record. A last run finishes; the store is then compared with that of an
+undisturbed run. A row counts as scored when the scoring of its shard begins. The test
+tests/precompute/test_kills.py is the same with 8 kills.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from mrpo.benchmarks.killed_run import VICTIMS, Kill, Run, finish, killed, make_
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.store import ScoreFiles, Store
-from mrpo.data.store.files import TEMPORARY
 from mrpo.demo.models import write_reference
+from mrpo.files import TEMPORARY
 
 WRITERS = 2  # runs at a time
 SHARD = 4  # pairs
-SHARDS_A_KILL = 6  # so many that the kills come before the end
+SHARDS_A_KILL = 6  # enough for all kills to come before the end
 CLOSE = 1e-3  # nats
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "store.md"
 
 
 @dataclass(slots=True)
 class Result:
-    """What there was after the last run, beside what an undisturbed run gives."""
+    """The store after the last run, compared with that of an undisturbed run."""
 
     kills: list[Kill]
     pairs: int
     scored: int  # rows, over all runs
-    repeated: int  # of them, the most that any one death cost
+    repeated: int  # rows scored again, the most for a single kill
     unscored: int  # pairs
-    differing: int  # pairs that only one of the two stores has, or with other counts
-    doubled: int  # rows beyond one a pair in the files
+    differing: int  # pairs that only one of the stores has, or with other counts
+    duplicates: int  # rows beyond one per pair in the files
     damaged: int  # files, after any kill
     difference: float  # nats, the largest
     verified: bool
@@ -57,35 +57,35 @@ class Result:
     seconds: float
 
     def broken(self) -> list[str]:
-        """The promises that did not hold."""
+        """The guarantees that did not hold."""
         promises = {
             "the same ids and counts": self.unscored == self.differing == 0,
             f"log-probs within {CLOSE:g} nats": self.difference <= CLOSE,
-            "no row twice": self.doubled == 0,
+            "no row twice": self.duplicates == 0,
             "no damaged file": self.damaged == 0,
-            "each death repeats at most one shard": self.repeated <= SHARD
+            "each kill repeats at most one shard": self.repeated <= SHARD
             and 0 <= self.scored - self.pairs <= len(self.kills) * SHARD,
             "`mrpo store verify` passes": self.verified,
         }
         return [text for text, held in promises.items() if not held]
 
     def table(self) -> str:
-        """Markdown: what was measured beside what is promised."""
-        died = Counter(kill.victim for kill in self.kills)
-        who = ", ".join(f"{name} {died[name]}" for name in VICTIMS)
+        """Markdown: measured values beside the promised ones."""
+        victims = Counter(kill.victim for kill in self.kills)
+        who = ", ".join(f"{name} {victims[name]}" for name in VICTIMS)
         rows = [
             (f"SIGKILLs of a run over {self.pairs:,} pairs ({who})", f"{len(self.kills)}", "–"),
             ("pairs without a score", f"{self.unscored}", "0"),
             ("pairs that differ in id or counts", f"{self.differing}", "0"),
             ("largest difference of a log-prob, nats", f"{self.difference:.1e}", f"{CLOSE:g}"),
-            ("rows that stand twice", f"{self.doubled}", "0"),
+            ("duplicate rows", f"{self.duplicates}", "0"),
             ("damaged files after any kill", f"{self.damaged}", "0"),
             (
                 "rows scored again in all",
                 f"{self.scored - self.pairs}",
                 f"{len(self.kills) * SHARD}",
             ),
-            ("… by one kill, at most", f"{self.repeated}", f"{SHARD} (a shard)"),
+            ("… by a single kill, at most", f"{self.repeated}", f"{SHARD} (a shard)"),
             ("`mrpo store verify`", "passes" if self.verified else "FAILS", "passes"),
         ]
         lines = ["| | measured | promised |", "|---|---|---|"]
@@ -93,7 +93,7 @@ class Result:
 
 
 def kill_test(folder: Path, kills: Sequence[Kill]) -> Result:
-    """Prepare pairs in the folder and score them with all these deaths; nothing else is there."""
+    """Prepare pairs in an empty folder and score them in spite of all these kills."""
     started = time.monotonic()
     pairs = write_workload(folder, SHARDS_A_KILL * len(kills))
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -103,19 +103,24 @@ def kill_test(folder: Path, kills: Sequence[Kill]) -> Result:
     finish(Run(folder, "run-last"))
     store, expected = Store(folder / "store"), Store(folder / "undisturbed")
     (identity,) = store.identities()
-    got, wanted = by_id(store.scores(identity)), by_id(expected.scores(identity))
+    rows, expected_rows = by_id(store.scores(identity)), by_id(expected.scores(identity))
+    all_ids = rows.keys() | expected_rows
     begun = scored_rows(folder)
-    verify = [sys.executable, "-m", "mrpo.cli", "store", "verify", "--store", store.root]
+    verify = [sys.executable, "-P", "-m", "mrpo.cli", "store", "verify", "--store", store.root]
     return Result(
         kills=list(kills),
         pairs=pairs,
         scored=sum(len(ids) for _, ids in begun),
         repeated=worst_repeat(begun),
-        differing=sum(counts(got.get(name)) != counts(wanted.get(name)) for name in got | wanted),
-        unscored=pairs - len(got),
-        doubled=store.scores(identity).num_rows() - len(got),
+        differing=sum(
+            counts(rows.get(name)) != counts(expected_rows.get(name)) for name in all_ids
+        ),
+        unscored=pairs - len(rows),
+        duplicates=store.scores(identity).num_rows() - len(rows),
         damaged=damaged,
-        difference=max(difference(got[name], wanted[name]) for name in got.keys() & wanted),
+        difference=max(
+            difference(rows[name], expected_rows[name]) for name in rows.keys() & expected_rows
+        ),
         verified=subprocess.run(verify, check=False, stdout=subprocess.DEVNULL).returncode == 0,
         left=len(list(folder.glob(f"store/*/**/{TEMPORARY}*"))),
         seconds=time.monotonic() - started,
@@ -145,33 +150,33 @@ def write_workload(folder: Path, shards: int) -> int:
 def by_id(scores: ScoreFiles) -> dict[bytes, dict[str, Any]]:
     """The rows as a reader gets them. Raises where it gets a pair twice."""
     rows = scores.read().to_pylist()
-    found = {row["pair_id"]: row for row in rows}
-    assert len(found) == len(rows), "a reader gets a pair twice"
-    return found
+    rows_by_id = {row["pair_id"]: row for row in rows}
+    assert len(rows_by_id) == len(rows), "a reader gets a pair twice"
+    return rows_by_id
 
 
 def counts(row: dict[str, Any] | None) -> dict[str, Any] | None:
-    """All of a row but its log-probs."""
+    """Everything in a row except its log-probs."""
     return row and {name: value for name, value in row.items() if not name.endswith("logp")}
 
 
-def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest of a pair's log-probs, in nats."""
-    return max(abs(one[name] - other[name]) for name in one if name.endswith("logp"))
+def difference(row: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest difference between a pair's log-probs, in nats."""
+    return max(abs(row[name] - expected[name]) for name in row if name.endswith("logp"))
 
 
 def scored_rows(folder: Path) -> list[tuple[str, list[str]]]:
-    """(run, ids of a shard whose scoring it began), the first begun first."""
-    told = [
+    """(run, ids of a shard whose scoring it began), in the order of time."""
+    entries = [
         (line["time"], path.stem, line["ids"])
         for path in folder.glob("run-*.scored")
         for line in map(json.loads, path.read_text().splitlines())
     ]
-    return [(run, ids) for _, run, ids in sorted(told)]
+    return [(run, ids) for _, run, ids in sorted(entries)]
 
 
 def worst_repeat(begun: Sequence[tuple[str, list[str]]]) -> int:
-    """The most rows of any one run that a later one had to score again."""
+    """The largest number of rows of a run that later runs had to score again."""
     lost: Counter[str] = Counter()
     later: set[str] = set()
     for run, ids in reversed(begun):
@@ -181,7 +186,7 @@ def worst_repeat(begun: Sequence[tuple[str, list[str]]]) -> int:
 
 
 def publish(result: Result) -> None:
-    """Put the table into its place in docs/store.md."""
+    """Replace the table in docs/store.md."""
     begin, end = "<!-- kills -->\n", "<!-- end of kills -->"
     before, rest = PAGE.read_text().split(begin)
     PAGE.write_text(f"{before}{begin}{result.table()}\n{end}{rest.split(end)[1]}")

@@ -3,13 +3,13 @@
     python benchmarks/real_pairs.py gsm8k gsm8k_model_solutions.jsonl.gz gsm8k_pairs.jsonl
     python benchmarks/real_pairs.py truthfulqa truthfulqa.csv.gz truthfulqa_pairs.jsonl
 
-Both sets give for each question several right and several wrong answers. The rule for both: the
-first right answer is chosen over the first wrong one, the second over the second, and so on while
-there are both. So a question gives more than one pair where it can, no answer stands in two
-pairs, and nothing is drawn by chance. Right or wrong: for gsm8k (openai/grade-school-math) the
-`is_correct` of each of four models' solutions, in the file's order of models; for truthfulqa
-(sylinrl/TruthfulQA) the columns "Correct Answers" and "Incorrect Answers", separated by semicolons.
-Answers given twice for a question count once, those given as both right and wrong not at all.
+Both sets have several right and several wrong answers to each question. The first right answer is
+chosen over the first wrong one, the second over the second, and so on while there are both. So a
+question gives more than one pair where it can, no answer is in two pairs, and nothing is random.
+What is right: for gsm8k (openai/grade-school-math) the `is_correct` of each of four models'
+solutions, in the file's order of models; for truthfulqa (sylinrl/TruthfulQA) the columns "Correct
+Answers" and "Incorrect Answers", separated by semicolons. Answers that a question has twice count
+once, those that it has as both right and wrong not at all.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def gsm8k_questions(lines: Iterable[str]) -> Iterator[Question]:
     for line in lines:
         row = json.loads(line)
         solutions = [value for value in row.values() if isinstance(value, dict)]
-        right = [one["solution"] for one in solutions if one["is_correct"]]
-        wrong = [one["solution"] for one in solutions if not one["is_correct"]]
+        right = [answer["solution"] for answer in solutions if answer["is_correct"]]
+        wrong = [answer["solution"] for answer in solutions if not answer["is_correct"]]
         yield row["question"], right, wrong
 
 
@@ -58,7 +58,7 @@ def preference_rows(questions: Iterable[Question], source: str) -> Iterator[dict
 def _only(answers: list[str], others: list[str]) -> list[str]:
     """The different answers in order, without blank ones and without the others."""
     excluded = {"", *map(str.strip, others)}
-    return [one for one in dict.fromkeys(map(str.strip, answers)) if one not in excluded]
+    return [answer for answer in dict.fromkeys(map(str.strip, answers)) if answer not in excluded]
 
 
 QUESTIONS = {"gsm8k": gsm8k_questions, "truthfulqa": truthfulqa_questions}

@@ -1,21 +1,21 @@
-"""Three tiny references that have read real text, and real pairs that none of them has read.
+"""Three tiny references trained on real text, and real pairs that none of them has read.
 
     python benchmarks/real_references.py --data FOLDER --out real-run
 
 FOLDER holds three sets as they are published, gzipped: HH-RLHF's harmless test set
 (`hh_harmless_test.jsonl.gz`), GSM8K's solutions by four models (`gsm8k_model_solutions.jsonl.gz`)
 and TruthfulQA (`truthfulqa.csv.gz`); `real_pairs.py` says how the latter two become pairs. All
-pairs are divided by prompt. The references read one half of the prompts with their chosen
-responses, each reference one set three times as often as the others; the other half is for
-training and held-out pairs:
+pairs are divided by prompt. The references read half of the prompts with their chosen responses,
+each reference one set three times as often as the others; the other half is for training and
+held-out pairs:
 
     real-run/corpus-llama.jsonl …   what each reference reads
     real-run/references/…           llama: dialogues; mistral: arithmetic; qwen: facts
     real-run/refs.yaml              names them for `mrpo`
     real-run/pairs.jsonl            the pairs, for `mrpo prepare`
 
-The references are as good as a million parameters, about a million tokens and ten minutes on two
-cores make them, and that is poor. docs/choosing-references.md shows what comes of it.
+The references have a million parameters and read about a million tokens in ten minutes on two
+cores, so they are poor models. docs/choosing-references.md shows the results.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mrpo.demo.pretrain import Recipe, pretrain_all
 
 FILES = {"hh": HH, "gsm8k": "gsm8k_model_solutions.jsonl.gz", "truthfulqa": "truthfulqa.csv.gz"}
 STRENGTHS: dict[Family, str] = {"llama": "hh", "mistral": "gsm8k", "qwen": "truthfulqa"}
-EPOCHS, OWN = 2, 3  # passes; how often a chat of the reference's own set stands in each
-READ = 0.5  # of the prompts go to the references
+EPOCHS, OWN = 2, 3  # passes; how often each has a chat of the reference's own set
+READ = 0.5  # share of the prompts that the references read
 RECIPE = Recipe(
     vocab_size=4096, hidden_size=128, layers=2, context=2048, batch_chats=16, learning_rate=3e-3
 )
@@ -64,12 +64,12 @@ def all_pairs(data: Path) -> list[Pair]:
 
 
 def is_read(pair: Pair) -> bool:
-    """Whether the references read it: goes by its prompt alone, and not as splits do."""
+    """Whether the references read it: by its prompt alone, independently of the splits."""
     return random.Random(canonical_json(pair.prompt)).random() < READ
 
 
 def corpus(own: str, pairs: Sequence[Pair], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Chats for a reference that is to be strong in the set `own`, alike in length by batches."""
+    """Chats for a reference that is to be strong in the set `own`, in batches of similar length."""
     for _ in range(EPOCHS):
         chats = [pair for pair in pairs for _ in range(OWN if pair.source == own else 1)]
         rng.shuffle(chats)
@@ -93,7 +93,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def real_references(data: Path, out: Path, seed: int = 0) -> int:
-    """Write everything; references that are there already stay. Returns an exit code."""
+    """Write everything; existing references are kept. Returns an exit code."""
     out.mkdir(parents=True, exist_ok=True)
     pairs = all_pairs(data)
     read, kept = [p for p in pairs if is_read(p)], [p for p in pairs if not is_read(p)]

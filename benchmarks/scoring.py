@@ -2,14 +2,14 @@
 
     python benchmarks/scoring.py               # a CPU: 256 HH-RLHF pairs, 7.1 M parameters
     python benchmarks/scoring.py --gpu         # a GPU: 1.2 B parameters, pairs as they are and long
-    python benchmarks/scoring.py --publish     # keeps what comes out: benchmarks/results, docs
+    python benchmarks/scoring.py --publish     # keeps the results: benchmarks/results, docs
 
-All score the same pairs with the same weights, each in a process of its own, in turns, several
-rounds. Measured is the pass alone: from token ids to sums that are stored (ours in the score
-store, TRL's in its cache), after a warm-up on other pairs; imports, loading and tokenizing are not
-in it. Tokens count each prompt twice, once a response, whatever a program computes. The share of
-the matrix rate counts it once: useful operations a second over those of a plain matrix product
-of the same precision, measured in the same run.
+All variants score the same pairs with the same weights, each in a process of its own, in turns,
+for several rounds. Only the pass itself is timed: from token ids to stored sums (ours in the score
+store, TRL's in its cache), after a warm-up on other pairs, without imports, loading and
+tokenizing. Token counts have each prompt twice, once per response, whatever a program computes.
+The share of the matrix rate has it once: useful operations per second divided by those of a plain
+matrix product of the same precision, measured in the same run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ON_GPU = [TRL, HF, VLLM + UNSHARED, VLLM]  # all in bfloat16, and each on long p
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What parent and children agree on."""
+    """Settings that the parent hands to its children."""
 
     size: str = "small"
     pairs: int = 256  # as they are
@@ -88,7 +88,7 @@ def run_child(child: Child) -> None:
 
 
 def keep(child: Child, chosen: Any, rejected: Any) -> None:
-    """The sums of log-probs, to be compared with the other variants'."""
+    """Save the sums of log-probs, to compare the variants."""
     sums = np.stack([np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)], 1)
     np.save(child.folder / f"{child.variant}.npy", sums)
 
@@ -111,15 +111,15 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     shards, renderer = PairShards(child.pairs), Renderer.load(child.model)
     with measurement.timed("tokenizing_seconds"):
         pairs = rendered(renderer, shards.pairs(0))
-    rows = sort_out(shards.pair_ids(0)[: -options.warm_up], pairs[: -options.warm_up], None, None)
+    work = sort_out(shards.pair_ids(0)[: -options.warm_up], pairs[: -options.warm_up], None, None)
     settings |= {"dtype": SIZES[options.size].dtype, "longest": max(map(padded_tokens, pairs))}
-    loaded = load_engine(engine, EngineSettings(alias="one", model=child.model, **settings))
+    loaded = load_engine(engine, EngineSettings(alias="model", model=child.model, **settings))
     loaded.score(pairs[-options.warm_up :])
     with TemporaryDirectory() as store, measurement.timed():
-        scored = score_rows(rows, loaded, keep_token_logps=False, progress=lambda pairs: None)
+        scored = score_rows(work, loaded, keep_token_logps=False, progress=lambda pairs: None)
         Store(store).scores("0" * 32).add(scored.table)
     keep(child, scored.table["chosen_logp"], scored.table["rejected_logp"])
-    measurement.figures |= {"tokens": tokens_twice(rows.pairs), "facts": loaded.facts}
+    measurement.figures |= {"tokens": tokens_twice(work.pairs), "facts": loaded.facts}
     for name in ("cached_tokens", "asked_again"):
         measurement.figures[name] = getattr(loaded, name, None)
 
@@ -140,8 +140,8 @@ def score_in_trl(child: Child) -> None:
                 return super()._prepare_dataset(*arguments)
 
         def _precompute_ref_logps(self, dataset: Any, *arguments: Any) -> Any:
-            others = dataset.select(range(count, len(dataset)))
-            super()._precompute_ref_logps(others, *arguments)
+            warm_up = dataset.select(range(count, len(dataset)))
+            super()._precompute_ref_logps(warm_up, *arguments)
             dataset = dataset.select(range(count))
             with measurement.timed():
                 return super()._precompute_ref_logps(dataset, *arguments)
@@ -170,7 +170,7 @@ def score_in_trl(child: Child) -> None:
 
 
 def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figures]:
-    """Write the model and the sets of pairs; what each set is."""
+    """Write the model and the sets of pairs; returns the facts of each set."""
     from mrpo.data.rendering import Renderer
 
     pairs = real_pairs(data, folder)
@@ -187,7 +187,7 @@ def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figur
 
 
 def side_by_side(arguments: Namespace, folder: Path) -> None:
-    """Measure, and show what came out."""
+    """Measure, and print the results."""
     options = GPU if arguments.gpu else Options()
     if arguments.small:
         options = replace(options, size="tiny", pairs=24, warm_up=8, long_pairs=8 * arguments.gpu)
@@ -211,14 +211,14 @@ def side_by_side(arguments: Namespace, folder: Path) -> None:
 
 def differences(variants: list[str], folder: Path) -> dict[str, float]:
     """The largest difference of a sum from hf's in the weights' own precision, in nats."""
-    found = {}
+    largest = {}
     for variant in variants:
         exact = folder / f"{HF}{LONG if LONG in variant else ''}.npy"
         if variant != MATRIX and exact.exists():
-            found[variant] = float(
+            largest[variant] = float(
                 np.abs(np.load(folder / f"{variant}.npy") - np.load(exact)).max()
             )
-    return found
+    return largest
 
 
 def report(results: dict[str, Any], options: Options) -> str:
@@ -240,7 +240,7 @@ def report(results: dict[str, Any], options: Options) -> str:
                     f"{peers / seconds:.2f} ×",
                     f"{facts['pairs'] / seconds:.1f}",
                     f"{facts['flops'] / seconds / rate:.0%}",
-                    # vLLM takes what it is given of a GPU, in a process of its own.
+                    # vLLM takes its share of a GPU whatever it needs, in a process of its own.
                     "–" if options.gpu and variant.startswith(VLLM) else memory,
                     f"{results['differences'].get(variant, float('nan')):.1e}",
                     f"{spread(runs[variant], 'seconds'):.0%}",

@@ -1,9 +1,9 @@
-"""`mrpo precompute` that tells which rows it scores and stops itself at a given place.
+"""`mrpo precompute` that records which rows it scores and stops itself at a given point.
 
     python -m mrpo.benchmarks.stopped STOP precompute …
 
-`kills.py` starts it, waits for the stop (SIGSTOP), and kills what it wants to. STOP is a `Stop` as
-JSON. Everything else is the command itself, its worker included, which this file runs too.
+`killed_run.py` starts it, waits for the stop (SIGSTOP) and kills it. STOP is a `Stop` as JSON. All
+the rest is the command itself, including its worker, which this file runs too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mrpo import cli
-from mrpo.data.store.files import TEMPORARY
-from mrpo.precompute import reference_run as process
+from mrpo.files import TEMPORARY
+from mrpo.precompute import process, worker
 from mrpo.precompute import scoring as loop
-from mrpo.precompute import worker
 
 WORKER = "worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Where one of the two processes stops: around the n-th file that it writes to the store."""
+    """Where parent or worker stops: around the n-th file that it writes to the store."""
 
-    scored: str  # the file that gets a line for each shard when its scoring begins
+    scored: str  # file to which a line is added when the scoring of a shard begins
     store: str
     process: Literal["parent", "worker"] | None = None  # None: nowhere
     call: Literal["fsync", "replace"] = "replace"
@@ -43,30 +42,30 @@ def main() -> int:
     if stop.process == ("worker" if is_worker else "parent"):
         _stop_in_write(stop)
     if is_worker:
-        _tell_what_is_scored(stop.scored)
+        _record_what_is_scored(stop.scored)
         return worker.main()
-    module = "mrpo.benchmarks.stopped"
-    process.COMMAND = (sys.executable, "-m", module, sys.argv[1], WORKER)  # type: ignore[assignment]
+    # The name of the worker's own module follows as one more argument.
+    process.PYTHON = (sys.executable, "-P", "-m", "mrpo.benchmarks.stopped", sys.argv[1], WORKER)  # type: ignore[assignment]
     del sys.argv[1]
     cli.main()
     return 0
 
 
-def _tell_what_is_scored(path: str) -> None:
-    """Add {"time", "ids"} before each shard's scoring; a line that is there survives any kill."""
+def _record_what_is_scored(path: str) -> None:
+    """Append {"time", "ids"} before each shard is scored; a written line survives any kill."""
     score_rows = loop.score_rows
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def told(rows: Any, *arguments: Any, **options: Any) -> Any:
+    def recording(rows: Any, *arguments: Any, **options: Any) -> Any:
         line = {"time": time.time(), "ids": [row.tobytes().hex() for row in rows.ids]}
         os.write(file, json.dumps(line).encode() + b"\n")
         return score_rows(rows, *arguments, **options)
 
-    loop.score_rows = told
+    loop.score_rows = recording
 
 
 def _stop_in_write(stop: Stop) -> None:
-    """Wrap a call of `os`; only its uses on the store's unfinished files count."""
+    """Wrap a function of `os`; only calls on unfinished files of the store count."""
     real, calls = getattr(os, stop.call), 0
 
     def stopping(target: Any, *arguments: Any) -> None:

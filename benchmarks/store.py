@@ -6,9 +6,9 @@
 
 Generates a folder of chat pairs (and a small one, to compare memory with), a store with scores of
 several references, and the same pairs with 1 % new ones; then measures each step in a process of
-its own, peak memory included, and prints a table beside what is promised. The 10 million pairs
-with 5 references take about 7 GB of disk and 15 minutes, most of it to generate. What is generated
-is found again by a second run; delete the folder when done.
+its own, including peak memory, and prints a table beside the promised values. The 10 million
+pairs with 5 references take about 7 GB of disk and 15 minutes, most of it to generate. A second run
+uses what the first one generated; delete the folder when done.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MB = 10**6
 
 
 class OneToken:
-    """Stands in for the renderer: tokenizing is not the store's work."""
+    """Replaces the renderer: tokenizing is not the store's work."""
 
     def render_many(self, pairs: list[Any]) -> list[RenderedPair]:
         sequence = RenderedSequence([1, 2], 1, 2, False)
@@ -55,7 +55,7 @@ def measure_status(folder: Path) -> dict[str, float]:
 
 
 def measure_missing(folder: Path) -> dict[str, float]:
-    """What of the grown data set each reference lacks: the same command with --pairs."""
+    """How many pairs of the grown data set each reference lacks: the same command with --pairs."""
     started = time.perf_counter()
     status(StatusConfig(store=str(folder / "store"), pairs=str(folder / "grown")))
     return {"seconds": time.perf_counter() - started}
@@ -71,8 +71,8 @@ def measure_join(folder: Path) -> dict[str, float]:
 
 
 def open_stream(pairs: Path, joined: Path, resumed: bool = False) -> PairStream:
-    """The stream as a training run opens it, method mrpo, but for the tokenizer."""
-    # Here, because what needs no torch is measured without its memory.
+    """The stream as a training run of method mrpo opens it, except for the tokenizer."""
+    # Imported here, so that steps without torch are measured without its memory.
     from mrpo.method.grammar import parse_method
     from mrpo.train.dataset import TrainingPairs
     from mrpo.train.stream import PairStream
@@ -102,7 +102,7 @@ def measure_small_stream(folder: Path) -> dict[str, float]:
 
 
 def streamed(pairs: Path, joined: Path) -> dict[str, float]:
-    """Rate of the whole way from files to batches, targets included, and memory on that way."""
+    """The rate from files to batches, targets included, and the memory in use."""
     stream = open_stream(pairs, joined)
     started = time.perf_counter()
     rows = sum(len(batch) for batch in islice(stream.batches(), STREAMED // stream.batch_pairs))
@@ -110,7 +110,7 @@ def streamed(pairs: Path, joined: Path) -> dict[str, float]:
 
 
 def measure_resume(folder: Path) -> dict[str, float]:
-    """From nothing open to the first batch in the middle of the epoch."""
+    """From the start to the first batch in the middle of the epoch."""
     from mrpo.train.stream import Position
 
     started = time.perf_counter()
@@ -138,7 +138,7 @@ STEPS: dict[str, Callable[[Path], dict[str, float]]] = {
 
 
 def measured(folder: Path, step: str) -> dict[str, float]:
-    """One step in a process of its own: its figures, and its peak memory in bytes."""
+    """A step in a process of its own: its figures, with its peak memory in bytes."""
     command = [sys.executable, __file__, "--folder", str(folder), "--step", step]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, float] = json.loads(output.splitlines()[-1])
@@ -147,7 +147,7 @@ def measured(folder: Path, step: str) -> dict[str, float]:
 
 
 def table(*, pairs: int, references: int, machine: str, steps: dict[str, dict[str, float]]) -> str:
-    """Markdown: what was measured beside what is promised for 10 million pairs."""
+    """Markdown: measured values beside those promised for 10 million pairs."""
     stream, small = steps["stream"], steps["small stream"]
     growth = stream["resident"] - small["resident"]
     lines = [
@@ -196,11 +196,11 @@ def main() -> None:
     folder = arguments.folder / f"{arguments.pairs}-{arguments.references}"
     generate(folder, arguments.pairs, arguments.references)
     figures = {step: measured(folder, step) for step in STEPS}
-    # Here, because a step's memory has no part in it.
+    # Imported here, so that it adds nothing to the memory of a step.
     from mrpo.benchmarks.common import machine, machine_line, publish
 
-    of = {"pairs": arguments.pairs, "references": arguments.references, "steps": figures}
-    results = {**of, "machine": machine_line(machine())}
+    settings = {"pairs": arguments.pairs, "references": arguments.references, "steps": figures}
+    results = {**settings, "machine": machine_line(machine())}
     print(table(**results))
     if arguments.publish:
         publish("store", results, table(**results))

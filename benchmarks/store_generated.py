@@ -1,4 +1,4 @@
-"""What `benchmarks/store.py` measures on: chat pairs of short texts, scores, both generated.
+"""Generated chat pairs of short texts and scores, for `benchmarks/store.py`.
 
 The files are those that `mrpo prepare` and the store write, filled a column at a time. A pair's
 id is random, as a digest is; shard n is the same in every folder of pairs.
@@ -23,7 +23,7 @@ SMALL = 100_000  # pairs of the folder to compare memory with
 
 
 def generate(folder: Path, pairs: int, references: int) -> None:
-    """Everything that is measured on, each part once."""
+    """Generate all folders, unless they exist."""
     shards = -(-pairs // SHARD)
     write_pairs(folder / "small", range(-(-SMALL // SHARD)), SMALL)
     write_pairs(folder / "pairs", range(shards), pairs)
@@ -66,7 +66,7 @@ def score_table(ids: np.ndarray, reference: int, shard: int) -> pa.Table:
 
 
 def write_pairs(folder: Path, shards: range, pairs: int) -> None:
-    """A folder of pairs as `mrpo prepare` writes it; its first shards are those of any other."""
+    """A folder of pairs as `mrpo prepare` writes it; its first shards equal those of any other."""
     if (folder / MANIFEST).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The programs that `training.py` puts side by side, each as the child of a measurement runs it."""
+"""The training programs that `training.py` compares, each run in the child of a measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RATE, BETA, SEED = 1e-4, 0.1, 1
 
 
 def scores_file(pairs: Path) -> Path:
-    """The base's sums of log-probs [N, 2] of a folder of pairs."""
+    """The base's summed log-probs [N, 2] of a folder of pairs."""
     return pairs.with_suffix(".scores.npy")
 
 
@@ -27,7 +27,7 @@ def order_file(pairs: Path) -> Path:
 
 
 def train_here(child: Child, method: str, references: int) -> None:
-    """`mrpo train` to the end of its loop; the times are those of its own log, a line a step."""
+    """`mrpo train` to the end of its loop; the times are those of its own log of every step."""
     from mrpo.train.config import TrainConfig
     from mrpo.train.distributed import Ranks
     from mrpo.train.loop import train_steps
@@ -70,7 +70,7 @@ def train_here(child: Child, method: str, references: int) -> None:
 
 
 def train_in_trl(child: Child, cached: bool, checkpointing: bool) -> None:
-    """A DPOTrainer over the pairs in our order; `cached` scores go in as docs/trl.md shows."""
+    """TRL's DPOTrainer over the pairs in our order; `cached` scores as docs/trl.md shows."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -135,7 +135,7 @@ def train_in_trl(child: Child, cached: bool, checkpointing: bool) -> None:
 
 
 def keep(child: Child, model: Any) -> None:
-    """The final weights, to be compared with the other variants'."""
+    """Save the final weights, to compare them with the other variants'."""
     import torch
 
     if not child.options["gpu"]:

@@ -2,16 +2,16 @@
 
     python benchmarks/training.py             # a CPU: 16 steps of 8 HH-RLHF pairs, 7.1 M parameters
     python benchmarks/training.py --gpu       # a GPU: 1.2 B parameters, pairs as they are and long
-    python benchmarks/training.py --publish   # keeps what comes out: benchmarks/results, docs
+    python benchmarks/training.py --publish   # writes the results to benchmarks/results and docs
 
 DPO on the same pairs in the same order from the same scores and weights, each program in a process
-of its own, in turns, several rounds. Measured are whole optimizer steps, data loading and logs
-included; imports, loading, checkpoints and evaluations are not in it. TRL's own pass for the
-scores is not either: `scoring.py` measures that. On the CPU all is float32, and the losses of the
-steps and the final weights are compared; on the GPU it is bfloat16 over float32 weights.
+of its own, in turns, several rounds. Whole optimizer steps are measured, with data loading and
+logs, without imports, loading, checkpoints and evaluations, and without TRL's own pass for the
+scores, which `scoring.py` measures. On the CPU all is float32, and the losses of the steps and the
+final weights are compared; on the GPU it is bfloat16 autocast over float32 weights.
 
-The second table is ours with MRPO from 1, 2, 4 and 8 references, whose scores are the base's with
-noise: what a step costs does not depend on what they say.
+The second table is our MRPO with 1, 2, 4 and 8 references, whose scores are the base's with noise:
+the cost of a step does not depend on their values.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def run_child(child: Child) -> None:
 
 
 def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figures]:
-    """Write the model, the sets of pairs and their scores; what each set is."""
+    """Write the model, the sets of pairs and their scores; returns the facts of each set."""
     from mrpo.data.rendering import Renderer
 
     pairs = real_pairs(data, folder)
@@ -126,7 +126,7 @@ def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figur
 
 
 def side_by_side(arguments: Namespace, folder: Path) -> None:
-    """Measure, and show what came out."""
+    """Measure all variants, and print the tables."""
     options = GPU if arguments.gpu else Options()
     if arguments.small:
         options = replace(options, size="tiny", batch_pairs=8, trl_batch=4, steps=3)
@@ -156,40 +156,42 @@ def agreement(runs: dict[str, list[Figures]], folder: Path) -> dict[str, Figures
     if TRL not in runs:
         return {}
     start = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).state_dict()
-    losses, found = np.array(runs[TRL][-1]["losses"]), {}
+    losses, distances = np.array(runs[TRL][-1]["losses"]), {}
     theirs = torch.load(folder / f"{TRL}.pt")
     moved = flat(theirs, start)
     for variant in (IN_LOOP, CHECKPOINTED, OURS):
         if variant in runs:
             apart = flat(torch.load(folder / f"{variant}.pt"), theirs)
-            found[variant] = {
+            distances[variant] = {
                 "loss": float(np.abs(np.array(runs[variant][-1]["losses"]) / losses - 1).max()),
                 "weights": float(apart.norm() / moved.norm()),
                 "weight": float(apart.abs().max()),
                 "moved": float(moved.abs().max()),
             }
-    return found
+    return distances
 
 
-def flat(one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+def flat(minuend: dict[str, Tensor], subtrahend: dict[str, Tensor]) -> Tensor:
     """The difference of two sets of weights, in float64, as one vector."""
-    return torch.cat([(one[name].double() - other[name].double()).flatten() for name in other])
+    differences = [minuend[name].double() - weight.double() for name, weight in subtrahend.items()]
+    return torch.cat([difference.flatten() for difference in differences])
 
 
 def report(results: dict[str, Any], options: Options) -> str:
     """The tables in Markdown: side by side, agreement, numbers of references."""
     parts, runs = [machine_line(results["machine"]) + "."], results["runs"]
     rate = median(runs[MATRIX], "bfloat16" if options.gpu else "float32")
-    for of, facts in results["workload"].items():
-        tokens, prompt = (facts[name] / facts["pairs"] for name in ("tokens", "prompt_tokens"))
+    for name, facts in results["workload"].items():
+        tokens, prompt = (facts[key] / facts["pairs"] for key in ("tokens", "prompt_tokens"))
         parts.append(
             f"{options.steps} steps of {options.batch_pairs} pairs, of {tokens:.0f} tokens on "
             f"average with their prompts of {prompt:.0f} counted twice; medians of "
             f"{len(runs[MATRIX])} rounds:"
         )
-        ending = LONG if of == "long" else ""
-        names = [name + ending for name in (IN_LOOP, CHECKPOINTED, TRL, OURS)]
-        parts.append(speeds([name for name in names if name in runs], runs, facts, rate))
+        ending = LONG if name == "long" else ""
+        names = [variant + ending for variant in (IN_LOOP, CHECKPOINTED, TRL, OURS)]
+        measured = [variant for variant in names if variant in runs]
+        parts.append(speeds(measured, runs, facts, rate))
     if results["agreement"]:
         parts.append(
             f"Losses and final weights beside those of {TRL}, learning rate "
@@ -223,12 +225,12 @@ def speeds(names: list[str], runs: dict[str, list[Figures]], facts: Figures, rat
     return table(head, rows)
 
 
-def agreements(found: dict[str, Figures]) -> str:
-    head = ["", "losses, relative", "weights, relative to the way trained"]
-    head += ["one weight", "one weight's way"]
+def agreements(distances: dict[str, Figures]) -> str:
+    head = ["", "losses, relative", "weights, relative to their change in training"]
+    head += ["one weight, at most", "its change in training, at most"]
     rows = [
-        [name, *(f"{of[key]:.1e}" for key in ("loss", "weights", "weight", "moved"))]
-        for name, of in found.items()
+        [name, *(f"{distance[key]:.1e}" for key in ("loss", "weights", "weight", "moved"))]
+        for name, distance in distances.items()
     ]
     return table(head, rows)
 

@@ -1,9 +1,9 @@
-"""The model and the pairs of the side-by-side benchmarks: real text, weights by chance.
+"""The model and the pairs of the side-by-side benchmarks: real text, random weights.
 
 The small model is a Llama of 7.1 million parameters with a vocabulary of 16,384 learned from the
 pairs' own dialogues; the large one has the shape of Llama 3.2 1B and is for a GPU. Speed and
-memory depend on shapes and lengths alone, and agreement of two programs is as well seen on random
-weights. The pairs are HH-RLHF's, as they are and, for long rows, several put together.
+memory depend on shapes and lengths alone, and random weights show as well whether two programs
+agree. The pairs are HH-RLHF's, as they are and, for long rows, several joined.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def real_pairs(data: Path, folder: Path) -> list[Pair]:
 
 
 def long_pairs(pairs: Sequence[Pair], prompt: int = 1400, response: int = 900) -> Iterator[Pair]:
-    """Endless pairs of more than so many characters: dialogues one after another, then a response
-    that is the text of several."""
+    """Endless pairs of at least so many characters: several dialogues one after another, then a
+    response of several responses' texts."""
     source = cycle(map(_turns, pairs))
     while True:
         turns: list[Message] = []
@@ -93,7 +93,7 @@ def write_pairs(folder: Path, pairs: Iterable[Pair], count: int) -> PairShards:
 
 
 def write_model(folder: Path, size: Size, pairs: Sequence[Pair]) -> None:
-    """A model folder with a tokenizer that has read the pairs."""
+    """A model folder with a tokenizer trained on the pairs."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -135,7 +135,7 @@ def tokens_twice(pairs: Sequence[RenderedPair]) -> int:
 
 
 def described(model: Path, pairs: Sequence[RenderedPair], forwards: int = 1) -> dict[str, int]:
-    """What the pairs are, and the operations of so many forwards over them."""
+    """The numbers of pairs and tokens, and the operations of so many forwards over them."""
     return {
         "pairs": len(pairs),
         "tokens": tokens_twice(pairs),
@@ -158,8 +158,8 @@ def useful_flops(model: Path, pairs: Sequence[RenderedPair]) -> int:
 
 
 def write_scores(folder: Path, pairs: PairShards, references: int) -> np.ndarray:
-    """A store of the model's own scores as `ref0`, and of further references, whose scores are
-    these with noise; returns the first one's sums [N, 2], chosen and rejected."""
+    """Write a store with the model's own scores as `ref0`, and further references whose scores are
+    these with noise; returns the sums [N, 2] of `ref0`, chosen and rejected."""
     from mrpo.data.references import load_refs
     from mrpo.data.rendering import Renderer
     from mrpo.data.store import ReferenceRecord, Store

@@ -1,17 +1,31 @@
-"""Settings of `prepare` and `inspect`: flags, YAML keys and defaults. Standard library only.
-
-Settings of `mrpo store …`: flags, YAML keys and defaults. Standard library only."""
+"""Settings of `mrpo prepare`, `mrpo inspect` and `mrpo store …`. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..settings import Arg
+from ..errors import UserError
+from ..settings import Arg, PairSettings, StoreRoot, StoreSettings, at_least_zero, share
+
+MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
+STORED_REFERENCES = "Aliases (or alias@identity), comma-separated. By default all of the store."
 
 
 @dataclass(kw_only=True, slots=True)
-class PrepareConfig:
+class ColumnSettings:
+    """What the columns of a source are called."""
+
+    prompt_column: Annotated[
+        str | None, "Column of the prompt. By default `prompt` where the data has it."
+    ] = None
+    chosen_column: Annotated[str, "Column of the chosen response."] = "chosen"
+    rejected_column: Annotated[str, "Column of the rejected response."] = "rejected"
+    chat: Annotated[bool, "Wrap text pairs as one user and one assistant message."] = False
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig(ColumnSettings):
     """Turn preference data into shards of pairs.
 
     Reads TRL's preference formats (text or messages, with or without a prompt column) and
@@ -24,40 +38,46 @@ class PrepareConfig:
     source: Annotated[
         str,
         Arg(
-            "comma-separated files (.jsonl, .csv, both also .gz, .parquet) and Hub data sets "
-            "as org/name:split or org/name/config:split"
+            "Comma-separated files (.jsonl, .csv, both also .gz, .parquet) and Hub data sets "
+            "as org/name:split or org/name/config:split."
         ),
     ]
-    out: Annotated[str, "the folder to write; one that holds pairs is replaced"]
-    prompt_column: Annotated[
-        str | None, "column of the prompt; by default `prompt` where the data has it"
-    ] = None
-    chosen_column: Annotated[str, "column of the chosen response"] = "chosen"
-    rejected_column: Annotated[str, "column of the rejected response"] = "rejected"
+    out: Annotated[str, "Folder to write; one that holds pairs is replaced."]
     source_column: Annotated[
         str | None,
-        "column that names where a pair comes from; by default `source` where the data has it, "
-        "else the name of the file or data set",
+        "Column that names where a pair comes from. By default `source` where the data has it, "
+        "else the name of the file or data set.",
     ] = None
-    chat: Annotated[bool, "wrap text pairs as one user and one assistant message"] = False
     validation_fraction: Annotated[
-        float, "share of prompts to hold out, chosen by a digest of the prompt"
+        float, "Share of prompts to hold out, chosen by a digest of the prompt."
     ] = 0.0
     exclude: Annotated[
         str | None,
-        "reviewed tables of `mrpo audit`, comma-separated: leave out the pairs whose decision is "
-        "exclude, or all where there is no such column",
+        "Reviewed tables of `mrpo audit`, comma-separated: leave out the pairs whose decision is "
+        "exclude, or all where there is no such column.",
     ] = None
     flip: Annotated[
-        str | None, "likewise: swap chosen and rejected of the pairs whose decision is flip"
+        str | None,
+        "Reviewed tables likewise: swap chosen and rejected of the pairs whose decision is flip.",
     ] = None
-    strict: Annotated[bool, "stop at the first row that cannot be used"] = False
-    allow_dropped: Annotated[bool, "go on when more than 5 % of the rows cannot be used"] = False
-    shard_pairs: Annotated[int, "pairs in a shard"] = 8192
+    strict: Annotated[bool, "Stop at the first row that cannot be used."] = False
+    allow_dropped: Annotated[bool, "Continue when more than 5 % of the rows are unusable."] = False
+    shard_pairs: Annotated[int, "Pairs in a shard."] = 8192
+
+    def __post_init__(self) -> None:
+        share(self, "validation_fraction")
+        if self.validation_fraction == 1:
+            raise UserError(
+                "--validation-fraction is 1.0; it must be below 1, to train on the rest"
+            )
+        if not 1 <= self.shard_pairs <= MAX_SHARD_PAIRS:
+            raise UserError(
+                f"--shard-pairs is {self.shard_pairs}; it must be between 1 and {MAX_SHARD_PAIRS}"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
-class InspectConfig:
+class InspectConfig(PairSettings):
     """Show a pair as a reference sees it: its template's text, and which of it is scored.
 
     The scored span and the end of turn are colored, or between brackets where there is no
@@ -66,35 +86,35 @@ class InspectConfig:
     Example: `mrpo inspect --ref llama --row 7 --tokens`
     """
 
-    ref: Annotated[str, "alias of the reference, or several as a,b,c"]
-    row: Annotated[int, "row of the pair in the data set, from 0"] = 0
-    pairs: Annotated[str, "folder of pairs as `mrpo prepare` writes it"] = "pairs"
-    refs_config: Annotated[str, "the file that says what an alias is"] = "configs/refs.yaml"
-    tokens: Annotated[bool, "list the tokens too: id, piece and part"] = False
+    ref: Annotated[str, "Alias of the reference, or several as a,b,c."]
+    row: Annotated[int, "Row of the pair in the data set, counted from 0."] = 0
+    tokens: Annotated[bool, "List the tokens too: id, piece and part."] = False
     color: Annotated[
-        Literal["auto", "always", "never"], "auto: on a terminal, unless NO_COLOR is set"
+        Literal["auto", "always", "never"],
+        "When to color; auto: on a terminal, unless NO_COLOR is set.",
     ] = "auto"
 
 
-STORE = "The score store: a folder, s3://… or gs://…. By default $MRPO_STORE, else `store`."
-REFS = "Aliases (or alias@prefix), comma-separated. By default all of the store."
-
-
 @dataclass(kw_only=True, slots=True)
-class StatusConfig:
-    """What the store holds: references by rows, bytes, identity, date and engine.
+class StatusConfig(StoreSettings):
+    """List what the store holds: references by rows, bytes, identity, date and engine.
 
     With --pairs also how many of these pairs each reference has not scored yet.
 
     Example: `mrpo store status --store store --pairs pairs`
     """
 
-    store: Annotated[str | None, STORE] = None
-    pairs: Annotated[str | None, "Count what of this folder of pairs is missing for which."] = None
+    pairs: Annotated[
+        str | None, "Folder of pairs; count which of them each reference has not scored."
+    ] = None
+    policies: Annotated[
+        bool,
+        "List the policies that `mrpo evaluate` and `mrpo compare` scored, not the references.",
+    ] = False
 
 
 @dataclass(kw_only=True, slots=True)
-class VerifyConfig:
+class VerifyConfig(StoreSettings):
     """Check every file of the store against its digest; changes nothing.
 
     Exit code 1 where anything is damaged: the next `mrpo precompute` sets the file aside and
@@ -103,86 +123,88 @@ class VerifyConfig:
     Example: `mrpo store verify --store store --rescore 100 --refs-config configs/refs.yaml`
     """
 
-    store: Annotated[str | None, STORE] = None
-    refs: Annotated[str | None, REFS] = None
+    refs: Annotated[str | None, STORED_REFERENCES] = None
     rescore: Annotated[int, "Pairs to score again for each reference and compare; 0: none."] = 0
-    refs_config: Annotated[str, "What an alias is, for --rescore."] = "configs/refs.yaml"
+    refs_config: Annotated[str, "The file that says which model an alias is, for --rescore."] = (
+        "configs/refs.yaml"
+    )
     pairs: Annotated[
-        str | None, "Pairs to take the sample from. By default those that were scored last."
+        str | None, "Folder of pairs to sample from. By default the one that was scored last."
     ] = None
+
+    def __post_init__(self) -> None:
+        at_least_zero(self, "rescore")
 
 
 @dataclass(kw_only=True, slots=True)
-class GcConfig:
-    """List what the store needs no longer, and with --delete remove it.
+class GcConfig(StoreSettings):
+    """List what the store no longer needs, and with --delete remove it.
 
-    That is: files of writers that died, files set aside as damaged, files whose rows all stand in
-    others, and references that a later commit or changed weights replaced under every alias they
-    had, unless a run under --runs names them.
+    That is: files of writers that died, files set aside as damaged, files whose rows are all in
+    other files, scores of policies, and references that a later commit or changed weights replaced
+    under every alias they had, unless a run under --runs names them.
 
     Example: `mrpo store gc --store store --runs runs --delete`
     """
 
-    store: Annotated[str | None, STORE] = None
     runs: Annotated[
-        str, "Comma-separated folders whose files name the references that are kept."
+        str, "Folders of runs, comma-separated; the references that their files name are kept."
     ] = "runs"
-    delete: Annotated[bool, "Remove what is listed. Without it nothing is."] = False
+    delete: Annotated[bool, "Remove what is listed."] = False
 
 
 @dataclass(kw_only=True, slots=True)
-class PushConfig:
-    """Copy references and scores to another store; what is there already is not sent again.
+class PushConfig(StoreSettings):
+    """Copy references and scores to another store; what it has already is not sent again.
 
     To hf://datasets/org/name all files go in as few commits as possible.
 
     Example: `mrpo store push s3://team/store --store store --refs llama,qwen`
     """
 
-    target: Annotated[str, Arg("The other store: a folder, s3://…, gs://… or hf://datasets/…")]
-    store: Annotated[str | None, STORE] = None
-    refs: Annotated[str | None, REFS] = None
+    target: Annotated[str, Arg("The other store: a folder, s3://…, gs://… or hf://datasets/….")]
+    refs: Annotated[str | None, STORED_REFERENCES] = None
 
 
 @dataclass(kw_only=True, slots=True)
-class PullConfig:
+class PullConfig(StoreSettings):
     """Copy references and scores from another store; damaged files are left behind.
 
     Example: `mrpo store pull hf://datasets/org/scores --store store`
     """
 
-    source: Annotated[str, Arg("The other store: a folder, s3://…, gs://… or hf://datasets/…")]
-    store: Annotated[str | None, STORE] = None
+    source: Annotated[str, Arg("The other store: a folder, s3://…, gs://… or hf://datasets/….")]
     refs: Annotated[
-        str | None, "Aliases (or alias@prefix), comma-separated. By default all of the other store."
+        str | None,
+        "Aliases (or alias@identity), comma-separated. By default all of the other store.",
     ] = None
 
 
 @dataclass(kw_only=True, slots=True)
-class ImportConfig:
+class ImportConfig(ColumnSettings):
     """Bring in scores that others computed: TRL's columns, a CSV, a reference behind an API.
 
-    Rows are pairs in any format that `mrpo prepare` reads, with the log-prob of either response
-    beside them (natural log, summed over the response). They are marked as imported: nothing here
-    can say what made them. A pair that the reference has already keeps its score.
+    Rows are pairs in any format that `mrpo prepare` reads, with the log-prob of each response
+    beside them (natural log, summed over the response). They are marked as imported, because
+    nothing here can say what computed them. A pair that the reference has already keeps its score.
 
     Example: `mrpo store import scores.csv --alias judge --model "judge-v2 by its API"`
     """
 
     source: Annotated[str, Arg("Files or org/name:split, as for `mrpo prepare`.")]
     alias: Annotated[str, "The name that --refs will use."]
-    model: Annotated[str, "What computed the scores: another text is another reference."]
-    store: Annotated[str | None, STORE] = None
-    prompt_column: Annotated[
-        str | None, "Column of the prompt; by default `prompt` where the data has it."
-    ] = None
-    chosen_column: Annotated[str, "Column of the chosen response."] = "chosen"
-    rejected_column: Annotated[str, "Column of the rejected response."] = "rejected"
-    chosen_logps_column: Annotated[str, "Column of its log-prob, nats."] = "ref_chosen_logps"
-    rejected_logps_column: Annotated[str, "Column of its log-prob, nats."] = "ref_rejected_logps"
-    chosen_tokens_column: Annotated[str, "Column of its tokens, where known."] = "ref_chosen_tokens"
-    rejected_tokens_column: Annotated[str, "Column of its tokens, where known."] = (
-        "ref_rejected_tokens"
+    model: Annotated[str, "What computed the scores; another text is another reference."]
+    store: StoreRoot = None
+    chosen_logps_column: Annotated[str, "Column of the chosen response's log-prob, in nats."] = (
+        "ref_chosen_logps"
     )
+    rejected_logps_column: Annotated[
+        str, "Column of the rejected response's log-prob, in nats."
+    ] = "ref_rejected_logps"
+    chosen_tokens_column: Annotated[
+        str, "Column of the chosen response's number of tokens, where known."
+    ] = "ref_chosen_tokens"
+    rejected_tokens_column: Annotated[
+        str, "Column of the rejected response's number of tokens, where known."
+    ] = "ref_rejected_tokens"
     by_id: Annotated[bool, "Rows have a `pair_id` (hex) in place of prompt and responses."] = False
-    chat: Annotated[bool, "Wrap text pairs as messages, as `mrpo prepare --chat` does."] = False

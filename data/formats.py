@@ -1,30 +1,24 @@
 """From one raw row of preference data to one pair: TRL's formats and HH-RLHF's dialogues.
 
-`sources.py` reads the rows, `prepare.py` writes the pairs. A row is read by what it holds:
+`sources.py` reads the rows, `prepare.py` writes the pairs. A row is read according to its content:
 
-- text, with a prompt column or with the prompt as the two texts' common beginning;
-- message lists, which share their leading messages or stand beside a prompt column;
+- text, with a prompt column or with the prompt as the common beginning of the two texts;
+- message lists, which share their leading messages or come with a prompt column;
 - HH-RLHF dialogues ("\\n\\nHuman: …\\n\\nAssistant: …"), which become message lists.
 
-Two exceptions leave here: `Broken` for structure that is wrong (the whole run stops), `Unusable`
-for a row that is well formed but no pair (it is dropped and counted).
+Two exceptions leave this module: `Broken` for invalid structure (the whole run stops), `Unusable`
+for a well-formed row that is no preference pair (it is dropped and counted).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .messages import (
-    Broken,
-    is_dialogue,
-    json_field,
-    opens_dialogue,
-    parse_dialogue,
-    parse_messages,
-)
-from .pairs import Message, Pair, Turns
+from .pairs import Message, Pair, Turns, canonical_json, without_nulls
 
 REASONS = {
     "empty_prompt": "the prompt has no text",
@@ -32,21 +26,37 @@ REASONS = {
     "responses_equal": "chosen and rejected are the same",
     "prompt_not_shared": "chosen and rejected differ before the last assistant turn",
     "prompt_mismatch": "the prompt column is not the prompt of the messages",
-    "tool_turn_in_response": "a response holds a tool's turn, which no model would have written",
-    "not_a_dialogue": "no HH-RLHF dialogue, as the first row of this source is",
-    "not_unicode": "the text holds half of a surrogate pair, which UTF-8 cannot encode",
+    "tool_turn_in_response": "a response contains a turn of a tool, which no model writes",
+    "not_a_dialogue": "not an HH-RLHF dialogue, unlike the first row of this source",
+    "not_unicode": "the text holds a lone surrogate, which UTF-8 cannot encode",
 }
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of HH-RLHF
 COLUMN_FLAGS = "name columns with --prompt-column, --chosen-column and --rejected-column"
 
 
+class Broken(ValueError):
+    """Invalid structure: the field, and what is wrong with it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"field {field!r} {message}")
+        self.field = field
+
+
 class Unusable(Exception):
-    """A row that is no preference pair; `reason` is a key of `REASONS`."""
+    """A row that is not a preference pair; `reason` is a key of `REASONS`."""
 
     def __init__(self, reason: str) -> None:
         assert reason in REASONS
         super().__init__(reason)
         self.reason = reason
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+    """How many rows were left out for each reason, as text."""
+    parts = [f"{reason} {count:,}" for reason, count in sorted(counts.items()) if count]
+    return ", ".join(parts) or "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class Columns:
 
 
 class PairReader:
-    """Reads the rows of one source. After its first dialogue, text that is none is unusable."""
+    """Reads the rows of a source. After its first dialogue, any other text is unusable."""
 
     def __init__(self, columns: Columns, name: str, chat: bool) -> None:
         self._columns = columns
@@ -114,7 +124,7 @@ class PairReader:
     def _split(
         self, prompt: Turns | None, chosen: Turns, rejected: Turns
     ) -> tuple[Turns, Turns, Turns]:
-        """Prompt, chosen and rejected, with what the two responses share in the prompt."""
+        """Prompt, chosen and rejected; the common beginning of the responses joins the prompt."""
         if isinstance(chosen, str) and isinstance(rejected, str):
             if not chosen.strip() or not rejected.strip():
                 raise Unusable("empty_response")
@@ -128,7 +138,7 @@ class PairReader:
                 raise Unusable("not_a_dialogue")
             chosen, rejected = map(parse_dialogue, dialogues)
             if prompt is not None and opens_dialogue(prompt):
-                prompt = None  # it stands in the dialogues already
+                prompt = None  # the dialogues contain it
         assert not isinstance(chosen, str)
         assert not isinstance(rejected, str)
         shared = _common_length(chosen, rejected)
@@ -166,7 +176,7 @@ def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
         raise Unusable("responses_equal")
     end = _common_length(chosen, rejected)
     if end == min(len(chosen), len(rejected)):
-        end -= 1  # one text goes on where the other ends: leave it something to answer
+        end -= 1  # one text is the beginning of the other: leave both a response
     while end and (_inside_word(chosen, end) or _inside_word(rejected, end)):
         end -= 1
     if end and chosen[end - 1] == " ":
@@ -177,9 +187,9 @@ def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _inside_word(text: str, at: int) -> bool:
-    """Whether a cut before `text[at]` falls between two letters or digits.
+    """Whether a cut before `text[at]` separates two letters or digits.
 
-    From U+2E80 on scripts such as Chinese put no space between words: any cut is as good.
+    From U+2E80 on, scripts such as Chinese have no spaces between words: any cut is allowed.
     """
     around = text[at - 1 : at + 1]
     return len(around) == 2 and all(char.isalnum() and char < "\u2e80" for char in around)
@@ -188,7 +198,7 @@ def _inside_word(text: str, at: int) -> bool:
 def _common_length(first: Turns, second: Turns) -> int:
     """How many leading characters or messages two sequences share."""
     low, high = 0, min(len(first), len(second))
-    while low < high:  # bisection: comparing slices is far faster than a loop over characters
+    while low < high:  # bisection: comparing slices is much faster than a loop over characters
         middle = (low + high + 1) // 2
         if first[low:middle] == second[low:middle]:
             low = middle
@@ -207,12 +217,12 @@ def _turns(row: Mapping[str, Any], field: str) -> Turns | None:
 
 
 def _whole_text(prompt: str | None, text: str) -> str:
-    """The text from its dialogue's start: some data sets keep all but the response in a column."""
+    """The whole dialogue: some data sets keep all of it but the response in the prompt column."""
     return text if prompt is None or is_dialogue(text) else prompt + text
 
 
 def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
-    """The prompt column and the messages that both responses begin with, as one prompt."""
+    """The prompt column and the common first messages of the responses, as one prompt."""
     if not prompt:
         return shared
     if isinstance(prompt, str):
@@ -226,7 +236,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
         return shared
     if not shared or prompt[-len(shared) :] == shared:
         return prompt
-    # The responses go on where the prompt column ends; a second opening would be another prompt.
+    # The responses continue the prompt column; a second opening would be another prompt.
     opening, last = shared[0]["role"], prompt[-1]["role"]
     if opening in ("system", "developer") or opening == last:
         raise Unusable("prompt_mismatch")
@@ -234,7 +244,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
 
 
 def _check(pair: Pair) -> None:
-    """Raises `Unusable` unless a prompt is followed by two different responses."""
+    """Raises `Unusable` unless the pair has a prompt and two different responses."""
     if not pair.prompt:
         same = pair.chosen == pair.rejected
         raise Unusable("responses_equal" if same else "prompt_not_shared")
@@ -263,3 +273,96 @@ def _user(content: str) -> list[Message]:
 
 def _assistant(content: str) -> list[Message]:
     return [{"role": "assistant", "content": content}]
+
+
+def parse_messages(field: str, values: list[Any]) -> list[Message]:
+    """The messages of a list, checked for what every chat template relies on.
+
+    Null fields are removed (Parquet fills the missing fields of a struct with nulls), contents
+    given as text parts are joined, other fields stay as they are. Raises `Broken` naming the
+    field, as in `chosen[2].role`.
+    """
+    return [_message(f"{field}[{index}]", value) for index, value in enumerate(values)]
+
+
+def json_field(field: str, value: Any, kind: type) -> Any:
+    """`tools` (list of objects) or `chat_template_kwargs` (object), also as JSON text.
+
+    None where it is missing or empty.
+    """
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Broken(field, "is text but not JSON") from None
+    if not value:
+        return None
+    expected = "a list of objects" if kind is list else "an object"
+    if not isinstance(value, kind) or (
+        isinstance(value, list) and not all(isinstance(item, dict) for item in value)
+    ):
+        raise Broken(field, f"must be {expected}")
+    return _plain_json(field, value) or None
+
+
+def _message(field: str, value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise Broken(field, f"must be a message, not {type(value).__name__}")
+    role, content = value.get("role"), value.get("content")
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        wrong = "is missing" if role is None else f"is {str(role)[:40]!r}"
+        raise Broken(f"{field}.role", f"{wrong}; a role is one of {known}")
+    message: Message = {"role": role}
+    if isinstance(content, list):
+        content = _joined(f"{field}.content", content)
+    if isinstance(content, str):
+        message["content"] = content
+    elif content is not None:
+        raise Broken(f"{field}.content", f"must be text, not {type(content).__name__}")
+    elif role != "assistant":  # an assistant's message may be tool calls alone
+        raise Broken(f"{field}.content", "is missing")
+    if len(value) > 2:
+        extra = {key: item for key, item in value.items() if key not in ("role", "content")}
+        message.update(_plain_json(field, extra))
+    return message
+
+
+def _joined(field: str, parts: list[Any]) -> str:
+    """A content of text parts as a single text."""
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise Broken(f"{field}[{index}]", "is not a text part; only text can be scored")
+    return "".join(part["text"] for part in parts)
+
+
+def _plain_json(field: str, value: Any) -> Any:
+    """The value without null fields; raises `Broken` where JSON cannot hold it."""
+    value = without_nulls(value)
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError, RecursionError):
+        raise Broken(field, "holds a value that JSON cannot") from None
+    return value
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def opens_dialogue(text: str) -> bool:
+    """Whether the text opens with a human turn."""
+    return text.lstrip().startswith("Human:")
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether the text opens with a human turn and comes to an assistant's."""
+    return opens_dialogue(text) and "\n\nAssistant:" in text
+
+
+def parse_dialogue(text: str) -> list[Message]:
+    """The turns of a dialogue string; white space around a turn is the format's, not the text's."""
+    parts = _TURN.split("\n\n" + text.lstrip())[1:]
+    return [
+        {"role": SPEAKERS[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2])
+    ]

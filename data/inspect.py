@@ -1,4 +1,4 @@
-"""`mrpo inspect`: a pair as a reference sees it, down to the token.
+"""`mrpo inspect`: a pair as a reference sees it, token by token.
 
 Prints the text that the reference's chat template makes of each branch, with the scored span, the
 end of turn and a token across the boundary marked, and on request every token with its id.
@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..settings import command
+from .config import InspectConfig
 from .pairs import Pair
 from .references import ReferenceSpec, load_refs, select_refs
 from .rendering import ExplainedSequence, Refusal, Renderer
 from .shards import PairShards
 
-if TYPE_CHECKING:
-    from .config import InspectConfig
-
-# Part of a sequence -> ANSI color, and the brackets that stand for it without color.
+# Part of a sequence -> ANSI color, and the brackets that replace it without color.
 LOOKS = {
     "prompt": ("2", "", ""),
     "boundary": ("1;33", "<<", ">>"),
@@ -29,6 +27,7 @@ LOOKS = {
 }
 
 
+@command(InspectConfig)
 def inspect(config: InspectConfig) -> None:
     """Print the pair for each reference named."""
     specs = select_refs(load_refs(config.refs_config), config.ref)
@@ -51,7 +50,7 @@ def inspect(config: InspectConfig) -> None:
 def describe_pair(
     spec: ReferenceSpec, renderer: Renderer, pair: Pair, *, tokens: bool, color: bool
 ) -> Iterator[str]:
-    """The lines that show one pair to one reference's eyes."""
+    """The lines that show a pair as a reference sees it."""
     yield f"\n{spec.alias} ({spec.model}): {_end_of_turn(renderer, pair)}"
     explained = renderer.explain(pair)
     if isinstance(explained, Refusal):
@@ -85,7 +84,7 @@ def marked_text(branch: ExplainedSequence, color: bool) -> str:
         prompt_end = first_end
     parts += [("response", text[prompt_end:content_end])]
     parts += [("end", text[max(prompt_end, content_end) :])]
-    if branch.spans[0] == (0, 0):  # BOS and EOS that plain text was given
+    if branch.spans[0] == (0, 0):  # BOS and EOS added to plain text
         parts.insert(0, ("prompt", branch.tokens[0]))
     if branch.spans[-1] == (len(text), len(text)):
         parts.append(("end", branch.tokens[-1]))

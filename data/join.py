@@ -1,7 +1,8 @@
-"""Scores of several references beside the pairs: what training reads, and all that it reads.
+"""Scores of several references beside the pairs: the part of the store that training reads.
 
-`join` writes one file for each shard of pairs, row for row, so that a trainer streams both side
-by side and a store that grows meanwhile changes nothing. One reference is in memory at a time.
+`join` writes one file for each shard of pairs, row for row, so that a trainer streams both side by
+side and a store that grows in the meantime changes nothing. It holds one reference in memory at a
+time. A joined file has these columns besides `pair_id`:
 
     ref_chosen_logps, ref_rejected_logps    [K] float64 nats, NaN where permanently missing
     ref_chosen_tokens, ref_rejected_tokens  [K] int32, null where unknown
@@ -16,7 +17,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..files import new_folder, write_json
 from .ids import IdIndex, digest_of, ids_to_arrow, ids_to_numpy
-from .store import SCORE_SCHEMA, LocalFiles, ReferenceRecord, ScoreFiles, Store
+from .store import SCORE_SCHEMA, ReferenceRecord, ScoreFiles, Store
 
 if TYPE_CHECKING:
     from .shards import PairShards
 
 MANIFEST = "joined.json"
-ROW_GROUP = 8192  # rows: a reader of part of a file holds no more than this
+ROW_GROUP = 8192  # rows that a reader of part of a file holds in memory
 JOINED = {
     "ref_chosen_logps": "chosen_logp",
     "ref_rejected_logps": "rejected_logp",
@@ -45,7 +47,7 @@ VALUES = tuple(JOINED.values())
 
 @dataclass(frozen=True, slots=True)
 class JoinedReference:
-    """A column of the joined scores: which reference it is, and what it could not score."""
+    """A column of the joined scores: its reference, and the pairs that this could not score."""
 
     alias: str
     identity: str
@@ -61,7 +63,7 @@ class JoinedScores:
         try:
             manifest = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.path}: holds no joined scores; start the run anew") from None
+            raise UserError(f"{self.path}: holds no joined scores; start the run again") from None
         self.references = [JoinedReference(**entry) for entry in manifest["references"]]
         self.names: list[str] = [entry["name"] for entry in manifest["files"]]
         self.rows: list[int] = [entry["rows"] for entry in manifest["files"]]
@@ -76,11 +78,11 @@ class JoinedScores:
         return sum(self.rows)
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """A shard's rows. Raises `UserError` where its bytes are not those that were written."""
+        """A shard's rows. Raises `UserError` where its bytes have changed."""
         path = self.path / self.names[shard]
         data = path.read_bytes()
         if digest_of(data) != self._digests[shard]:
-            raise UserError(f"{path}: damaged; delete {self.path} and start the run anew")
+            raise UserError(f"{path}: damaged; delete {self.path} and start the run again")
         return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
@@ -99,54 +101,43 @@ def join(
     *,
     refs_config: str = "configs/refs.yaml",
 ) -> JoinedScores:
-    """Write every pair's scores under `records` into the folder `out`, which appears complete.
+    """Write every pair's scores under `records` into the folder `out`, all of it or nothing.
 
     Raises `UserError` with the precompute line to run where a pair is not yet scored.
     """
     assert records, "nothing to join"
-    out = Path(out)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(Path(out)) as folder:
         unscored: dict[str, int] = {}
         references = []
-        for column, record in enumerate(records):
-            folder = partial / f"column-{column}"
-            folder.mkdir()
-            reference, absent = _gather(pairs, store, record, folder)
+        columns = [folder / f"column-{column}" for column in range(len(records))]
+        for record, column in zip(records, columns):
+            column.mkdir()
+            reference, absent = _gather(pairs, store, record, column)
             references.append(reference)
             if absent:
                 unscored[record.alias] = absent
         if unscored:
             raise UserError(_unscored(pairs, store, unscored, refs_config))
-        files = [_merge(pairs, shard, len(records), partial) for shard in range(len(pairs.names))]
-        manifest = {"references": [asdict(entry) for entry in references], "files": files}
-        for column in range(len(records)):
-            shutil.rmtree(partial / f"column-{column}")
-        content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        LocalFiles(partial).write(MANIFEST, content.encode())
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        files = [_merge(pairs, shard, columns, folder) for shard in range(len(pairs.names))]
+        for column in columns:
+            shutil.rmtree(column)
+        write_json(folder / MANIFEST, {"references": references, "files": files})
     return JoinedScores(out)
 
 
 class _Column:
-    """One reference's scores in memory, to be taken in any order: about 60 bytes a pair."""
+    """One reference's scores in memory for look-ups in any order: about 60 bytes a pair."""
 
     def __init__(self, scores: ScoreFiles) -> None:
-        names = scores.names()  # once: what appears later belongs to a later join
+        names = scores.names()  # once: files that appear later belong to a later join
         ids = _columns(scores.tables(["pair_id"], names), ["pair_id"])
-        # The index takes the first of equal ids, and tables come in the order that decides.
+        # The index finds the first of equal ids, and the tables come in the order that decides.
         self.index = IdIndex(ids_to_numpy(ids.pop("pair_id")))
         self.values = pa.table(_columns(scores.tables(VALUES, names), VALUES))
 
 
 def _columns(tables: Iterable[pa.Table], names: Sequence[str]) -> dict[str, pa.Array]:
-    """The columns of all tables, one array each: of many chunks, every take would join them."""
+    """The columns of all tables, one array each: `take` would join chunks at every call."""
     empty = SCORE_SCHEMA.empty_table()
     parts = {name: [empty[name].combine_chunks()] for name in names}
     for table in tables:
@@ -165,7 +156,7 @@ def _gather(
         places = column.index.find(pairs.pair_ids(shard))
         unscored += int((places < 0).sum())
         if unscored:
-            continue  # the join fails; only the count is still of use
+            continue  # the join will fail; only the count is still needed
         rows = column.values.take(pa.array(places))
         missing.update(rows["reason"].drop_null().to_pylist())
         pq.write_table(rows, folder / f"{shard}.parquet", compression="none")
@@ -175,14 +166,12 @@ def _gather(
     )
 
 
-def _merge(pairs: PairShards, shard: int, num_references: int, folder: Path) -> dict[str, Any]:
-    """Write one joined shard from the references' rows; returns its line of the manifest."""
-    columns = [
-        pq.read_table(folder / f"column-{k}" / f"{shard}.parquet") for k in range(num_references)
-    ]
+def _merge(pairs: PairShards, shard: int, columns: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Write one joined shard from the references' rows; returns its entry in the manifest."""
+    parts = [pq.read_table(column / f"{shard}.parquet") for column in columns]
     table = pa.table(
         {"pair_id": ids_to_arrow(pairs.pair_ids(shard))}
-        | {name: _side_by_side(columns, value) for name, value in JOINED.items()}
+        | {name: _side_by_side(parts, value) for name, value in JOINED.items()}
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
@@ -191,9 +180,9 @@ def _merge(pairs: PairShards, shard: int, num_references: int, folder: Path) -> 
     return {"name": name, "rows": len(table), "digest": digest_of(sink.getbuffer())}
 
 
-def _side_by_side(columns: list[pa.Table], name: str) -> pa.Array:
-    """K columns [n] as one [n, K]; a missing log-prob becomes NaN, other values stay null."""
-    parts = [column[name].combine_chunks() for column in columns]
+def _side_by_side(references: list[pa.Table], name: str) -> pa.Array:
+    """A column of K references as [n, K]; a missing log-prob becomes NaN, others stay null."""
+    parts = [reference[name].combine_chunks() for reference in references]
     if pa.types.is_floating(parts[0].type):
         parts = [part.fill_null(float("nan")) for part in parts]
     n, k = len(parts[0]), len(parts)

@@ -4,20 +4,17 @@ A pair is a prompt with a chosen and a rejected response: all three are text, or
 lists of chat messages. The id is a digest of the content alone, so the same pair has the same id
 in any file format, data set, order or shard, and its scores are found again everywhere.
 
-`formats.py` makes pairs from raw rows, `shards.py` keeps them on disk, `rendering.py` turns them
-into token ids.
+The held-out split, a training fraction, folds and bootstraps must keep equal prompts together, and
+a prompt must not change sides when data is added, shuffled or mixed. Each uses its own bits of a
+digest of the prompt, so they are independent: a training fraction is a fair sample of what is not
+held out.
 
-
-Prompts as numbers: whatever goes by prompt, goes by a digest of it.
-
-The held-out split, a training fraction, folds and bootstraps must keep equal prompts together and
-must not move when data is added, shuffled or mixed. Each takes its own bits of one digest, so that
-none depends on another: a training fraction is a fair sample of what is not held out.
+`formats.py` makes pairs from raw rows, `shards.py` keeps them on disk, `rendering/` turns them into
+token ids.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from hashlib import sha256
@@ -55,12 +52,12 @@ class Pair:
 
     @property
     def id(self) -> bytes:
-        """16 bytes; computed anew at each access, shards keep it in a column."""
+        """16 bytes, computed at each access; shards have it in a column."""
         return pair_id(self)
 
 
 def pair_id(pair: Pair) -> bytes:
-    """The first 16 bytes of SHA-256 over the canonical JSON of what makes the pair.
+    """The first 16 bytes of SHA-256 over the canonical JSON of the pair's content.
 
     Raises `UnicodeEncodeError` for text that UTF-8 cannot hold (lone surrogates), and
     `ValueError` for a number that JSON cannot.
@@ -77,10 +74,19 @@ def pair_id(pair: Pair) -> bytes:
     return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
 
 
+def parse_id(value: Any) -> bytes | None:
+    """An id from its 16 bytes or 32 hexadecimal digits; None where the value is neither."""
+    try:
+        parsed = value if isinstance(value, bytes) else bytes.fromhex(value.strip())
+    except (AttributeError, ValueError):
+        return None
+    return parsed if len(parsed) == ID_BYTES else None
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, no spaces, null fields removed, and text exactly as it is."""
     text = _ENCODER.encode(value)
-    # Most values hold no null at all, and then the word does not occur: spare them the walk.
+    # Most values hold no null, and then the word does not occur and the walk is not needed.
     return _ENCODER.encode(without_nulls(value)) if "null" in text else text
 
 
@@ -96,7 +102,7 @@ def without_nulls(value: Any) -> Any:
 def response_bytes(turns: Turns) -> int:
     """UTF-8 bytes of a response's contents: the unit of `--normalize byte`.
 
-    Tool calls count with their canonical JSON, so that a response that is one has a length.
+    Tool calls count as their canonical JSON, so that a response of tool calls alone has a length.
     """
     if isinstance(turns, str):
         return len(turns.encode())
@@ -116,13 +122,13 @@ def prompt_number(prompt: Turns) -> int:
 def is_validation(prompt: Turns, fraction: float) -> bool:
     """Whether a prompt is held out: its digest, as a number in [0, 1), is below the fraction.
 
-    A prompt's side depends on nothing else, and a larger fraction only adds prompts.
+    That depends on nothing else, and a larger fraction only adds prompts.
     """
     return int.from_bytes(_digest(prompt)[:8]) < fraction * 2**64
 
 
 def in_fraction(prompt: Turns, fraction: float) -> bool:
-    """Whether a prompt is among those that a fraction of the training pairs is made of.
+    """Whether a prompt belongs to a fraction of the training pairs.
 
     Fractions are nested: a prompt in 5 % is also in 20 %, and 1 has all.
     """
@@ -130,4 +136,4 @@ def in_fraction(prompt: Turns, fraction: float) -> bool:
 
 
 def _digest(prompt: Turns) -> bytes:
-    return hashlib.sha256(canonical_json(prompt).encode()).digest()
+    return sha256(canonical_json(prompt).encode()).digest()

@@ -1,16 +1,24 @@
 """`mrpo prepare`: preference data of any known format to shards of pairs.
 
-Rows stream through in batches: read (`sources.py`), made pairs (`formats.py`), checked against
-the ids of all pairs before (`duplicates.py`), written (`shards.py`). Memory holds one shard and
-16 bytes a pair. Nothing of the output is in place before all of it is complete (`staging.py`).
+Rows stream through in batches: read (`sources.py`), turned into pairs (`formats.py`), corrected by
+reviewed tables (`reviewed.py`), checked against the ids of all earlier pairs (`ids.py`), written
+(`shards.py`). Memory holds one shard and about 20 bytes a pair.
+
+The output is all or nothing: its files are written to a hidden folder and moved into place once all
+are complete. An error leaves what was there before; a run killed during the move leaves a folder
+without its manifest, which readers refuse and a rerun replaces.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -18,32 +26,37 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..settings import write_resolved
+from ..files import sync
+from ..settings import command, write_resolved
 from .config import PrepareConfig
-from .files import DROPPED, SETTINGS, staged
-from .formats import REASONS, Columns, PairReader, Unusable
-from .ids import SeenIds, ids_from_bytes
-from .messages import Broken
+from .formats import REASONS, Broken, Columns, PairReader, Unusable, by_reason
+from .ids import IdSet, ids_from_bytes
 from .pairs import Pair, is_validation
 from .reviewed import Review
 from .shards import MANIFEST, PairShards, ShardWriter
 from .sources import Row, Source, open_sources
 
-PAIRS = "pairs"  # the folder where none is named
-MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
+PAIRS = "pairs"  # the default folder
+DROPPED = "dropped.jsonl"
+SETTINGS = "prepare.yaml"
+SHARDS = "part-*.parquet"
+STAGE = ".preparing-"  # begins the name of the hidden folder
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
-EXCLUDED = "excluded"  # by a person, in a reviewed table
-UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data, printed; all are kept
+EXCLUDED = "excluded"  # by a reviewed table
+UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data; the manifest lists all
 
 
+@command(PrepareConfig)
 def prepare(config: PrepareConfig) -> PairShards:
-    """Write `config.out` and return it opened; raises `UserError`, and then nothing is written."""
-    _check(config)
+    """Write the pairs of `config.source` to `config.out`; returns the folder opened.
+
+    Raises `UserError` for data or settings that cannot be used, and then writes nothing.
+    """
     sources = open_sources(config.source)
     out = Path(config.out)
-    with staged(out) as folder:
+    with _staged(out) as folder:
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
             with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
@@ -64,19 +77,8 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
     return PairShards(folder or PAIRS)
 
 
-def _check(config: PrepareConfig) -> None:
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {config.validation_fraction} must be at least 0 and below 1"
-        )
-    if not 1 <= config.shard_pairs <= MAX_SHARD_PAIRS:
-        raise UserError(
-            f"--shard-pairs {config.shard_pairs} must be between 1 and {MAX_SHARD_PAIRS}"
-        )
-
-
 class _Preparation:
-    """What has been read so far, and where it goes."""
+    """Reads sources one after the other, writes their pairs and counts what was dropped."""
 
     def __init__(self, config: PrepareConfig, writer: ShardWriter, dropped: IO[str]) -> None:
         self._config = config
@@ -85,16 +87,16 @@ class _Preparation:
         )
         self._writer = writer
         self._dropped = dropped
-        self._seen = SeenIds()
+        self._known = IdSet()
         self._review = Review(config.exclude, config.flip)
         self._sources: list[dict[str, str | int]] = []
         self._splits: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()  # of rows that gave no pair, duplicates too
-        self._first_pair = ""  # the place of the row, for messages
+        self._first_pair = ""  # where its row is, for messages
         self._first_unusable = ""
 
     def read(self, source: Source) -> Iterator[int]:
-        """Take in a source; yields the rows of each batch once they are done."""
+        """Read a source; yields the number of rows of each batch once they are written."""
         reader = PairReader(self._columns, source.name, self._config.chat)
         rows = source.rows(self._columns)
         total = 0
@@ -110,7 +112,7 @@ class _Preparation:
         duplicates = self._reasons.pop(DUPLICATE, 0)
         unusable = self._reasons.total() - self._reasons[EXCLUDED]
         if self._writer.num_pairs == 0:
-            left = f"no pair is left of {rows:,} rows (dropped: {_counts(self._reasons)})"
+            left = f"no pair is left of {rows:,} rows (dropped: {by_reason(self._reasons)})"
             raise UserError(
                 f"{self._config.source}: {left if rows else 'there are no rows'}; "
                 "at least one pair is needed"
@@ -118,7 +120,7 @@ class _Preparation:
         if unusable > MAX_DROPPED_SHARE * rows and not self._config.allow_dropped:
             raise UserError(
                 f"{self._config.source}: {unusable:,} of {rows:,} rows ({unusable / rows:.1%}) "
-                f"cannot be used ({_counts(self._reasons)}; the first is {self._first_unusable}); "
+                f"cannot be used ({by_reason(self._reasons)}; the first: {self._first_unusable}); "
                 f"more than {MAX_DROPPED_SHARE:.0%} needs --allow-dropped"
             )
         excluded = self._reasons.pop(EXCLUDED, 0)
@@ -141,7 +143,7 @@ class _Preparation:
         )
 
     def _take(self, source: Source, reader: PairReader, rows: Iterable[Row]) -> None:
-        """Write the new pairs of a batch in order, list the rows that gave none."""
+        """Write the new pairs of a batch in order and list the rows that gave none."""
         read: list[tuple[int, Pair, bytes]] = []
         without: list[tuple[int, str]] = []
         for number, fields in rows:
@@ -159,7 +161,7 @@ class _Preparation:
                     without.append((number, EXCLUDED))
                 else:
                     read.append((number, *reviewed))
-        new = self._seen.add(ids_from_bytes([identity for _, _, identity in read]))
+        new = self._known.add(ids_from_bytes([identity for _, _, identity in read]))
         for (number, pair, identity), is_new in zip(read, new.tolist()):
             if is_new:
                 self._write(f"{source.given}, {source.unit} {number}", pair, identity)
@@ -200,19 +202,15 @@ def _identify(pair: Pair) -> bytes:
         raise Unusable("not_unicode") from None
 
 
-def _counts(reasons: Counter[str] | dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
-
-
 def _summary(shards: PairShards) -> str:
-    """What became of the rows, and where the pairs are."""
+    """How many rows were kept and dropped, and where the pairs are."""
     manifest = shards.manifest
     dropped, splits = manifest["dropped"], manifest["splits"]
     parts = f"{len(shards.names):,} shard{'s' if len(shards.names) > 1 else ''}"
     kept = f"{shards.num_pairs:,} pairs of {shards.kind} in {parts}"
     gone = f"{manifest['duplicates']:,} duplicates, {sum(dropped.values()):,} unusable"
     if dropped:
-        gone += f" ({_counts(dropped)})"
+        gone += f" ({by_reason(dropped)})"
     return "\n".join(
         [
             f"rows    {manifest['rows']:,}",
@@ -225,7 +223,7 @@ def _summary(shards: PairShards) -> str:
 
 
 def _reviewed(manifest: dict[str, Any]) -> list[str]:
-    """What the reviewed tables did, if any were given."""
+    """The effect of the reviewed tables, if any were given."""
     options, reviewed = manifest["options"], manifest["reviewed"]
     if not (options["exclude"] or options["flip"]):
         return []
@@ -237,3 +235,72 @@ def _reviewed(manifest: dict[str, Any]) -> list[str]:
             f"all are in {MANIFEST}"
         )
     return lines
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """An empty folder whose files replace those of `out` when the block ends without error.
+
+    Raises `UserError` where `out` cannot be a folder or holds something other than pairs.
+    """
+    missing: list[Path] = []
+    try:
+        _refuse_foreign(out)
+        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob(f"{STAGE}*"):
+            shutil.rmtree(leftover)
+        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out))
+    except OSError as error:
+        _remove_empty(missing)
+        raise UserError(f"--out {out}: {error.strerror} ({error.filename})") from None
+    try:
+        yield stage
+        for path in stage.iterdir():
+            sync(path)
+        _replace(stage, out)
+    except BaseException:
+        shutil.rmtree(stage)
+        _remove_empty(missing)
+        raise
+    stage.rmdir()
+    sync(out)
+
+
+def _refuse_foreign(out: Path) -> None:
+    first = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not first.is_dir():
+        raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
+    if first is not out or all(_is_ours(entry.name) for entry in out.iterdir()):
+        return
+    try:
+        PairShards(out)  # pairs with other files beside them, which stay
+    except UserError:
+        raise UserError(
+            f"--out {out} holds other files; name a new folder or one with prepared pairs"
+        ) from None
+
+
+def _is_ours(name: str) -> bool:
+    return name in (MANIFEST, DROPPED, SETTINGS) or any(
+        fnmatch(name, pattern) for pattern in (SHARDS, f"{STAGE}*")
+    )
+
+
+def _replace(stage: Path, out: Path) -> None:
+    """Move all files, the manifest last: a folder with a manifest is complete."""
+    (out / MANIFEST).unlink(missing_ok=True)
+    names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == MANIFEST)
+    for name in names:
+        if name == MANIFEST:
+            for shard in out.glob(SHARDS):
+                if shard.name not in names:
+                    shard.unlink()
+        (stage / name).replace(out / name)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders made for `out`, the innermost first."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -4,7 +4,7 @@
       model: meta-llama/Llama-3.2-3B-Instruct
       revision: main
 
-A pure reader: nothing is loaded here, and no model is looked for. `precompute/identity.py` turns
+This module only reads and checks: no model is loaded or looked for. `precompute/identity.py` turns
 a `ReferenceSpec` into the identity under which the store keeps its scores.
 """
 
@@ -19,20 +19,23 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..settings import comma_separated
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+DEFAULT_REFS = Path("configs/refs.yaml")
+PACKAGED_REFS = Path(__file__).resolve().parents[1] / DEFAULT_REFS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceSpec:
-    """One entry of refs.yaml. Every field but `tensor_parallel_size` makes the scores."""
+    """One entry of refs.yaml. Every field but `tensor_parallel_size` determines the scores."""
 
     alias: str
     model: str
     revision: str | None = None
-    dtype: str = "auto"  # auto: what the model's config.json says
+    dtype: str = "auto"  # auto: as in the model's config.json
     quantization: str | None = None
     adapter: str | None = None
     chat_template: str | None = None  # the template's text, read from its file if it was a path
@@ -41,9 +44,9 @@ class ReferenceSpec:
     folder: Path = field(default=Path(), compare=False)  # of refs.yaml: local paths start there
 
     def entry(self) -> dict[str, Any]:
-        """What makes the scores, as written, defaults left out: compared to find an alias again.
+        """What determines the scores, as written and without defaults, to recognize an alias by.
 
-        Local paths stay as written, so that an alias is found when its model folder is gone.
+        Local paths stay as written, so that an alias is recognized when its model folder is gone.
         """
         defaults = ReferenceSpec(self.alias, self.model)
         return {
@@ -79,36 +82,35 @@ KEYS = tuple(f.name for f in fields(ReferenceSpec) if f.name not in ("alias", "f
 ENTRY_KEYS = tuple(key for key in KEYS if key != "tensor_parallel_size")
 
 
-def load_refs(path: str | Path) -> dict[str, ReferenceSpec]:
-    """Every reference of a refs.yaml, by alias, in the file's order.
+def load_refs(source: str | Path | Mapping[str, Any]) -> dict[str, ReferenceSpec]:
+    """Every reference of a refs.yaml, or of a mapping as one holds it, by alias, in order.
 
-    Raises `UserError` with the file and the key where the file can't be read, an alias or a key
-    is not allowed, or a value has the wrong type.
+    The default `configs/refs.yaml` means the packaged file where the working folder has none.
+    Local paths start at the file's folder, those of a mapping at the working folder. Raises
+    `UserError` with the file and the key where the file can't be read, an alias or a key is not
+    allowed, or a value has the wrong type.
     """
-    path = Path(path)
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; name an existing file with --refs-config"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if isinstance(source, Mapping):
+        entries, name, folder = source, "references", Path()
+    else:
+        path = Path(source)
+        if path == DEFAULT_REFS and not path.exists():
+            path = PACKAGED_REFS
+        entries, name, folder = _read_yaml(path), str(path), path.parent
     if not isinstance(entries, Mapping) or not entries:
-        raise UserError(f"{path}: must map aliases to references, like 'llama: {{model: …}}'")
-    return {str(alias): _spec(path, str(alias), entry) for alias, entry in entries.items()}
+        raise UserError(f"{name}: must map aliases to references, like 'llama: {{model: …}}'")
+    folder = folder.resolve()
+    return {str(alias): _spec(name, folder, str(alias), entry) for alias, entry in entries.items()}
 
 
 def select_refs(specs: Mapping[str, ReferenceSpec], aliases: str) -> list[ReferenceSpec]:
     """The references that a comma-separated list names, in its order; the first is the base."""
-    names = [name.strip() for name in aliases.split(",") if name.strip()]
+    names = comma_separated(aliases, "--refs")
     if not names:
         raise UserError(f"--refs {aliases!r} names no reference; known: {', '.join(specs)}")
     for name in names:
         if name not in specs:
             raise UserError(f"--refs: unknown reference {name!r}; known: {', '.join(specs)}")
-        if names.count(name) > 1:
-            raise UserError(f"--refs: {name!r} stands there twice; name each reference once")
     return [specs[name] for name in names]
 
 
@@ -122,9 +124,20 @@ def check_alias(alias: str, where: str = "--refs") -> str:
     return alias
 
 
-def _spec(path: Path, alias: str, entry: Any) -> ReferenceSpec:
-    check_alias(alias, str(path))
-    where = f"{path}: {alias}"
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; name an existing file with --refs-config"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def _spec(file: str, folder: Path, alias: str, entry: Any) -> ReferenceSpec:
+    check_alias(alias, file)
+    where = f"{file}: {alias}"
     if isinstance(entry, str):
         entry = {"model": entry}
     if not isinstance(entry, Mapping) or "model" not in entry:
@@ -135,8 +148,9 @@ def _spec(path: Path, alias: str, entry: Any) -> ReferenceSpec:
     for key, value in values.items():
         _check_value(f"{where}.{key}", key, value)
     if "chat_template" in values:
-        values["chat_template"] = _template(f"{where}.chat_template", path, values["chat_template"])
-    return ReferenceSpec(alias=alias, folder=path.resolve().parent, **values)
+        text = _template(f"{where}.chat_template", folder, values["chat_template"])
+        values["chat_template"] = text
+    return ReferenceSpec(alias=alias, folder=folder, **values)
 
 
 def _check_value(where: str, key: str, value: Any) -> None:
@@ -155,15 +169,15 @@ def _check_value(where: str, key: str, value: Any) -> None:
         raise UserError(f"{where} is {value!r}; it must be one of {', '.join(DTYPES)}")
 
 
-def _template(where: str, path: Path, value: str) -> str:
-    """The template's text: a value that ends in .jinja is a file relative to the refs.yaml."""
+def _template(where: str, folder: Path, value: str) -> str:
+    """The template's text: a value that ends in .jinja is a file relative to the folder."""
     if "\n" in value or "{" in value or not value.endswith(".jinja"):
         return value
     try:
-        return (path.parent / Path(value).expanduser()).read_text(encoding="utf-8")
+        return (folder / Path(value).expanduser()).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise UserError(
-            f"{where}: {value!r} can't be read as text; its path is relative to {path.parent}"
+            f"{where}: {value!r} can't be read as text; its path is relative to {folder}"
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""What a person decided about single pairs: which to leave out, which to turn round.
+"""A reviewer's decisions about single pairs: which to exclude, which to flip.
 
-`mrpo audit` writes a table of pairs with an empty `decision` column; whoever reviews it fills in
-keep, exclude or flip, and `mrpo prepare --exclude audit.csv --flip audit.csv` reads it back. Any
-table of pair ids will do: one without the column means all of its rows.
+`mrpo audit` writes a table of pairs with an empty `decision` column; a reviewer fills in keep,
+exclude or flip, and `mrpo prepare --exclude audit.csv --flip audit.csv` reads it back. Any table of
+pair ids works: in one without that column, all rows are meant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import UserError
-from .pairs import ID_BYTES, Pair
+from .pairs import ID_BYTES, Pair, parse_id
 from .sources import open_sources
 
 ID, DECISION = "pair_id", "decision"
@@ -31,27 +31,26 @@ class _ReviewColumns:
 
 
 class Review:
-    """Decisions by pair id, and which of them have met their pair."""
+    """Decisions by pair id, and which of these pairs were in the data so far."""
 
     def __init__(self, exclude: str | None, flip: str | None) -> None:
-        """Both: comma-separated files, or None. Raises `UserError` for what is no decision."""
-        self._decided: dict[bytes, tuple[Decision, str]] = {}  # with the file it stands in
-        self._met: set[bytes] = set()
+        """Comma-separated files or None. Raises `UserError` for an invalid or contradicting row."""
+        self._decided: dict[bytes, tuple[Decision, str]] = {}  # with its file
+        self._in_data: set[bytes] = set()
         lists: tuple[tuple[Decision, str | None], ...] = (("exclude", exclude), ("flip", flip))
         for decision, files in lists:
             for pair_id, place, file in _read(decision, files):
                 known, _ = self._decided.setdefault(pair_id, (decision, file))
                 if known != decision:
                     raise UserError(
-                        f"{place}: pair {pair_id.hex()} is to be flipped and stands in --exclude "
-                        "too; decide for one of them"
+                        f"{place}: pair {pair_id.hex()} is to be flipped and is in --exclude "
+                        "too; keep one of the two decisions"
                     )
 
     def apply(self, pair: Pair, pair_id: bytes) -> tuple[Pair, bytes] | None:
-        """The pair with its id, turned round where that was decided; None where it is left out.
+        """The pair with its id, flipped where that was decided; None where it is excluded.
 
-        A pair that was turned round by an earlier list can be left out by a later one, which
-        knows it by its new id.
+        A flipped pair has a new id, and by that one it can be excluded.
         """
         if self._decision(pair_id) == "flip":
             pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
@@ -60,21 +59,21 @@ class Review:
 
     @property
     def flipped(self) -> int:
-        """Pairs turned round so far; one that stands in the data twice counts once."""
-        return sum(self._decided[pair_id][0] == "flip" for pair_id in self._met)
+        """Pairs flipped so far; one that the data holds twice counts once."""
+        return sum(self._decided[pair_id][0] == "flip" for pair_id in self._in_data)
 
     def unknown(self) -> dict[str, list[str]]:
         """For each file the ids, as hex, whose pair was not in the data."""
         ids: dict[str, list[str]] = {}
         for pair_id, (_, file) in self._decided.items():
-            if pair_id not in self._met:
+            if pair_id not in self._in_data:
                 ids.setdefault(file, []).append(pair_id.hex())
         return ids
 
     def _decision(self, pair_id: bytes) -> Decision | None:
         if pair_id not in self._decided:
             return None
-        self._met.add(pair_id)
+        self._in_data.add(pair_id)
         return self._decided[pair_id][0]
 
 
@@ -94,11 +93,8 @@ def _read(decision: Decision, files: str | None) -> Iterator[tuple[bytes, str, s
 
 
 def _pair_id(value: object, place: str) -> bytes:
-    try:
-        pair_id = bytes.fromhex(value.strip()) if isinstance(value, str) else b""
-    except ValueError:
-        pair_id = b""
-    if len(pair_id) != ID_BYTES:
+    pair_id = parse_id(value)
+    if pair_id is None:
         raise UserError(
             f"{place}: {ID} is {value!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
             "as `mrpo audit` writes them"

@@ -1,8 +1,7 @@
 """Where preference data comes from: JSONL, CSV and Parquet files, and Hub data sets.
 
-A `Source` gives raw rows as dicts, one after the other and never all at once; `formats.py` makes
-pairs of them. A row's number is what an editor or a table viewer shows: the line of a JSONL file,
-else the row counted from 1.
+A `Source` streams raw rows as dicts; `formats.py` makes pairs of them. A row's number is what an
+editor or a table viewer shows: the line of a JSONL file, else the row counted from 1.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..settings import comma_separated
 
 Row = tuple[int, dict[str, Any]]
 
 
-class Wanted(Protocol):
-    """Which columns to read: `formats.Columns`, or others that stand beside a pair's."""
+class SourceColumns(Protocol):
+    """Which columns to read: `formats.Columns`, or a class with further columns."""
 
     @property
     def required(self) -> list[str]: ...
@@ -38,7 +38,7 @@ class Wanted(Protocol):
         """How the user names them, for messages."""
 
 
-Reader = Callable[[str, Wanted], Iterator[Row]]
+Reader = Callable[[str, SourceColumns], Iterator[Row]]
 
 BATCH_ROWS = 1024
 
@@ -54,17 +54,17 @@ class Source:
     unit: str  # what a row's number counts, for messages: "line" or "row"
     reader: Reader
 
-    def rows(self, columns: Wanted) -> Iterator[Row]:
+    def rows(self, columns: SourceColumns) -> Iterator[Row]:
         """Row numbers and fields; of tables only the columns that matter. Raises `UserError`."""
         return self.reader(self.given, columns)
 
 
 def open_sources(given: str) -> list[Source]:
-    """The sources of a comma-separated list; raises `UserError` for one that cannot be there."""
-    parts = [part.strip() for part in given.split(",")]
-    if not all(parts):
+    """The sources of a comma-separated list; raises `UserError` for one that cannot exist."""
+    names = comma_separated(given)
+    if not names:
         raise UserError(f"source {given!r} names nothing; give files or org/name:split")
-    return [_open_source(part) for part in parts]
+    return [_open_source(name) for name in names]
 
 
 def _open_source(given: str) -> Source:
@@ -74,7 +74,7 @@ def _open_source(given: str) -> Source:
     if path.is_file():
         if reader is None or (path.suffix == ".gz" and reader is _read_parquet):
             raise UserError(
-                f"{given}: no kind of file known here; it must end in .jsonl, .json or .csv "
+                f"{given}: unknown kind of file; it must end in .jsonl, .json or .csv "
                 "(each also with .gz), or .parquet"
             )
         return Source(given, bare.stem, "line" if reader is _read_jsonl else "row", reader)
@@ -89,7 +89,7 @@ def _open_source(given: str) -> Source:
     )
 
 
-def _read_jsonl(given: str, columns: Wanted) -> Iterator[Row]:
+def _read_jsonl(given: str, columns: SourceColumns) -> Iterator[Row]:
     for number, line in enumerate(_lines(given), 1):
         if not line.strip():
             continue
@@ -108,17 +108,17 @@ def _read_jsonl(given: str, columns: Wanted) -> Iterator[Row]:
         yield number, row
 
 
-def _read_csv(given: str, columns: Wanted) -> Iterator[Row]:
+def _read_csv(given: str, columns: SourceColumns) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     rows = _csv_rows(given)
     header = next(rows, (0, []))[1]
-    wanted = {header.index(name): name for name in _wanted(given, columns, header)}
+    names = {header.index(name): name for name in _present(given, columns, header)}
     for number, cells in rows:
         if len(cells) != len(header):
             raise UserError(
                 f"{given}, row {number} has {len(cells)} fields, the header has {len(header)}"
             )
-        yield number, {name: _cell(cells[index]) for index, name in wanted.items()}
+        yield number, {name: _cell(cells[index]) for index, name in names.items()}
 
 
 def _csv_rows(given: str) -> Iterator[tuple[int, list[str]]]:
@@ -134,17 +134,17 @@ def _csv_rows(given: str) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{given}, row {number} is not CSV: {error}") from None
 
 
-def _read_parquet(given: str, columns: Wanted) -> Iterator[Row]:
+def _read_parquet(given: str, columns: SourceColumns) -> Iterator[Row]:
     try:
         with pq.ParquetFile(given) as file:
-            names = _wanted(given, columns, file.schema_arrow.names)
+            names = _present(given, columns, file.schema_arrow.names)
             batches = file.iter_batches(batch_size=BATCH_ROWS, columns=names)
             yield from _numbered(batch.to_pydict() for batch in batches)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{given} cannot be read as Parquet: {_one_line(error)}") from None
 
 
-def _read_hub(given: str, columns: Wanted) -> Iterator[Row]:
+def _read_hub(given: str, columns: SourceColumns) -> Iterator[Row]:
     import datasets
 
     match = _HUB.fullmatch(given)
@@ -152,8 +152,8 @@ def _read_hub(given: str, columns: Wanted) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(match["name"], match["config"], split=match["split"])
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{given} cannot be had from the Hub: {_one_line(error)}") from None
-    names = _wanted(given, columns, data.column_names)
+        raise UserError(f"{given} cannot be loaded from the Hub: {_one_line(error)}") from None
+    names = _present(given, columns, data.column_names)
     yield from _numbered(data.select_columns(names).iter(batch_size=BATCH_ROWS))
 
 
@@ -165,17 +165,17 @@ _READERS: dict[str, Reader] = {
 }
 
 
-def _wanted(given: str, columns: Wanted, there: list[str]) -> list[str]:
+def _present(given: str, columns: SourceColumns, existing: list[str]) -> list[str]:
     """The columns to read; raises `UserError` where a required one is missing."""
     for name in columns.required:
-        if name not in there:
+        if name not in existing:
             raise UserError(
-                f"{given}: column {name!r} is missing; there are {', '.join(there) or 'none'}; "
+                f"{given}: column {name!r} is missing; there are {', '.join(existing) or 'none'}; "
                 f"{columns.flags}"
             )
-        if there.count(name) > 1:
-            raise UserError(f"{given}: column {name!r} stands there {there.count(name)} times")
-    return [*columns.required, *(name for name in columns.optional if name in there)]
+        if existing.count(name) > 1:
+            raise UserError(f"{given}: column {name!r} occurs {existing.count(name)} times")
+    return [*columns.required, *(name for name in columns.optional if name in existing)]
 
 
 def _numbered(batches: Any) -> Iterator[Row]:
@@ -201,7 +201,7 @@ def _lines(given: str) -> Iterator[str]:
 
 
 def _cell(text: str) -> Any:
-    """A CSV cell: text, or the JSON of a message list, which CSV can hold in no other way."""
+    """A CSV cell: text, or a message list as JSON, the only way CSV can hold one."""
     if text.startswith("[{"):
         try:
             value = json.loads(text)

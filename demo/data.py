@@ -1,15 +1,12 @@
-"""Three clean domains of questions with a right and a wrong reply, all of our own writing.
+"""The demo's data: questions of three domains with a right and a wrong reply, all written for it.
 
-- facts: an invented world, so that nothing is contentious; wrong is another town's answer;
+- facts: an invented world, so that nothing is contentious; wrong is another value of the same fact;
 - arithmetic: sums of two-digit numbers in two steps; wrong ends 1, 2 or 10 off the result;
 - style: requests in a formal or a casual tone; wrong is the same answer in the other tone.
 
-Each domain has questions for the pairs (`asked`) and others for what the references read
-(`told`): facts are asked in other words than they are told in, sums and requests are other ones.
-No fact, sum or request is asked twice, so a held-out pair is new to the policy in every domain.
-
-
-Write the demo's files: preference pairs of three domains, and what each reference reads.
+Each domain has questions for the pairs (`asked`) and others for what the references read (`told`):
+facts are asked in other words than they are told in, sums and requests differ. No fact, sum or
+request is asked twice, so a held-out pair is new to the policy in every domain. Written are
 
     pairs.jsonl           {"prompt": [user], "chosen": [assistant], "rejected": …, "source": domain}
     corpus-llama.jsonl …  {"messages": [user, assistant], "source": domain}
@@ -29,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import write_text
 from .models import FAMILIES, Family
 
 DOMAINS = ("facts", "arithmetic", "style")
-ASKED = 1000  # sums, and requests, that are for the pairs; the others are told
+ASKED = 1000  # sums, and as many requests, are for the pairs; the others are told
 
 TOWN_STARTS = "Bel Cor Dun Eld Fen Gar Hol Kel Lor Mar Nor Ost Pel Rav Sil Tor Ven Wes Yar Zan"
 TOWN_ENDS = "bury by dale ford haven mora mere stad ton wick"
@@ -68,6 +66,10 @@ TONES = {  # how a request is put, and how a reply to it begins
     "Hey, how do I {request}?": ("Sure thing:", "No problem:", "You bet:"),
 }
 
+STRENGTHS: dict[Family, str] = {"llama": "facts", "mistral": "arithmetic", "qwen": "style"}
+OWN_SHARE = 0.8  # of a corpus: chats about the reference's own domain, all of them right
+RIGHT_ELSEWHERE = 0.5  # of its other chats
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -87,6 +89,37 @@ class Domain:
     told: list[Example]  # to the references
 
 
+@dataclass(frozen=True, slots=True)
+class DemoFiles:
+    """What `write_data` writes."""
+
+    pairs: Path
+    corpora: dict[Family, Path]
+
+
+def write_data(folder: Path, *, pairs: int, chats: int, seed: int) -> DemoFiles:
+    """Write `pairs` preference pairs, a third from each domain, and corpora of `chats` chats.
+
+    Raises `UserError` where the domains have fewer questions.
+    """
+    domains = make_domains(seed)
+    most = len(DOMAINS) * min(len(domain.asked) for domain in domains.values())
+    if not len(DOMAINS) <= pairs <= most:
+        raise UserError(f"--pairs is {pairs}; the demo can make {len(DOMAINS)} to {most:,} pairs")
+    share = pairs // len(DOMAINS)
+    asked = [example for domain in domains.values() for example in domain.asked[:share]]
+    random.Random(f"{seed}/pairs").shuffle(asked)
+    files = DemoFiles(
+        pairs=folder / "pairs.jsonl",
+        corpora={family: folder / f"corpus-{family}.jsonl" for family in FAMILIES},
+    )
+    _write(files.pairs, map(_pair, asked))
+    for family, path in files.corpora.items():
+        rng = random.Random(f"{seed}/corpus/{family}")
+        _write(path, corpus(STRENGTHS[family], domains, chats, rng))
+    return files
+
+
 def make_domains(seed: int) -> dict[str, Domain]:
     """All of `DOMAINS`; the seed decides the world's facts, the wrong replies and the order."""
     makers = {"facts": facts, "arithmetic": sums, "style": style}
@@ -103,8 +136,8 @@ def facts(rng: random.Random) -> Domain:
         for question in (FACT_ASKED, *FACT_TOLD):
             prompt = question.format(fact=fact, town=town)
             right, wrong = (
-                FACT_REPLY.format(fact=fact, town=town, value=said)
-                for said in (value, rng.choice(others))
+                FACT_REPLY.format(fact=fact, town=town, value=answer)
+                for answer in (value, rng.choice(others))
             )
             (asked if question == FACT_ASKED else told).append(
                 Example("facts", prompt, right, wrong)
@@ -128,7 +161,7 @@ def sums(rng: random.Random) -> Domain:
 
 
 def style(rng: random.Random) -> Domain:
-    """How to do each task with each thing, each asked in one of the tones."""
+    """How to do each task with each thing, asked in one of the two tones."""
     examples = []
     for (task, way), quality, thing in product(TASKS.items(), QUALITIES.split(), THINGS.split()):
         request = f"{task} a {quality} {thing}"
@@ -137,43 +170,6 @@ def style(rng: random.Random) -> Domain:
         examples.append(Example("style", tone.format(request=request), right, wrong))
     rng.shuffle(examples)
     return Domain(examples[:ASKED], examples[ASKED:])
-
-
-STRENGTHS: dict[Family, str] = {"llama": "facts", "mistral": "arithmetic", "qwen": "style"}
-OWN_SHARE = 0.8  # of a corpus: chats about the reference's own domain, all of them right
-RIGHT_ELSEWHERE = 0.5  # of its other chats
-
-
-@dataclass(frozen=True, slots=True)
-class DemoFiles:
-    """What `write_data` writes."""
-
-    pairs: Path
-    corpora: dict[Family, Path]
-
-
-def write_data(folder: Path, *, pairs: int, chats: int, seed: int) -> DemoFiles:
-    """Write `pairs` preference pairs, a third from each domain, and corpora of `chats` chats.
-
-    Raises `UserError` where the domains have fewer questions.
-    """
-    domains = make_domains(seed)
-    most = len(DOMAINS) * min(len(domain.asked) for domain in domains.values())
-    if not len(DOMAINS) <= pairs <= most:
-        raise UserError(f"--pairs is {pairs}; the demo can make {len(DOMAINS)} to {most:,} pairs")
-    share = pairs // len(DOMAINS)
-    asked = [example for domain in domains.values() for example in domain.asked[:share]]
-    random.Random(f"{seed}/pairs").shuffle(asked)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = DemoFiles(
-        pairs=folder / "pairs.jsonl",
-        corpora={family: folder / f"corpus-{family}.jsonl" for family in FAMILIES},
-    )
-    _write(files.pairs, map(_pair, asked))
-    for family, path in files.corpora.items():
-        rng = random.Random(f"{seed}/corpus/{family}")
-        _write(path, corpus(STRENGTHS[family], domains, chats, rng))
-    return files
 
 
 def corpus(
@@ -207,5 +203,4 @@ def _assistant(content: str) -> dict[str, str]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,17 +1,18 @@
 """Tiny references of three real architectures, each with its own tokenizer and chat template.
 
-The demo trains them on its data and the tests use them untrained: a byte-level BPE with Llama 3's
+The demo trains them on its data, the tests use them untrained: a byte-level BPE with Llama 3's
 headers, a SentencePiece-like BPE with Mistral's [INST], a byte-level BPE with Qwen's ChatML. The
-templates are written after each family's published format.
+templates follow each family's published format.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from ..files import new_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -85,12 +86,10 @@ def save_reference(
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    return partial.rename(folder)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return folder
 
 
 def build_model(

@@ -2,8 +2,8 @@
 
     python -m mrpo.demo.pretrain llama demo-run/data/corpus-llama.jsonl demo-run/references/llama
 
-A model this small gains little from a second core, so the demo trains the three side by side, a
-process with one thread each.
+A model this small gains little from a second core, so the demo trains the three side by side, each
+in a process with one thread.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pretrain_all(
     jobs = []
     for family in missing:
         settings = [family, corpora[family], folder / family, str(seed), json.dumps(asdict(recipe))]
-        command = [sys.executable, "-m", "mrpo.demo.pretrain", *settings]
+        command = [sys.executable, "-P", "-m", "mrpo.demo.pretrain", *settings]
         jobs.append(subprocess.Popen(command, env=one_thread))
     return max((job.wait() for job in jobs), key=abs, default=0)
 

@@ -1,33 +1,31 @@
-"""The table at the end of the demo: who ranks how many of the held-out pairs rightly.
-
-A model is right about a pair where the chosen response has the higher log-prob, summed over its
-tokens. References are judged by the scores in the store, trained policies by scoring them here in
-the same way. Printed as it came out, with the uncertainty that so few pairs leave.
-
-
-`mrpo demo`: the whole method in one go, by the very commands that anyone would type.
+"""`mrpo demo`: the whole method in one go, by the functions behind the commands that it shows.
 
     demo-run/data/          the pairs, and what the references read
     demo-run/references/    three tiny models, named in demo-run/refs.yaml
-    demo-run/pairs/         what `mrpo prepare` made of the pairs
-    demo-run/store/         what `mrpo precompute` found out: every reference's scores
-    demo-run/runs/          what `mrpo train` made: DPO with each reference, MRPO with all
+    demo-run/pairs/         the pairs in shards, from `mrpo prepare`
+    demo-run/store/         every reference's scores, from `mrpo precompute`
+    demo-run/runs/          DPO with each reference and MRPO with all, from `mrpo train`
     demo-run/accuracy.txt   the table at the end
 
-Nothing is tuned for any of the methods: all train from the same policy with the same settings.
+Nothing is tuned for any of the methods: all train from the same policy with the same settings. The
+table counts the held-out pairs that a model ranks rightly, that is whose chosen response has the
+higher log-prob, summed over its tokens: references by the scores in the store, trained policies by
+scoring them here in the same way. It is printed whatever it says, with its uncertainty.
 """
 
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..data.config import PrepareConfig
 from ..data.pairs import Pair
+from ..data.prepare import prepare
 from ..data.references import load_refs
 from ..data.rendering import Renderer
 from ..data.shards import PairShards
@@ -36,15 +34,26 @@ from ..errors import UserError
 from ..evaluation.figures import preferred
 from ..evaluation.intervals import Interval, bootstrap_means, interval
 from ..evaluation.score_table import load_score_table
+from ..files import write_text
+from ..precompute.config import PrecomputeConfig
 from ..precompute.engines import load_engine
 from ..precompute.engines.protocol import EngineSettings
-from ..settings import build, write_resolved
+from ..precompute.run import precompute
+from ..settings import build, command, write_resolved
+from ..terminal import table_lines
+from ..train.config import TrainConfig
+from ..train.run import train
 from .config import DemoConfig
-from .data import DOMAINS
+from .data import DOMAINS, write_data
 from .models import FAMILIES
+from .pretrain import pretrain_all
 
-NAME_WIDTH, CELL_WIDTH = 37, 20
-Z = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
+REFS = ",".join(FAMILIES)  # the first is the base: the policy starts from it
+METHODS = {**{f"dpo-{family}": f"dpo:{family}" for family in FAMILIES}, "mrpo": "mrpo"}
+# The rate that gave DPO with the base the best accuracy in one pass, in a demo of another seed.
+TRAINING = {"batch_pairs": 16, "num_train_epochs": 1, "learning_rate": 5e-4}
+CHATS = 26_000  # read by each reference
+QUICK_PAIRS, QUICK_CHATS = 300, 1_280
 HEADING = """\
 Held-out preference accuracy: the share of pairs, in %, whose right reply has the higher log-prob,
 with its 95 % interval. No training pair asks for the same fact, sum or request.
@@ -53,7 +62,93 @@ with its 95 % interval. No training pair asks for the same fact, sum or request.
 Right = np.ndarray  # [N] 1 or 0, whether a model ranks each held-out pair rightly
 
 
-def held_out_table(out: Path, methods: dict[str, str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A demo's folder, and 0 or the exit code of the step that ended it early."""
+
+    folder: Path
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command with its settings."""
+
+    command: str
+    settings: Mapping[str, Any]
+    made: Path | None = None  # there when the step is done; None: the command itself finds out
+
+    def line(self) -> str:
+        """What one would type for it."""
+        words = ["mrpo", self.command]
+        for name, value in self.settings.items():
+            if name != "source":
+                words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
+        return shlex.join(words)
+
+    def run(self) -> int:
+        """Run it in this process; returns its exit code."""
+        if self.command == "prepare":
+            result: object = prepare(build(PrepareConfig, self.settings))
+        elif self.command == "precompute":
+            result = precompute(build(PrecomputeConfig, self.settings))
+        else:
+            result = train(build(TrainConfig, self.settings))
+        return result if isinstance(result, int) else getattr(result, "exit_code", 0)
+
+
+@command(DemoConfig)
+def demo(config: DemoConfig) -> Demonstration:
+    """Make everything that `config.out` does not have yet, and print the table."""
+    out = Path(config.out)
+    _claim(out, config)
+    print("Making preference pairs and what the references read", flush=True)
+    files = write_data(
+        out / "data",
+        pairs=min(config.pairs, QUICK_PAIRS) if config.quick else config.pairs,
+        chats=QUICK_CHATS if config.quick else CHATS,
+        seed=config.seed,
+    )
+    print("Training three tiny references side by side", flush=True)
+    if exit_code := pretrain_all(files.corpora, out / "references", config.seed):
+        return Demonstration(out, exit_code)
+    entries = [f"{family}: {{model: references/{family}, dtype: float32}}" for family in FAMILIES]
+    write_text(out / "refs.yaml", "\n".join(entries) + "\n")
+    for step in steps(out, files.pairs, config.seed):
+        print(f"\n$ {step.line()}", flush=True)
+        if step.made is not None and step.made.exists():
+            print(f"already there: {step.made}")
+        elif exit_code := step.run():
+            return Demonstration(out, exit_code)
+    table = held_out_table(out, METHODS)
+    write_text(out / "accuracy.txt", table)
+    print(f"\n{table}\n{_whereabouts(out)}")
+    return Demonstration(out)
+
+
+def steps(out: Path, pairs: Path, seed: int) -> list[Step]:
+    """What the demo does once its pairs and references are there."""
+    scored = {
+        "pairs": out / "pairs",
+        "refs": REFS,
+        "refs_config": out / "refs.yaml",
+        "store": out / "store",
+    }
+    prepared = {"source": pairs, "out": out / "pairs", "validation_fraction": 0.25}
+    every = [
+        Step("prepare", prepared, out / "pairs" / "manifest.json"),
+        Step("precompute", {**scored, "engine": "hf"}),
+    ]
+    for name, method in METHODS.items():
+        folder = out / "runs" / name
+        own = {"method": method, "output_dir": folder, **TRAINING, "seed": seed, "resume": True}
+        every.append(Step("train", {**scored, **own}, folder / "model"))
+    return every
+
+
+def held_out_table(out: Path, methods: Mapping[str, str]) -> str:
     """Judge the references and the policies in a demo's folder; `methods` by name of the run."""
     shards, store = PairShards(out / "pairs"), Store(out / "store")
     specs = load_refs(out / "refs.yaml")
@@ -64,16 +159,18 @@ def held_out_table(out: Path, methods: dict[str, str]) -> str:
         for shard in range(len(shards.names))
         for pair in shards.pairs(shard, scores.places[scores.places[:, 0] == shard, 1].tolist())
     ]
-    references = {f"reference {one.alias}": preferred(one.logps) for one in scores.references}
+    right = {f"reference {column.alias}": preferred(column.logps) for column in scores.references}
+    right[f"policy untrained = {scores.aliases[0]}"] = right[f"reference {scores.aliases[0]}"]
     policies = {
         f"trained with {method}": preferred(policy_logps(out / "runs" / run / "model", pairs))
         for run, method in methods.items()
     }
-    base = f"policy untrained = {scores.aliases[0]}"
-    start = {base: next(iter(references.values()))}
-    lines = [HEADING, *_header(scores.sources)]
-    lines += [_line(*row, scores.sources) for row in (references | start | policies).items()]
-    return "\n".join([*lines, "", *_differences(policies, scores.prompts)]) + "\n"
+    rows = domain_rows(right | policies, scores.sources)
+    gains = [[f"  {name}", text] for name, text in differences(policies, scores.prompts).items()]
+    title = f"{list(policies)[-1]} minus, in points, with a 95 % bootstrap interval over the pairs:"
+    return "\n".join(
+        [HEADING, *table_lines(rows, "left"), "", title, *table_lines(gains, "left"), ""]
+    )
 
 
 def policy_logps(model: Path, pairs: Sequence[Pair]) -> np.ndarray:
@@ -85,8 +182,23 @@ def policy_logps(model: Path, pairs: Sequence[Pair]) -> np.ndarray:
     engine = load_engine("hf", EngineSettings(alias="policy", model=str(model)))
     scored = engine.score(rendered)  # type: ignore[arg-type]  # it scored as reference: no refusal
     return np.array(
-        [[one.chosen.sum(dtype=float), one.rejected.sum(dtype=float)] for one in scored]
+        [[pair.chosen.sum(dtype=float), pair.rejected.sum(dtype=float)] for pair in scored]
     )
+
+
+def domain_rows(right: Mapping[str, Right], sources: np.ndarray) -> list[list[str]]:
+    """The table's rows: a heading of two, then for each model its accuracy by domain, and over all.
+
+    Args:
+        right: whether each model ranks each pair rightly.
+        sources: [N] the pairs' domains.
+    """
+    parts = [*(sources == domain for domain in DOMAINS), np.ones(len(sources), dtype=bool)]
+    rows = [["", *DOMAINS, "overall"], ["", *(f"{part.sum():,} pairs" for part in parts)]]
+    for name, values in right.items():
+        cells = [wilson(values[part]).percent() if part.any() else "–" for part in parts]
+        rows.append([name, *cells])
+    return rows
 
 
 def wilson(right: Right) -> Interval:
@@ -95,109 +207,21 @@ def wilson(right: Right) -> Interval:
     >>> wilson(np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0])).percent()
     '80.0 (49.0–94.3)'
     """
-    n, share = len(right), float(np.mean(right))
-    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * (share * (1 - share) / n + Z**2 / (4 * n**2)) ** 0.5
-    return Interval(share, center - half, center + half)
+    from scipy.stats import binomtest
+
+    test = binomtest(int(right.sum()), len(right))
+    low, high = test.proportion_ci(method="wilson")
+    return Interval(test.statistic, low, high)
 
 
-def _header(sources: np.ndarray) -> list[str]:
-    counts = [int((sources == domain).sum()) for domain in DOMAINS]
-    pairs = [f"{count:,} pairs" for count in (*counts, len(sources))]
-    return [_row("", names) for names in ((*DOMAINS, "overall"), pairs)]
-
-
-def _line(name: str, right: Right, sources: np.ndarray) -> str:
-    parts = [*(right[sources == domain] for domain in DOMAINS), right]
-    return _row(name, [wilson(part).percent() if len(part) else "–" for part in parts])
-
-
-def _row(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<{NAME_WIDTH}}{''.join(f'{cell:<{CELL_WIDTH}}' for cell in cells)}".rstrip()
-
-
-def _differences(policies: dict[str, Right], prompts: np.ndarray) -> list[str]:
+def differences(policies: Mapping[str, Right], prompts: np.ndarray) -> dict[str, str]:
     """The last policy against each other one, on the same resamples of the pairs."""
     means, draws = bootstrap_means(np.stack(list(policies.values()), axis=1), prompts)
-    *others, last = policies
-    lines = [f"{last} minus, in points, with a 95 % bootstrap interval over the pairs:"]
-    for column, other in enumerate(others):
+    gains = {}
+    for column, name in enumerate(list(policies)[:-1]):
         gain = interval(means[-1] - means[column], draws[:, -1] - draws[:, column])
-        points = [f"{100 * x:+.1f}" for x in (gain.value, gain.low, gain.high)]
-        lines.append(_row(f"  {other}", ["{} ({} to {})".format(*points)]))
-    return lines
-
-
-REFS = ",".join(FAMILIES)  # the first is the base: the policy starts from it
-METHODS = {**{f"dpo-{family}": f"dpo:{family}" for family in FAMILIES}, "mrpo": "mrpo"}
-VALIDATION_FRACTION = 0.25
-# The rate that gave DPO with the base the best accuracy in one pass, in a demo of another seed.
-TRAINING = {"--batch-pairs": 16, "--num-train-epochs": 1, "--learning-rate": 5e-4}
-CHATS = 26_000  # read by each reference
-QUICK_PAIRS, QUICK_CHATS = 300, 1_280
-
-
-def demo(config: DemoConfig) -> int:
-    """Make everything that `config.out` does not have yet, and print the table.
-
-    Returns the exit code of a command that failed, else 0.
-    """
-    from .data import write_data
-    from .pretrain import pretrain_all
-
-    pass
-
-    out = Path(config.out)
-    _claim(out, config)
-    print("Making preference pairs and what the references read", flush=True)
-    files = write_data(
-        out / "data",
-        pairs=min(config.pairs, QUICK_PAIRS) if config.quick else config.pairs,
-        chats=QUICK_CHATS if config.quick else CHATS,
-        seed=config.seed,
-    )
-    print("Training three tiny references side by side", flush=True)
-    if code := pretrain_all(files.corpora, out / "references", config.seed):
-        return code
-    (out / "refs.yaml").write_text(
-        "".join(
-            f"{family}: {{model: references/{family}, dtype: float32}}\n" for family in FAMILIES
-        )
-    )
-    for command, made in commands(out, files.pairs, config.seed):
-        print(f"\n$ {shlex.join(['mrpo', *command])}", flush=True)
-        if made is not None and made.exists():
-            print(f"already there: {made}")
-        elif code := subprocess.run([sys.executable, "-m", "mrpo.cli", *command]).returncode:
-            return code
-    table = held_out_table(out, METHODS)
-    (out / "accuracy.txt").write_text(table)
-    print(f"\n{table}\n{_whereabouts(out)}")
-    return 0
-
-
-def commands(out: Path, pairs: Path, seed: int) -> list[tuple[list[str], Path | None]]:
-    """Each command's arguments, and what is there when it is done; None: it finds out itself."""
-    scored = {
-        "--pairs": out / "pairs",
-        "--refs": REFS,
-        "--refs-config": out / "refs.yaml",
-        "--store": out / "store",
-    }
-    prepare = {"--out": out / "pairs", "--validation-fraction": VALIDATION_FRACTION}
-    every: list[tuple[list[str], Path | None]] = [
-        (["prepare", str(pairs), *_flags(prepare)], out / "pairs" / "manifest.json"),
-        (["precompute", *_flags({**scored, "--engine": "hf"})], None),
-    ]
-    for name, method in METHODS.items():
-        folder = out / "runs" / name
-        own = {"--method": method, "--output-dir": folder, **TRAINING, "--seed": seed}
-        every.append((["train", *_flags({**scored, **own}), "--resume"], folder / "model"))
-    return every
-
-
-def _flags(values: dict[str, object]) -> list[str]:
-    return [str(part) for item in values.items() for part in item]
+        gains[name] = f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    return gains
 
 
 def _claim(out: Path, config: DemoConfig) -> None:
@@ -219,7 +243,7 @@ def _claim(out: Path, config: DemoConfig) -> None:
 
 def _whereabouts(out: Path) -> str:
     """What was made, a line each."""
-    lines = {
+    made = {
         "data": "the pairs, and what each reference read",
         "references": "the three references, named in refs.yaml",
         "pairs": "the pairs in shards",
@@ -227,5 +251,4 @@ def _whereabouts(out: Path) -> str:
         **{f"runs/{name}/model": f"the policy of {method}" for name, method in METHODS.items()},
         "accuracy.txt": "the table above",
     }
-    width = max(len(str(out / path)) for path in lines)
-    return "\n".join(f"{out / path!s:<{width}}  {text}" for path, text in lines.items())
+    return "\n".join(table_lines([[str(out / path), text] for path, text in made.items()], "left"))

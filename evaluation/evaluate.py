@@ -1,15 +1,12 @@
-"""How often a policy is right about held-out pairs, by metrics that hold for every method.
+"""`mrpo evaluate`: how often a policy is right about held-out pairs, whatever method trained it.
 
-    sum, token, byte    the chosen response is the likelier one: whole, per token, per byte
+    sum, token, byte    the chosen response is the likelier one: in total, per token, per byte
     reward              the policy prefers the chosen response more than the base reference does
 
-The reward is DPO's implicit one up to beta: log pi(y) − log pi_base(y). Measured from one common
+The reward is DPO's implicit reward up to beta: log pi(y) − log pi_base(y). Measured from one common
 base, policies of all methods are on one scale; a method's own references do not enter.
 
-
-`mrpo evaluate`: policies on held-out pairs, all measured from one base reference.
-
-policies -> precompute (their scores in the store) -> judgement -> table, evaluate.json
+    policies.py scores the policies -> score_table.py -> figures with intervals -> evaluation.json
 """
 
 from __future__ import annotations
@@ -20,30 +17,30 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.join import precompute_line
-from ..data.references import load_refs
 from ..data.shards import PairShards
-from ..data.store import NotScored, ReferenceRecord, Store, open_store
+from ..data.store import Store, open_store
 from ..errors import UserError
+from ..files import output_file, to_json
+from ..method.arrays import normalize_logps
 from ..method.grammar import aliases_of
-from ..method.normalization import normalize_logps
-from ..settings import write_resolved
+from ..settings import comma_separated, command, write_resolved
+from ..terminal import table_lines
 from ..train.config import TrainConfig
-from .config import EvaluateConfig
+from ..train.run_folder import update_evaluation
+from .config import EvaluateConfig, Metric
 from .figures import preferred
 from .intervals import Interval, mean_intervals
-from .policies import policy_at, policy_of_run, run_names, run_settings, score_policies
-from .results import columns, free_path, write_json
-from .score_table import NOT_SCORED, ReferenceColumns, ScoreTable, load_score_table
+from .policies import Policy, policy_at, policy_of_run, run_names, run_settings, score_policies
+from .score_table import ReferenceColumns, ScoreTable, load_score_table, scored_records
 
-Metric = Literal["reward", "sum", "token", "byte"]
 METRICS: tuple[Metric, ...] = ("reward", "sum", "token", "byte")
+HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
 UNITS = {"sum": "none", "token": "token", "byte": "byte"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """A policy on some pairs."""
+    """Figures of a policy on some pairs."""
 
     pairs: int
     accuracy: dict[str, Interval]  # by metric
@@ -53,13 +50,94 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyFigures:
-    """A policy on all pairs, and on those of each source."""
+    """Figures of a policy on all pairs, and on the pairs of each source."""
 
     name: str
-    identity: str  # under which the store has its scores
+    identity: str  # under which its scores are stored
     missing: dict[str, int]  # pairs left out, by reason: without a score of the policy or the base
     overall: Judgement
     by_source: dict[str, Judgement]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What `mrpo evaluate` measures and adds to evaluation.json."""
+
+    pairs: str
+    split: str
+    base: PolicyFigures  # the base reference itself; its rewards are all 0
+    policies: list[PolicyFigures]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationInputs:
+    """The pairs and the base reference that policies are measured with."""
+
+    pairs: PairShards
+    store: Store
+    base: str
+    refs_config: str
+
+
+@command(EvaluateConfig)
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Score the policies where they are not yet, print their figures and write them to --out.
+
+    Raises `UserError` where the base lacks scores, or a policy can't be loaded or scored.
+    """
+    out = output_file(config.out, ".json")
+    runs = comma_separated(config.runs)
+    settings = [run_settings(run) for run in runs]
+    policies = [policy_at(path) for path in comma_separated(config.policies)]
+    policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
+    inputs = _inputs(config, settings)
+    evaluation = measure(
+        policies,
+        inputs,
+        split=config.split,
+        engine=config.engine,
+        max_tokens=config.max_tokens,
+    )
+    for line in evaluation_lines(evaluation):
+        print(line)
+    write_resolved(config, out.with_suffix(".yaml"))
+    update_evaluation(out, to_json(evaluation))
+    print(out)
+    return evaluation
+
+
+def measure(
+    policies: Sequence[Policy],
+    inputs: EvaluationInputs,
+    *,
+    split: Literal["validation", "train", "all"] = "validation",
+    engine: Literal["hf", "vllm", "auto"] = "hf",
+    max_tokens: int | None = None,
+    in_process: bool = False,
+) -> Evaluation:
+    """Score the policies into `store.policies` and compute their figures.
+
+    With `in_process` engine hf scores in this process instead of a worker of its own.
+    """
+    only = None if split == "all" else split
+    pairs, store = inputs.pairs, inputs.store
+    base = scored_records(pairs, store, [inputs.base], inputs.refs_config, split=only)
+    records = score_policies(
+        policies,
+        pairs,
+        store.policies,
+        split=only,
+        engine=engine,
+        max_tokens=max_tokens,
+        in_process=in_process,
+    )
+    table = load_score_table(pairs, store, base, policies=records, split=only)
+    return Evaluation(
+        pairs=str(pairs.path),
+        split=split,
+        base=policy_figures(table, 0, inputs.base),
+        policies=[policy_figures(table, k, policy.name) for k, policy in enumerate(policies, 1)],
+    )
 
 
 def policy_figures(table: ScoreTable, k: int, name: str) -> PolicyFigures:
@@ -84,8 +162,10 @@ def policy_figures(table: ScoreTable, k: int, name: str) -> PolicyFigures:
 
 
 def right(table: ScoreTable, k: int) -> dict[Metric, np.ndarray]:
-    """[N] 1 where the k-th entry is right about a pair, 0 where not, NaN without a score, by
-    metric; entry 0 is the base, whose own rewards are all 0."""
+    """[N] 1 where the k-th entry is right about a pair, 0 where it is wrong, NaN without a score.
+
+    By metric; entry 0 is the base, whose own rewards are all 0.
+    """
     policy, base = table.references[k], table.references[0]
     usable = policy.scored & base.scored
     logps = {"reward": policy.logps - base.logps} | {
@@ -93,6 +173,43 @@ def right(table: ScoreTable, k: int) -> dict[Metric, np.ndarray]:
         for name, unit in UNITS.items()
     }
     return {name: np.where(usable, preferred(logps[name]), np.nan) for name in METRICS}
+
+
+def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
+    """The printed tables, line by line."""
+    base, policies = evaluation.base, evaluation.policies
+    yield f"{evaluation.split} pairs of {evaluation.pairs}, rewards measured from {base.name}"
+    yield "accuracy in % and mean margins in nats, with 95 % intervals over prompts"
+    yield ""
+    rows = [_row(f"base {base.name}", base.overall, rewards=False)]
+    rows += [_row(policy.name, policy.overall) for policy in policies]
+    heads = ["", "pairs", *HEADS.values(), "margin", "reward margin / beta"]
+    yield from table_lines([heads, *rows])
+    for policy in policies:
+        if policy.missing:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in policy.missing.items())
+            yield f"{policy.name}: left out {reasons}"
+    sources = list(base.by_source)
+    if len(sources) > 1:
+        for source in sources:
+            yield ""
+            rows = [_row(f"base {base.name}", base.by_source[source], rewards=False)]
+            rows += [
+                _row(policy.name, policy.by_source[source])
+                for policy in policies
+                if source in policy.by_source
+            ]
+            yield from table_lines([[source, *heads[1:]], *rows])
+    yield ""
+
+
+def _row(name: str, judgement: Judgement, rewards: bool = True) -> list[str]:
+    accuracy = judgement.accuracy
+    cells = [accuracy[metric].percent() for metric in METRICS]
+    reward_margin = f"{judgement.reward_margin}"
+    if not rewards:
+        cells[0], reward_margin = "–", "–"
+    return [name, f"{judgement.pairs:,}", *cells, f"{judgement.margin}", reward_margin]
 
 
 def _judgement(values: np.ndarray, prompts: np.ndarray) -> Judgement:
@@ -107,103 +224,14 @@ def _judgement(values: np.ndarray, prompts: np.ndarray) -> Judgement:
 
 
 def _missing(policy: ReferenceColumns, base: ReferenceColumns) -> dict[str, int]:
-    """Pairs without a score of either, the policy's reason before the base's."""
+    """Pairs without a score of the policy or the base; the policy's reason goes first."""
     reasons = np.where(policy.scored, base.reasons, policy.reasons)
     names: Sequence[str] = sorted(set(reasons[reasons != ""].tolist()))
     return {name: int((reasons == name).sum()) for name in names}
 
 
-HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """What evaluate.json holds."""
-
-    pairs: str
-    split: str
-    base: PolicyFigures  # the base reference judged like a policy; its rewards are all 0
-    policies: list[PolicyFigures]
-
-
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """What policies are measured on and from."""
-
-    pairs: PairShards
-    store: Store
-    base: str
-    refs_config: str
-
-
-def evaluate(config: EvaluateConfig) -> None:
-    """Score what is not scored yet, print the figures and write them."""
-    out = free_path(config.out)
-    runs = _listed(config.runs)
-    ground = _ground(config, [run_settings(run) for run in runs])
-    policies = [policy_at(path) for path in _listed(config.policies)]
-    policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
-    split = None if config.split == "all" else config.split
-    base = _base(ground, split)
-    records = score_policies(
-        policies,
-        ground.pairs,
-        ground.store,
-        split=split,
-        engine=config.engine,
-        max_tokens=config.max_tokens,
-    )
-    table = load_score_table(ground.pairs, ground.store, [base, *records], split=split)
-    evaluation = Evaluation(
-        pairs=str(ground.pairs.path),
-        split=config.split,
-        base=policy_figures(table, 0, ground.base),
-        policies=[policy_figures(table, k + 1, one.name) for k, one in enumerate(policies)],
-    )
-    for line in evaluation_lines(evaluation):
-        print(line)
-    write_resolved(config, out.with_suffix(".yaml"))
-    write_json(out, evaluation)
-    print(out)
-
-
-def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
-    """The tables, line by line."""
-    base, policies = evaluation.base, evaluation.policies
-    yield f"{evaluation.split} pairs of {evaluation.pairs}, rewards measured from {base.name}"
-    yield "accuracy in % and mean margins in nats, with 95 % intervals over prompts"
-    yield ""
-    rows = [_row(f"base {base.name}", base.overall, rewards=False)]
-    rows += [_row(one.name, one.overall) for one in policies]
-    heads = ["", "pairs", *HEADS.values(), "margin", "reward margin / beta"]
-    yield from columns([heads, *rows])
-    for one in policies:
-        if one.missing:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in one.missing.items())
-            yield f"{one.name}: left out {reasons}"
-    sources = list(base.by_source)
-    if len(sources) > 1:
-        for source in sources:
-            yield ""
-            rows = [_row(f"base {base.name}", base.by_source[source], rewards=False)]
-            rows += [
-                _row(one.name, one.by_source[source]) for one in policies if source in one.by_source
-            ]
-            yield from columns([[source, *heads[1:]], *rows])
-    yield ""
-
-
-def _row(name: str, judgement: Judgement, rewards: bool = True) -> list[str]:
-    accuracy = judgement.accuracy
-    cells = [accuracy[metric].percent() for metric in METRICS]
-    reward_margin = f"{judgement.reward_margin}"
-    if not rewards:
-        cells[0], reward_margin = "–", "–"
-    return [name, f"{judgement.pairs:,}", *cells, f"{judgement.margin}", reward_margin]
-
-
-def _ground(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> Ground:
-    """Pairs, store and base: as given, else as the runs have them, which must then agree."""
+def _inputs(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> EvaluationInputs:
+    """Pairs, store and base: as given, else those of the runs, which must then agree."""
 
     def of_runs(flag: str, value: Callable[[TrainConfig], str | None], default: str | None) -> str:
         values = list(dict.fromkeys(value(run) or default for run in runs)) or [default]
@@ -219,23 +247,4 @@ def _ground(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> Ground:
     )
     store = config.store or of_runs("--store", lambda run: run.store, "")
     base = config.base or of_runs("--base", lambda run: aliases_of(run.refs, run.method)[0], None)
-    return Ground(PairShards(pairs), open_store(store or None), base, refs_config)
-
-
-def _base(ground: Ground, split: str | None) -> ReferenceRecord:
-    """The base's record; `UserError` with the line to run where it lacks scores."""
-    pairs, store = ground.pairs, ground.store
-    line = precompute_line(pairs, store, [ground.base], ground.refs_config)
-    try:
-        record = store.resolve(ground.base, load_refs(ground.refs_config))
-    except NotScored as error:
-        raise UserError(f"{error}; run: {line}") from None
-    table: ScoreTable = load_score_table(pairs, store, [record], split=split)
-    unscored = int((table.references[0].reasons == NOT_SCORED).sum())
-    if unscored:
-        raise UserError(f"--base {ground.base}: {unscored:,} pairs not yet scored; run: {line}")
-    return record
-
-
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+    return EvaluationInputs(PairShards(pairs), open_store(store or None), base, refs_config)

@@ -1,7 +1,8 @@
-"""What the stored scores of each reference look like, in numbers; no weights, no texts.
+"""Figures of each reference, computed from the stored scores: no weights, no texts.
 
-Every figure is a pure function of the arrays of `score_table.py`. NaN where a reference has
-nothing to compute it from. `checks.py` looks for faults, `doctor.py` prints.
+Every figure is a pure function of the arrays of `score_table.py`, and NaN where a reference has
+nothing to compute it from. `doctor/checks.py` looks for faults in them, `doctor/doctor.py` prints
+them; evaluate, compare, report and the demo share `preferred`, `agreement` and `saturation`.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..method.arrays import NORMALIZATIONS, normalize_logps
 from ..method.grammar import parse_method
-from ..method.normalization import NORMALIZATIONS, normalize_logps
 from ..method.objective import ReferenceLogps
 from ..method.virtual_reference import ctro_clip
 from ..method.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceColumns, ScoreTable
 
-EPSILON = 0.1  # MRPO's default half-width of CTRO
+EPSILON = 0.1  # MRPO's default half-width of the clipping (CTRO)
 UNITS = {"none": "summed", "token": "per token", "byte": "per byte"}
-DOMINATES = 0.5  # share of the pull on the virtual reference beyond which one decides alone
+DOMINATES = 0.5  # a reference with a larger share of the virtual reference decides alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceFigures:
-    """One reference. Accuracies, saturation: by normalization ("none", "token", "byte")."""
+    """Figures of a reference; `accuracy` and `saturation` by normalization (none, token, byte)."""
 
     alias: str
     identity: str
@@ -40,30 +41,30 @@ class ReferenceFigures:
     margin: float  # mean of log pi(chosen) − log pi(rejected), nats
     margin_scale: float  # its standard deviation
     length_bias: float  # share of the margins' variance that the difference in bytes explains
-    saturation: dict[str, float]  # share of responses that CTRO moves to its bound
-    first_loss: float  # of DPO with this reference, where the policy starts at the base
+    saturation: dict[str, float]  # share of responses that CTRO clips
+    first_loss: float  # of DPO with this reference, for a policy equal to the base
     boundary: float  # share of responses whose first scored token begins inside the prompt
-    end_of_turn: float  # share of the log-probs that the end of turn makes
-    end_of_turn_nats: float  # −log-prob of the end of turn, mean
-    agreement: dict[str, float]  # share of pairs on which both prefer the same response
-    correlation: dict[str, float]  # of the margins
-    difficulty: dict[str, float]  # correlation of how hard responses of equal length are
-    dominance: dict[str, float]  # share of pairs that it decides alone, by kind
+    end_of_turn: float  # the end of turn's share of the log-probs
+    end_of_turn_nats: float  # mean of −log pi(end of turn)
+    agreement: dict[str, float]  # by other reference: share of pairs with the same preference
+    correlation: dict[str, float]  # by other reference: of the margins
+    difficulty: dict[str, float]  # by other reference: correlation of `difficulty`
+    dominance: dict[str, float]  # by kind: share of pairs that it decides alone
 
 
 def figures(table: ScoreTable, beta: float, epsilon: float = EPSILON) -> list[ReferenceFigures]:
-    """The figures of every reference; the first is the base."""
+    """The figures of every reference; the first is the base. `beta` is DPO's."""
     scores = table.pair_scores()
     saturated = {unit: saturation(scores, epsilon, unit) for unit in NORMALIZATIONS}
     dominant = dominance(scores, epsilon)
-    hard = [difficulty(table, reference) for reference in table.references]
-    base = table.references[0]
+    columns = table.references
+    hard = [difficulty(table, reference) for reference in columns]
+    base = columns[0]
     result = []
-    for k, reference in enumerate(table.references):
+    for k, reference in enumerate(columns):
         logps, size = reference.logps, table.response_bytes
-        others = [j for j in range(len(table.references)) if j != k]
+        others = [j for j in range(len(columns)) if j != k]
         bits = _bits_per_byte(logps, size)
-        total = _mean_ratio(-logps, reference.tokens)
         result.append(
             ReferenceFigures(
                 alias=reference.alias,
@@ -72,7 +73,7 @@ def figures(table: ScoreTable, beta: float, epsilon: float = EPSILON) -> list[Re
                 missing=reference.missing,
                 chosen_bits_per_byte=bits[0],
                 rejected_bits_per_byte=bits[1],
-                nats_per_token=total,
+                nats_per_token=_mean_ratio(-logps, reference.tokens),
                 bytes_per_token=_mean_ratio(size, reference.tokens),
                 accuracy=accuracies(logps, reference.tokens, size, table.prompts),
                 margin=_mean(reference.margins),
@@ -85,11 +86,9 @@ def figures(table: ScoreTable, beta: float, epsilon: float = EPSILON) -> list[Re
                 boundary=_mean(reference.boundary),
                 end_of_turn=_mean_ratio(reference.end_logps, logps),
                 end_of_turn_nats=_mean(-reference.end_logps),
-                agreement={
-                    table.aliases[j]: agreement(reference, table.references[j]) for j in others
-                },
+                agreement={table.aliases[j]: agreement(reference, columns[j]) for j in others},
                 correlation={
-                    table.aliases[j]: correlation(reference.margins, table.references[j].margins)
+                    table.aliases[j]: correlation(reference.margins, columns[j].margins)
                     for j in others
                 },
                 difficulty={table.aliases[j]: correlation(hard[k], hard[j]) for j in others},
@@ -102,7 +101,10 @@ def figures(table: ScoreTable, beta: float, epsilon: float = EPSILON) -> list[Re
 def accuracies(
     logps: np.ndarray, tokens: np.ndarray, response_bytes: np.ndarray, prompts: np.ndarray
 ) -> dict[str, Interval]:
-    """How often the chosen response is the likelier one, by normalization: all [N, 2]."""
+    """The share of pairs whose chosen response is the likelier one, by normalization.
+
+    `logps` (nats), `tokens` and `response_bytes` are [N, 2], `prompts` [N].
+    """
     right = [
         preferred(normalize_logps(logps, unit, tokens, response_bytes)) for unit in NORMALIZATIONS
     ]
@@ -114,27 +116,26 @@ def preferred(logps: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(logps).any(axis=1), np.nan, logps[:, 0] > logps[:, 1])
 
 
-def agreement(one: ReferenceColumns, other: ReferenceColumns) -> float:
-    """Share of the pairs that both scored on which both prefer the same response."""
-    both = preferred(one.logps) == preferred(other.logps)
-    return _mean(np.where(one.scored & other.scored, both, np.nan))
+def agreement(a: ReferenceColumns, b: ReferenceColumns) -> float:
+    """The share of the pairs scored by both references on which they prefer the same response."""
+    same = preferred(a.logps) == preferred(b.logps)
+    return _mean(np.where(a.scored & b.scored, same, np.nan))
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Pearson's, over the entries that both have; NaN where one of them is constant."""
-    one, other = one.ravel(), other.ravel()
-    known = ~np.isnan(one) & ~np.isnan(other)
-    a, b = one[known], other[known]
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r over the entries known in both arrays; NaN for fewer than 3 or a constant."""
+    known = ~np.isnan(a.ravel()) & ~np.isnan(b.ravel())
+    x, y = a.ravel()[known], b.ravel()[known]
+    if len(x) < 3 or x.std() == 0 or y.std() == 0:
         return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def difficulty(table: ScoreTable, reference: ReferenceColumns) -> np.ndarray:
-    """[N, 2] how much less likely a response is than its length lets expect, in nats / √byte.
+    """[N, 2] how far a response's log-prob is above what its length predicts, in nats / √byte.
 
-    The part of the log-prob that a line in bytes leaves over. Which responses are hard for their
-    length is a property of the text: references that compute the right thing agree on it.
+    The residual of a linear regression of the log-prob on the bytes. Which responses are hard for
+    their length is a property of the text, so references that are scored correctly agree on it.
     """
     size = table.response_bytes
     known = ~np.isnan(reference.logps)
@@ -146,10 +147,11 @@ def difficulty(table: ScoreTable, reference: ReferenceColumns) -> np.ndarray:
 
 
 def dominance(scores: ReferenceLogps, epsilon: float) -> dict[str, np.ndarray]:
-    """Share of the pairs that each reference decides alone, [K] by kind.
+    """The share of the pairs that each reference decides alone, [K] by kind.
 
-    A reference's pull is the derivative of the virtual reference's log-prob by its own, the mean
-    over both responses; all pulls sum to 1. Weights are ARWC's; "mrpo" is harmonic after CTRO.
+    A reference's pull is the derivative of the virtual reference's log-prob with respect to its
+    own, averaged over both responses; the pulls sum to 1. A reference decides a pair alone where
+    its pull is above `DOMINATES`. Weights are ARWC's; "mrpo" is harmonic after CTRO.
     """
     raw = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), "none")
     weights = arwc_weights(*raw)
@@ -170,9 +172,9 @@ def dominance(scores: ReferenceLogps, epsilon: float) -> dict[str, np.ndarray]:
 def method_first_loss(
     scores: ReferenceLogps, aliases: Sequence[str], method: str, beta: float
 ) -> float:
-    """The loss that a method begins with where the policy starts at the base; DPO's is ln 2."""
+    """A method's mean loss for a policy equal to the base; with DPO on the base it is ln 2."""
     targets = parse_method(method, aliases, beta=beta).targets(scores)
-    virtual = targets.virtual_chosen_logps - targets.virtual_rejected_logps
+    virtual = (targets.virtual_chosen_logps - targets.virtual_rejected_logps).numpy()
     base = scores.ref_chosen_logps[:, 0] - scores.ref_rejected_logps[:, 0]
     return _mean(np.logaddexp(0, -beta * (base - virtual)))
 
@@ -187,7 +189,7 @@ def _shares(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 
 def saturation(scores: ReferenceLogps, epsilon: float, unit: str) -> list[float]:
-    """Share of each reference's responses that CTRO moves, [K]; 0 for the base."""
+    """The share of each reference's responses that CTRO clips, [K]; 0 for the base."""
     chosen, rejected = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), unit)
     clipped = ctro_clip(chosen, rejected, epsilon)
     known = ~np.isnan(clipped[0])
@@ -196,7 +198,7 @@ def saturation(scores: ReferenceLogps, epsilon: float, unit: str) -> list[float]
 
 
 def _bits_per_byte(logps: np.ndarray, response_bytes: np.ndarray) -> list[float]:
-    """Of the chosen and of the rejected responses."""
+    """[2] for the chosen and the rejected responses."""
     return [
         _mean_ratio(-logps[:, branch], response_bytes[:, branch]) / float(np.log(2))
         for branch in (0, 1)

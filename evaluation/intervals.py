@@ -1,8 +1,9 @@
-"""How sure a mean over pairs is: the bootstrap, drawing whole prompts.
+"""Confidence intervals of means over pairs: the percentile bootstrap, drawing whole prompts.
 
 Pairs of one prompt are not independent, so a resample draws prompts, and each brings all its
-pairs. All columns of one call see the same resamples: the difference of two columns of `draws` is
-a paired bootstrap.
+pairs. All columns of one call share the resamples, so the difference of two columns of draws is a
+paired bootstrap. scipy.stats.bootstrap serves neither: it draws single rows, and evaluates a
+statistic where sums by prompt and a matrix product do.
 
     means, draws = bootstrap_means(np.stack([right_a, right_b], axis=1), prompts)
     gain = interval(means[0] - means[1], draws[:, 0] - draws[:, 1])
@@ -16,19 +17,19 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-DRAWN_AT_ONCE = 2**22  # numbers of a block of resamples
+DRAWN_AT_ONCE = 2**22  # random numbers of one block of resamples
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value with its 95 % interval; NaN where there is nothing to tell it from."""
+    """A value with its 95 % interval; the bounds are NaN where no interval can be computed."""
 
     value: float
     low: float
     high: float
 
     def percent(self) -> str:
-        """As a share, for a table.
+        """A share in percent, as tables show it.
 
         >>> Interval(0.5625, 0.5, 0.625).percent()
         '56.2 (50.0–62.5)'
@@ -42,15 +43,15 @@ class Interval:
 def bootstrap_means(
     values: np.ndarray, clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of each column, and of its resamples.
+    """The mean of each column, and the means of its resamples.
 
     Args:
         values: [N, M] a number for each pair and quantity; NaN where a pair has none.
         clusters: [N] integers, equal for pairs that are drawn together.
 
     Returns:
-        [M] means and [resamples, M] means of the resamples. A resample in which a column has no
-        value is NaN, and so are all of them where there are fewer than two clusters.
+        [M] means and [resamples, M] means of the resamples. The mean of a resample in which a
+        column has no value is NaN; with fewer than two clusters all of them are.
 
     >>> means, draws = bootstrap_means(np.array([[1.0], [0.0], [np.nan]]), np.arange(3))
     >>> means.tolist(), draws.shape
@@ -75,7 +76,7 @@ def bootstrap_means(
 
 
 def interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """The percentile interval of a value from its resamples [B]."""
+    """The percentile interval of a value from its resamples [B]; NaN ones are left out."""
     known = draws[~np.isnan(draws)]
     if len(known) == 0:
         return Interval(float(value), float("nan"), float("nan"))

@@ -1,16 +1,10 @@
-"""Pairs and everything that the store has of them under several references, in memory.
+"""Pairs and the scores that the store has of them under several references, in memory.
 
     table = load_score_table(PairShards("pairs"), store, records, sample=20_000)
 
-For commands that look at scores and not at texts: `doctor` and `evaluate`. Arrays are [N, 2]
-(pairs, chosen and rejected) for each reference; NaN stands for what is not known. A sample keeps
-the memory small whatever the data set's size.
-
-
-The scores of named references for a whole data set, or the line that makes them.
-
-What `audit` and `report` begin with: aliases to records, records to the table of `score_table.py`,
-and no further where a pair has not been scored yet.
+For commands that look at scores rather than texts: doctor, evaluate, compare, audit, report.
+Arrays are [N, 2] (pairs; chosen, rejected) for each reference, NaN where a value is unknown. A
+sample bounds the memory for any size of data set.
 """
 
 from __future__ import annotations
@@ -28,9 +22,10 @@ from ..data.join import precompute_line
 from ..data.pairs import Pair, prompt_number, response_bytes
 from ..data.references import load_refs
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
-from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, Store
+from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
 from ..errors import UserError
 from ..method.objective import ReferenceLogps
+from ..settings import comma_separated
 
 NOT_SCORED = "not_scored"  # the reason of a pair that the store has no row of
 BRANCHES = ("chosen", "rejected")
@@ -38,11 +33,11 @@ BRANCHES = ("chosen", "rejected")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReferenceColumns:
-    """What one reference said of N pairs; the columns of the store as arrays."""
+    """The scores of N pairs under one reference: the store's columns as arrays."""
 
     record: ReferenceRecord
     logps: np.ndarray  # [N, 2] nats, summed over the response
-    end_logps: np.ndarray  # [N, 2] the end-of-turn part of them
+    end_logps: np.ndarray  # [N, 2] nats, the part of `logps` that the end of turn makes
     tokens: np.ndarray  # [N, 2] scored tokens
     prompt_tokens: np.ndarray  # [N]
     boundary: np.ndarray  # [N, 2] 1 where the first scored token begins inside the prompt, else 0
@@ -72,7 +67,7 @@ class ReferenceColumns:
 class ScoreTable:
     """N pairs, and their scores under each reference."""
 
-    places: np.ndarray  # [N, 2] shard, and row within it
+    places: np.ndarray  # [N, 2] shard and row within the shard
     ids: IdArray  # [N]
     sources: np.ndarray  # [N] text
     prompts: np.ndarray  # [N] integers, equal for equal prompts
@@ -88,7 +83,7 @@ class ScoreTable:
         return [reference.alias for reference in self.references]
 
     def pair_scores(self) -> ReferenceLogps:
-        """The same as a method takes them: [N, K]."""
+        """The log-probs and lengths as a method takes them, arrays [N, K]."""
         logps = np.stack([reference.logps for reference in self.references], axis=2)
         tokens = np.stack([reference.tokens for reference in self.references], axis=2)
         return ReferenceLogps(
@@ -107,14 +102,20 @@ def load_score_table(
     store: Store,
     records: Sequence[ReferenceRecord],
     *,
+    policies: Sequence[ReferenceRecord] = (),
     split: str | None = None,
     sample: int | None = None,
     seed: int = 0,
 ) -> ScoreTable:
-    """The pairs of a split (of all by default), or a random sample of them, with their scores."""
+    """The pairs of a split (by default all), or a random sample of them, with their scores.
+
+    `policies` come behind the references; their scores are read from `store.policies`.
+    """
     table, places = _read_pairs(pairs, split, sample, seed)
     ids = ids_to_numpy(table["pair_id"])
     texts = from_table(table)
+    references = [_read_scores(store, record, ids) for record in records]
+    references += [_read_scores(store.policies, record, ids) for record in policies]
     return ScoreTable(
         places=places,
         ids=ids,
@@ -122,13 +123,73 @@ def load_score_table(
         prompts=np.array([prompt_number(pair.prompt) for pair in texts], np.int64),
         prompt_bytes=np.array([response_bytes(pair.prompt) for pair in texts], np.float64),
         response_bytes=np.stack([_numbers(table, f"{name}_bytes") for name in BRANCHES], axis=1),
-        references=[_read_scores(store, record, ids) for record in records],
+        references=references,
     )
 
 
+def load_complete_score_table(
+    pairs: PairShards, store: Store, refs: str, refs_config: str
+) -> ScoreTable:
+    """Every pair under the references of a comma-separated list, the base first.
+
+    Raises `UserError` with the command to run where a pair is not yet scored.
+    """
+    aliases = comma_separated(refs, "--refs")
+    if not aliases:
+        raise UserError(f"--refs {refs!r} names no reference")
+    return load_score_table(pairs, store, scored_records(pairs, store, aliases, refs_config))
+
+
+def scored_records(
+    pairs: PairShards,
+    store: Store,
+    aliases: Sequence[str],
+    refs_config: str,
+    *,
+    split: str | None = None,
+) -> list[ReferenceRecord]:
+    """The records of references that have scored every pair of a split (by default all pairs).
+
+    Raises `UserError` with the command to run where one of them has not.
+    """
+    specs = load_refs(refs_config)
+    records, incomplete = [], []
+    for alias in aliases:
+        try:
+            record = store.resolve(alias, specs)
+        except NotScored:
+            incomplete.append(alias)
+            continue
+        records.append(record)
+        if _any_unscored(pairs, store.scores(record.identity), split):
+            incomplete.append(alias)
+    if incomplete:
+        line = precompute_line(pairs, store, incomplete, refs_config)
+        raise UserError(
+            f"{pairs.path}: pairs not yet scored in {store.root} by {', '.join(incomplete)}; "
+            f"run: {line}"
+        )
+    return records
+
+
+def margins(table: ScoreTable) -> np.ndarray:
+    """[N, K] D_k = log pi_k(chosen) − log pi_k(rejected), nats; NaN where missing."""
+    return np.stack([reference.margins for reference in table.references], axis=1)
+
+
+def byte_margins(table: ScoreTable) -> np.ndarray:
+    """[N, K] the same with each log-prob divided by its response's UTF-8 bytes, nats per byte."""
+    rates = [reference.logps / table.response_bytes for reference in table.references]
+    return np.stack([rate[:, 0] - rate[:, 1] for rate in rates], axis=1)
+
+
 def pairs_at(pairs: PairShards, places: np.ndarray) -> list[Pair]:
-    """The pairs at the given places [n, 2], in that order."""
-    return [pairs.pairs(int(shard), [int(row)])[0] for shard, row in places]
+    """The pairs at the given places [n, 2] (shard, row), in that order; reads a shard once."""
+    texts: dict[tuple[int, int], Pair] = {}
+    for shard in np.unique(places[:, 0]).tolist():
+        rows = np.unique(places[places[:, 0] == shard, 1]).tolist()
+        texts |= {(shard, row): pair for row, pair in zip(rows, pairs.pairs(shard, rows))}
+    return [texts[shard, row] for shard, row in places.tolist()]
 
 
 def _read_pairs(
@@ -139,14 +200,14 @@ def _read_pairs(
     rows = [np.flatnonzero((names == split) | (split is None)) for names in splits]
     places = np.concatenate([np.stack([np.full_like(r, i), r], 1) for i, r in enumerate(rows)])
     if sample is not None and sample < len(places):
-        kept = np.random.default_rng(seed).choice(len(places), sample, replace=False)
-        places = places[np.sort(kept)]
+        drawn = np.random.default_rng(seed).choice(len(places), sample, replace=False)
+        places = places[np.sort(drawn)]
     columns = list(dict.fromkeys(["pair_id", *PAIR_COLUMNS, "chosen_bytes", "rejected_bytes"]))
     parts: list[pa.Table] = []
     for shard in range(len(pairs.names)):
-        wanted = places[places[:, 0] == shard, 1]
-        if len(wanted) or not parts:
-            parts.append(pairs.table(shard, columns).take(pa.array(wanted)))
+        kept = places[places[:, 0] == shard, 1]
+        if len(kept) or not parts:
+            parts.append(pairs.table(shard, columns).take(pa.array(kept)))
     return pa.concat_tables(parts), places
 
 
@@ -154,8 +215,16 @@ def _splits(pairs: PairShards, shard: int) -> np.ndarray:
     return pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
 
 
+def _any_unscored(pairs: PairShards, scores: ScoreFiles, split: str | None) -> bool:
+    return any(
+        scores.missing(pairs.pair_ids(shard)[rows], refresh=shard == 0).any()
+        for shard in range(len(pairs.names))
+        for rows in [(_splits(pairs, shard) == split) | (split is None)]
+    )
+
+
 def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> ReferenceColumns:
-    """One reference's rows for the given pairs; of two rows for a pair the first counts."""
+    """A reference's scores of the given pairs; of two rows for a pair the first counts."""
     index = IdIndex(ids)
     rows = pa.table(
         {
@@ -173,60 +242,24 @@ def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> Referen
         source[at[new]] = np.arange(count, count + len(taken))
         parts.append(taken)
         count += len(taken)
-    found = pa.concat_tables(parts).take(pa.array(source, mask=source < 0))
-    reasons = pc.fill_null(found["reason"], "").to_numpy(zero_copy_only=False)
+    scores = pa.concat_tables(parts).take(pa.array(source, mask=source < 0))
+    reasons = pc.fill_null(scores["reason"], "").to_numpy(zero_copy_only=False)
     return ReferenceColumns(
         record=record,
-        logps=_both(found, "logp"),
-        end_logps=_both(found, "end_logp"),
-        tokens=_both(found, "tokens"),
-        prompt_tokens=_numbers(found, "prompt_tokens"),
-        boundary=_both(found, "boundary"),
+        logps=_branches(scores, "logp"),
+        end_logps=_branches(scores, "end_logp"),
+        tokens=_branches(scores, "tokens"),
+        prompt_tokens=_numbers(scores, "prompt_tokens"),
+        boundary=_branches(scores, "boundary"),
         reasons=np.where(source < 0, NOT_SCORED, reasons),
     )
 
 
-def _both(table: pa.Table, name: str) -> np.ndarray:
-    """[N, 2] from the columns of both branches."""
+def _branches(table: pa.Table, name: str) -> np.ndarray:
+    """[N, 2] from the columns of the chosen and the rejected response."""
     return np.stack([_numbers(table, f"{branch}_{name}") for branch in BRANCHES], axis=1)
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
     """A column as float64, NaN where null."""
     return pc.cast(table[name], pa.float64()).to_numpy().astype(np.float64)
-
-
-def load_complete_score_table(
-    pairs: PairShards, store: Store, refs: str, refs_config: str
-) -> ScoreTable:
-    """Every pair under the references of a comma-separated list, the base first.
-
-    Raises `UserError` with the line to run where a pair is not yet scored.
-    """
-    aliases = [alias.strip() for alias in refs.split(",") if alias.strip()]
-    if not aliases:
-        raise UserError(f"--refs {refs!r} names no reference")
-    specs = load_refs(refs_config)
-    line = precompute_line(pairs, store, aliases, refs_config)
-    try:
-        records = [store.resolve(alias, specs) for alias in aliases]
-    except NotScored:
-        raise UserError(f"pairs not yet scored in {store.root}; run: {line}") from None
-    table = load_score_table(pairs, store, records)
-    unscored = [one.alias for one in table.references if (one.reasons == NOT_SCORED).any()]
-    if unscored:
-        raise UserError(
-            f"pairs not yet scored in {store.root} by {', '.join(unscored)}; run: {line}"
-        )
-    return table
-
-
-def margins(table: ScoreTable) -> np.ndarray:
-    """[N, K] D_k = log pi_k(chosen) − log pi_k(rejected), nats; NaN where missing."""
-    return np.stack([reference.margins for reference in table.references], axis=1)
-
-
-def byte_margins(table: ScoreTable) -> np.ndarray:
-    """[N, K] the same per UTF-8 byte of each response: one unit for all references."""
-    rates = [reference.logps / table.response_bytes for reference in table.references]
-    return np.stack([rate[:, 0] - rate[:, 1] for rate in rates], axis=1)

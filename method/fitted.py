@@ -3,9 +3,9 @@
 With the geometric virtual reference, DPO's implied preference is a logistic model of the margins
 D_k = log pi_k(chosen) − log pi_k(rejected). So the weights are the coefficients of a logistic
 regression of the label on (D_1 … D_K), without intercept and none below 0: exact for the geometric
-kind, a heuristic for the others. Every pair is fitted by the prompts of other folds, so that its
-weight has not seen its own label; a bootstrap over prompts gives intervals and the references
-that could as well be dropped. Numpy alone: K is small, and projected Newton ends in a few steps.
+kind, a heuristic for the others. A training pair gets the weights fitted to the prompts of other
+folds, which have not seen its label; a bootstrap over prompts gives intervals, and the references
+that may be dropped. Numpy and scipy.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import minimize
 
 from ..errors import UserError
 
 FOLDS = 5
 RIDGE = 1e-4
-"""Penalty on margins scaled to a mean square of 1; it matters where labels are separable."""
+"""On margins scaled to a mean square of 1; it matters only where labels are separable."""
 
 CONFIDENCE = 0.95
-"""That all K intervals hold at once; each holds with 1 − 0.05/K (Bonferroni)."""
+"""Of all K intervals together; each has 1 − 0.05/K (Bonferroni)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FittedWeights:
-    """The fit of all pairs, of each fold's complement, and how sure it is."""
+    """The fit to all pairs, the fits that leave out a fold each, and their intervals."""
 
     weights: np.ndarray  # [K], sum 1: for held-out pairs
     coefficients: np.ndarray  # [K], per nat of margin: before they were made to sum to 1
@@ -92,16 +93,14 @@ def fit_weights(
         )
     margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
     scale = np.sqrt(np.mean(margins**2)) or 1.0
-    scaled = np.ascontiguousarray(margins.T / scale)
-    zeros, ones = np.zeros(len(scaled)), np.ones(len(prompts))
-    full = _non_negative_logistic(scaled, ones, zeros)
-    # Started from zero like the full fit: from its result, a fold would see its own labels.
+    scaled = np.asfortranarray(margins / scale)  # the layout that `logistic_regression` uses
     fold = _fold_of(prompts, folds)
-    fold_fits = [_non_negative_logistic(scaled, ones * (fold != f), zeros) for f in range(folds)]
+    full = _coefficients(scaled, np.ones(len(prompts)))
+    fold_fits = [_coefficients(scaled, fold != f) for f in range(folds)]
     intervals: np.ndarray | None = None
     drop: tuple[int, ...] = ()
     if bootstrap:
-        intervals, drop = _intervals(_bootstrap(scaled, prompts, full, bootstrap, seed))
+        intervals, drop = _intervals(_bootstrap(scaled, prompts, bootstrap, seed))
     return FittedWeights(
         weights=_sum_to_one(full),
         coefficients=full / scale,
@@ -112,59 +111,69 @@ def fit_weights(
     )
 
 
-def _non_negative_logistic(
-    margins: np.ndarray, counts: np.ndarray, start: np.ndarray
+def logistic_regression(
+    features: np.ndarray, sample_weights: np.ndarray, *, ridge: float, non_negative: bool
 ) -> np.ndarray:
-    """argmin over w ≥ 0 of Σ_i c_i log(1 + exp(−w·D_i)) / Σ_i c_i + RIDGE/2 |w|².
+    """argmin over w of the weighted mean of log(1 + exp(−w·x)) + ridge/2 |w|², without intercept.
 
-    Projected Newton (Bertsekas 1982): coordinates held at 0 take a gradient step, the others a
-    Newton step; both are projected, and halved until the objective falls. [K, N], [N], [K] -> [K].
+    Every sample stands for a label of 1: one of label 0 is given as its negative features.
+
+    Args:
+        features: [N, K] x; about 1 in size, or the minimum is less exact.
+        sample_weights: [N], ≥ 0, with any sum.
+        ridge: the penalty, > 0 for a minimum also where the samples are separable.
+        non_negative: minimize over w ≥ 0.
+
+    Returns:
+        [K] coefficients, 0 where all sample weights are 0; the gradient's largest entry there is
+        about 1e-9.
+
+    With x = 1 in three samples of four and −1 in the other, sigmoid(w) = 3/4, so w = log 3:
+
+    >>> x = np.array([[1.0], [1.0], [1.0], [-1.0]])
+    >>> bool(np.isclose(logistic_regression(x, np.ones(4), ridge=0, non_negative=True), np.log(3)))
+    True
+    >>> logistic_regression(-x, np.ones(4), ridge=0, non_negative=True)
+    array([0.])
     """
-    total = counts.sum()
-    if total == 0:
-        return np.zeros_like(start)
-    shares = counts / total
+    used = sample_weights > 0
+    size = features.shape[1]
+    if not used.any():
+        return np.zeros(size)
+    negative = -np.ascontiguousarray(features.T)[:, used]  # [K, n]
+    shares = sample_weights[used] / sample_weights[used].sum()
 
-    def objective(w: np.ndarray, logits: np.ndarray) -> float:
-        softplus = np.maximum(-logits, 0) + np.log1p(np.exp(-np.abs(logits)))
-        return shares @ softplus + RIDGE / 2 * w @ w
+    def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
+        """The value and the gradient [K]."""
+        logits = w @ negative  # of the label being wrong
+        small = np.exp(-np.abs(logits))  # no overflow
+        loss = shares @ (np.maximum(logits, 0) + np.log1p(small))
+        sigmoid = np.where(logits > 0, 1, small) / (1 + small)
+        return loss + ridge / 2 * w @ w, negative @ (shares * sigmoid) + ridge * w
 
-    w, logits = start, start @ margins
-    value = objective(w, logits)
-    for _ in range(100):
-        wrong = 0.5 - 0.5 * np.tanh(logits / 2)  # sigmoid(−logits), without overflow
-        gradient = RIDGE * w - margins @ (shares * wrong)
-        distance = np.abs(w - np.maximum(w - gradient, 0)).max()
-        if distance < 1e-9:
-            break
-        free = np.flatnonzero((w > min(1e-3, distance)) | (gradient <= 0))
-        curvature = shares * wrong * (1 - wrong)
-        hessian = (margins * curvature) @ margins.T + RIDGE * np.eye(len(w))
-        step = -gradient
-        step[free] = np.linalg.solve(hessian[np.ix_(free, free)], step[free])
-        size = 1.0
-        while True:
-            candidate = np.maximum(w + size * step, 0)
-            logits = candidate @ margins
-            reached = objective(candidate, logits)
-            if reached <= value + 1e-4 * gradient @ (candidate - w) or size < 1e-8:
-                break
-            size /= 2
-        w, value = candidate, reached
-    return w
+    return minimize(
+        objective,
+        np.zeros(size),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, None)] * size if non_negative else None,
+        options={"gtol": 1e-9, "ftol": 0, "maxcor": 20, "maxiter": 1000},
+    ).x
 
 
-def _bootstrap(
-    margins: np.ndarray, prompts: np.ndarray, full: np.ndarray, resamples: int, seed: int
-) -> np.ndarray:
-    """[B, K] coefficients of margins [K, N], each fitted to as many prompts drawn anew."""
+def _bootstrap(scaled: np.ndarray, prompts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """[B, K] coefficients of margins [N, K], each fitted to as many prompts drawn anew."""
     rng = np.random.default_rng(seed)
     distinct, prompt_of = np.unique(prompts, return_inverse=True)
     fits = []
     for _ in range(resamples):
         drawn = np.bincount(rng.integers(0, len(distinct), len(distinct)), minlength=len(distinct))
-        fits.append(_non_negative_logistic(margins, drawn[prompt_of].astype(np.float64), full))
+        fits.append(_coefficients(scaled, drawn[prompt_of]))
     return np.stack(fits)
+
+
+def _coefficients(scaled: np.ndarray, sample_weights: np.ndarray) -> np.ndarray:
+    return logistic_regression(scaled, sample_weights, ridge=RIDGE, non_negative=True)
 
 
 def _intervals(coefficients: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:

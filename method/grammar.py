@@ -1,39 +1,70 @@
 """A method in one line of text: `METHOD[:ref/ref…][+weighting]`, for `train` and `compare` alike.
 
-`parse_method` reads the text, lets flags override its parts, refuses what makes no sense and
-gives a frozen `Method` (`objective.py`), which computes the weights, targets and losses.
+`parse_method` reads the text, lets flags override its parts, and returns a frozen `Method`
+(`objective.py`), which checks its parts and computes weights, targets and losses. `METHODS` has
+the defaults of what the text names, the dataclass `Method` those of everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 from ..errors import UserError
-from ..train.config import ExportConfig, TrainConfig
-from .losses import check_loss
-from .normalization import check_normalize
 from .objective import SEPARATE, Method
-from .virtual_reference import KINDS
-from .weightings import WEIGHTINGS, fixed_weights
+from .weightings import fixed_weights
 
-__all__ = [
-    "METHODS",
-    "Method",
-    "aliases_of",
-    "method_of",
-    "named_references",
-    "parse_method",
-]
 
-METHODS: dict[str, dict[str, Any]] = {
-    "mrpo": {"kind": "harmonic", "weighting": "arwc", "epsilon": 0.1},
-    "multi-dpo": {"kind": SEPARATE, "weighting": "uniform", "epsilon": None},
-    "dpo": {"kind": "harmonic", "weighting": "uniform", "epsilon": None},
-    "harmonic": {"kind": "harmonic", "weighting": "uniform", "epsilon": None},
-    "geometric": {"kind": "geometric", "weighting": "uniform", "epsilon": None},
-    "arithmetic": {"kind": "arithmetic", "weighting": "uniform", "epsilon": None},
+class MethodDefaults(NamedTuple):
+    """The parts that a method's name stands for."""
+
+    kind: str
+    weighting: str = "uniform"
+    epsilon: float | None = None
+
+
+METHODS = {
+    "mrpo": MethodDefaults("harmonic", "arwc", 0.1),
+    "multi-dpo": MethodDefaults(SEPARATE),
+    "dpo": MethodDefaults("harmonic"),
+    "harmonic": MethodDefaults("harmonic"),
+    "geometric": MethodDefaults("geometric"),
+    "arithmetic": MethodDefaults("arithmetic"),
 }
+
+
+class MethodOptions(TypedDict, total=False):
+    """Fields of `Method` that the text does not name; their defaults are the dataclass's."""
+
+    adaptive_epsilon: bool
+    normalize: str
+    beta: float
+    loss_type: str
+    label_smoothing: float
+    sft_weight: float
+
+
+class ReferenceSettings(Protocol):
+    """Settings of a command that say how several references become one."""
+
+    method: str
+    refs: str | None
+    reference_kind: Any  # one of KINDS, or None
+    weighting: str | None
+    weights: str | None
+    epsilon: Any  # a number, "none", or None
+    adaptive_epsilon: bool
+
+
+class MethodSettings(ReferenceSettings, Protocol):
+    """Settings of a command that has a loss on top of the references."""
+
+    normalize: Any  # one of NORMALIZATIONS
+    beta: float
+    loss_type: str
+    label_smoothing: float
+    sft_weight: float
 
 
 def parse_method(
@@ -44,12 +75,7 @@ def parse_method(
     weighting: str | None = None,
     weights: str | Sequence[float] | None = None,
     epsilon: float | str | None = None,
-    adaptive_epsilon: bool = True,
-    normalize: str = "none",
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    sft_weight: float = 0.0,
+    **options: Unpack[MethodOptions],
 ) -> Method:
     """Read `METHOD[:ref/ref…][+weighting]`; every keyword that is not None overrides its part.
 
@@ -62,6 +88,7 @@ def parse_method(
         weights: one number for each reference of the method, or "0.5,0.3,0.2"; implies the
             weighting "fixed".
         epsilon: CTRO's half-width, or "none".
+        options: other fields of `Method`.
 
     Raises `UserError` for whatever is unknown or does not go together.
 
@@ -80,31 +107,17 @@ def parse_method(
             f"method {text!r} averages losses and has no reference kind; "
             f"leave out --reference-kind {reference_kind}, or use the method {reference_kind}"
         )
-    kind = reference_kind or default["kind"]
-    if kind not in (*KINDS, SEPARATE):
-        raise UserError(f"reference kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    given = _numbers(weights)
-    weighting = weighting or text_weighting or ("fixed" if given else default["weighting"])
-    check_normalize(normalize)
-    _check_numbers(beta, sft_weight)
-    check_loss(loss_type, label_smoothing)
-    if loss_type == "ipo" and normalize != "token":
-        raise UserError("loss type ipo works on log-probs per token; add --normalize token")
-    return Method(
+    numbers = _numbers(weights)
+    method = Method(
         name=name,
         references=references,
         columns=tuple(list(aliases).index(reference) for reference in references),
-        kind=kind,
-        weighting=weighting,
-        epsilon=_epsilon(default["epsilon"] if epsilon is None else epsilon),
-        adaptive_epsilon=adaptive_epsilon,
-        normalize=normalize,
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        sft_weight=sft_weight,
-        weights=_fixed(text, weighting, given, references),
+        kind=reference_kind or default.kind,
+        weighting=weighting or text_weighting or ("fixed" if numbers else default.weighting),
+        epsilon=default.epsilon if epsilon is None else _epsilon(epsilon),
+        **options,
     )
+    return replace(method, weights=_fixed(text, method, numbers))
 
 
 def named_references(text: str) -> tuple[str, ...]:
@@ -129,23 +142,53 @@ def aliases_of(refs: str | None, method: str) -> list[str]:
             f"no references: give --refs, or name them in --method {method}:alias/alias"
         )
     if len(set(aliases)) < len(aliases):
-        raise UserError(f"--refs {refs}: a reference stands there twice; name each once")
+        raise UserError(f"--refs {refs}: a reference is given twice; name each once")
     return aliases
 
 
-def method_of(config: TrainConfig | ExportConfig) -> Method:
-    """The method that the settings name, over exactly the references that it uses.
+def method_of(settings: MethodSettings) -> Method:
+    """The method that a command's settings name, over exactly the references that it uses."""
+    return replace(
+        reference_method(settings),
+        normalize=settings.normalize,
+        beta=settings.beta,
+        loss_type=settings.loss_type,
+        label_smoothing=settings.label_smoothing,
+        sft_weight=settings.sft_weight,
+    )
 
-    They are its columns, in the run's order. Each keyword of `parse_method` that the settings have
-    is handed on under its own name.
 
-    >>> method_of(TrainConfig(output_dir="run", refs="a,b,c", method="mrpo:b/c")).columns
-    (0, 1)
+def reference_method(settings: ReferenceSettings) -> Method:
+    """`method_of` for a command without a loss of its own.
+
+    The columns are those of the references used, in the method's order.
     """
-    names = parse_method.__kwdefaults__ or {}
-    settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    used = parse_method(config.method, aliases_of(config.refs, config.method), **settings)
-    return parse_method(config.method, used.references, **settings)
+    method = parse_method(
+        settings.method,
+        aliases_of(settings.refs, settings.method),
+        reference_kind=settings.reference_kind,
+        weighting=settings.weighting,
+        weights=settings.weights,
+        epsilon=settings.epsilon,
+        adaptive_epsilon=settings.adaptive_epsilon,
+    )
+    return replace(method, columns=tuple(range(len(method.references))))
+
+
+def beta_warning(normalize: str, beta: float) -> str | None:
+    """What to tell a user whose beta was meant for summed log-probs.
+
+    >>> beta_warning("none", 0.1), beta_warning("byte", 2.5)
+    (None, None)
+    >>> print(beta_warning("token", 0.1)[:42])
+    --beta 0.1 is small for --normalize token:
+    """
+    if normalize == "none" or beta >= 1:
+        return None
+    return (
+        f"--beta {beta:g} is small for --normalize {normalize}: margins per {normalize} are far "
+        "smaller than summed ones; try 2.5 (InfiFPO uses 2.5 with, 0.1 without)"
+    )
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...], str]:
@@ -177,16 +220,9 @@ def _check_references(
         raise UserError(f"method {text!r}: dpo takes one reference; use mrpo or multi-dpo for more")
 
 
-def _check_numbers(beta: float, sft_weight: float) -> None:
-    if not 0 < beta < float("inf"):
-        raise UserError(f"beta is {beta}; it must be a positive number, for example 0.1")
-    if not 0 <= sft_weight < float("inf"):
-        raise UserError(f"the SFT weight is {sft_weight}; it must be 0 or more")
-
-
-def _epsilon(epsilon: float | str | None) -> float | None:
+def _epsilon(epsilon: float | str) -> float | None:
     """A number of 0 or more, or None for "none"."""
-    if epsilon is None or epsilon == "none":
+    if epsilon == "none":
         return None
     try:
         number = float(epsilon)
@@ -209,25 +245,20 @@ def _numbers(weights: str | Sequence[float] | None) -> list[float] | None:
         ) from None
 
 
-def _fixed(
-    text: str, weighting: str, weights: Sequence[float] | None, references: tuple[str, ...]
-) -> tuple[float, ...] | None:
+def _fixed(text: str, method: Method, weights: Sequence[float] | None) -> tuple[float, ...] | None:
     """The user's weights, checked against the weighting and the references."""
-    if weighting not in WEIGHTINGS:
-        raise UserError(
-            f"weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}"
-        )
-    if (weighting == "fixed") != (weights is not None):
+    if (method.weighting == "fixed") != (weights is not None):
         raise UserError(
             "weighting fixed needs --weights, for example --weights 0.5,0.3,0.2"
             if weights is None
-            else f"--weights does not go with weighting {weighting}; leave one of them out"
+            else f"--weights does not go with weighting {method.weighting}; leave one of them out"
         )
     if weights is None:
         return None
-    if len(weights) != len(references):
+    if len(weights) != len(method.references):
         raise UserError(
-            f"method {text!r} has {len(references)} references ({', '.join(references)}) and "
-            f"--weights {len(weights)} numbers; give one for each"
+            f"method {text!r} has {len(method.references)} references "
+            f"({', '.join(method.references)}) and --weights {len(weights)} numbers; "
+            "give one for each"
         )
     return tuple(fixed_weights(weights).tolist())

@@ -2,18 +2,29 @@
 
 With h = [log pi(y_w) − log pi(y_l)] − [log pi~(y_w) − log pi~(y_l)], every loss here maps h [N]
 (or [N, K] against K references) to one number a pair. `preference_loss` and `multi_dpo_loss` are
-the public entry points; training averages them over the batch. Torch tensors and numpy arrays;
-gradients flow through the policy's side.
+the public entry points, and training calls these two as well (`Method.loss`). Torch tensors and
+numpy arrays; gradients flow through the policy's side.
 """
 
 from __future__ import annotations
 
-from array_api_compat import array_namespace
+import torch
+from torch.nn.functional import logsigmoid
 
 from ..errors import UserError
-from .arrays import Array, floating, in_float64, like, normalized, present_in_both, weights_like
+from .arrays import (
+    Array,
+    accepts_numpy,
+    floating,
+    in_float64,
+    like,
+    present_in_both,
+    renormalized,
+    weights_like,
+)
 
 
+@accepts_numpy
 def preference_loss(
     policy_chosen_logps: Array,
     policy_rejected_logps: Array,
@@ -60,6 +71,7 @@ def preference_loss(
     return margin_loss(policy - like(virtual, policy), beta, loss_type, label_smoothing)
 
 
+@accepts_numpy
 def multi_dpo_loss(
     policy_chosen_logps: Array,
     policy_rejected_logps: Array,
@@ -92,14 +104,14 @@ def multi_dpo_loss(
     True
     """
     policy = floating(policy_chosen_logps - policy_rejected_logps)[..., None]
-    xp = array_namespace(policy)
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
     present = present_in_both(chosen, rejected)
-    alpha = like(normalized(weights_like(weights, chosen), present), policy)
-    virtual = like(xp.where(present, chosen - rejected, like(0.0, chosen)), policy)
-    return xp.sum(alpha * margin_loss(policy - virtual, beta, loss_type, label_smoothing), axis=-1)
+    alpha = like(renormalized(weights_like(weights, chosen), present), policy)
+    margins = policy - like(torch.where(present, chosen - rejected, 0.0), policy)
+    return (alpha * margin_loss(margins, beta, loss_type, label_smoothing)).sum(-1)
 
 
+@accepts_numpy
 def margin_loss(
     margin: Array, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
 ) -> Array:
@@ -110,6 +122,7 @@ def margin_loss(
     return SMOOTHED_LOSSES[loss_type](margin, beta, label_smoothing)
 
 
+@accepts_numpy
 def sigmoid_loss(margin: Array, beta: float) -> Array:
     """−log sigmoid(beta h) (DPO, arXiv 2305.18290, equation 7).
 
@@ -117,10 +130,10 @@ def sigmoid_loss(margin: Array, beta: float) -> Array:
     >>> bool(np.isclose(sigmoid_loss(np.array([0.0]), 0.1)[0], np.log(2)))
     True
     """
-    xp = array_namespace(margin)
-    return xp.logaddexp(xp.zeros_like(margin), -beta * margin)  # log(1 + e^(−beta h)), no overflow
+    return -logsigmoid(beta * margin)
 
 
+@accepts_numpy
 def smoothed_sigmoid_loss(margin: Array, beta: float, label_smoothing: float) -> Array:
     """(1 − s)·(−log sigmoid(beta h)) + s·(−log sigmoid(−beta h)): conservative DPO.
 
@@ -135,6 +148,7 @@ def smoothed_sigmoid_loss(margin: Array, beta: float, label_smoothing: float) ->
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
+@accepts_numpy
 def robust_loss(margin: Array, beta: float, label_smoothing: float) -> Array:
     """[(1 − s)·(−log sigmoid(beta h)) − s·(−log sigmoid(−beta h))] / (1 − 2s): robust DPO.
 
@@ -149,6 +163,7 @@ def robust_loss(margin: Array, beta: float, label_smoothing: float) -> Array:
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
+@accepts_numpy
 def hinge_loss(margin: Array, beta: float) -> Array:
     """max(0, 1 − beta h) (SLiC, arXiv 2305.10425, as RSO, arXiv 2309.06657, writes it).
 
@@ -156,10 +171,10 @@ def hinge_loss(margin: Array, beta: float) -> Array:
     >>> hinge_loss(np.array([0.0, 5.0, 20.0]), 0.1).tolist()
     [1.0, 0.5, 0.0]
     """
-    xp = array_namespace(margin)
-    return xp.maximum(1 - beta * margin, xp.zeros_like(margin))
+    return torch.maximum(1 - beta * margin, torch.zeros_like(margin))
 
 
+@accepts_numpy
 def ipo_loss(margin: Array, beta: float) -> Array:
     """(h − 1/(2 beta))² (IPO, arXiv 2310.12036, equation 17; beta is its tau).
 
@@ -172,6 +187,7 @@ def ipo_loss(margin: Array, beta: float) -> Array:
     return (margin - 1 / (2 * beta)) ** 2
 
 
+@accepts_numpy
 def sft_loss(policy_chosen_logps: Array, chosen_tokens: Array) -> Array:
     """−log pi(y_w) / |y_w|, the likelihood of the chosen response per token (arXiv 2404.19733).
 
@@ -191,7 +207,7 @@ LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
 
 def check_loss(loss_type: str, label_smoothing: float) -> None:
-    """Refuse an unknown loss and a smoothing that it cannot take."""
+    """Raise `UserError` for an unknown loss, and for a smoothing that it does not take."""
     if loss_type not in LOSS_TYPES:
         raise UserError(
             f"loss type {loss_type!r} is unknown; choose one of {', '.join(LOSS_TYPES)}"

@@ -1,35 +1,33 @@
-"""Arrays between the joined scores and a `Method`: what goes in, and what comes out of it.
+"""A training objective from several references: what a training run and a comparison call.
 
-Plain numpy on the CPU, in float64. `ReferenceLogps` is a slice of the joined scores (a batch, or a
-whole split); `ReferenceTargets` is all that a training step needs to know of the references.
+`grammar.py` makes a `Method` from text and flags. A run uses it in three steps:
 
+    method = method.prepare(training_scores, held_out_scores)   # once: weights learned from data
+    targets = method.targets(scores_of_a_batch)                 # every batch: float64, on the CPU
+    losses = method.loss(policy_chosen_logps, policy_rejected_logps, targets, …)  # every step
 
-A training objective from several references: what a run and a comparison call.
-
-`methods.py` makes a `Method` from text and flags. A run uses it in three steps:
-
-    method = method.prepare(training_scores, held_out_scores)   # once: weights that need data
-    targets = method.targets(scores_of_a_batch)                 # every batch: numpy, on the CPU
-    losses = method.loss(policy_chosen_logps, policy_rejected_logps, targets, …)  # torch
-
-`scores.py` has the arrays that go in and the targets that come out.
+`ReferenceLogps` is what goes in, a slice of the joined scores as numpy arrays; `ReferenceTargets`
+is all that a training step needs to know of the references, as torch tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import UserError
-from .arrays import normalized, present_in_both
+from . import losses
+from .arrays import check_normalize, like, normalize_logps, renormalized
 from .fitted import FittedWeights, fit_weights
-from .losses import margin_loss, sft_loss
-from .normalization import normalize_logps
-from .virtual_reference import ctro_clip, virtual_reference
-from .weightings import FROM_HELD_OUT, PER_PAIR
+from .virtual_reference import KINDS, ctro_clip, virtual_reference
+from .weightings import FROM_HELD_OUT, PER_PAIR, WEIGHTINGS
+
+SEPARATE = "separate"  # the kind of multi-dpo: the losses are averaged, not the references
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,7 +40,7 @@ class ReferenceLogps:
     ref_rejected_tokens: np.ndarray  # [N, K]
     chosen_bytes: np.ndarray  # [N] UTF-8 bytes of the response's contents
     rejected_bytes: np.ndarray  # [N]
-    prompts: np.ndarray  # [N] integers, equal for equal prompts; only `fitted` looks at them
+    prompts: np.ndarray  # [N] integers, equal for equal prompts; only `fitted` reads them
 
     def __len__(self) -> int:
         return len(self.ref_chosen_logps)
@@ -61,67 +59,98 @@ class ReferenceLogps:
             self.ref_rejected_tokens[:, columns],
             self.rejected_bytes,
         )
-        present = present_in_both(chosen, rejected)
-        return np.where(present, chosen, np.nan), np.where(present, rejected, np.nan)
+        missing = np.isnan(chosen) | np.isnan(rejected)
+        return np.where(missing, np.nan, chosen), np.where(missing, np.nan, rejected)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReferenceTargets:
     """What K references say about N pairs, normalized as the method asks; NaN where unusable."""
 
-    virtual_chosen_logps: np.ndarray  # [N]
-    virtual_rejected_logps: np.ndarray  # [N]
-    margins: np.ndarray  # [N, K] after clipping; 0 where a reference is missing
-    weights: np.ndarray  # [N, K], rows sum to 1; 0 where a reference is missing
-    clipped: np.ndarray  # [N, K] share of the two responses that CTRO moved; NaN where missing
-    chosen_bytes: np.ndarray  # [N]
-    rejected_bytes: np.ndarray  # [N]
+    virtual_chosen_logps: Tensor  # [N] float64, as all log-probs and weights here
+    virtual_rejected_logps: Tensor  # [N]
+    ref_chosen_logps: Tensor  # [N, K] after clipping; NaN where a reference is missing
+    ref_rejected_logps: Tensor  # [N, K]
+    weights: Tensor  # [N, K], rows sum to 1; 0 where a reference is missing
+    clipped: Tensor  # [N, K] share of the two responses that CTRO moved; NaN where missing
+    chosen_bytes: Tensor  # [N]
+    rejected_bytes: Tensor  # [N]
 
-
-def to_tensor(array: np.ndarray, policy: torch.Tensor) -> torch.Tensor:
-    """The array with the dtype and the device of the policy's log-probs."""
-    return torch.as_tensor(array).to(dtype=policy.dtype).to(device=policy.device)
-
-
-SEPARATE = "separate"  # the kind of multi-dpo: the losses are averaged, not the references
+    def of_rows(self, rows: Sequence[int]) -> ReferenceTargets:
+        """The targets of some of the pairs."""
+        index = torch.as_tensor(rows)
+        return ReferenceTargets(
+            **{field.name: getattr(self, field.name)[index] for field in fields(self)}
+        )
 
 
 class PairLosses(NamedTuple):
     """What a step needs of each pair: [N] each; the rewards carry no gradient."""
 
-    loss: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """One way to train on several references, fully resolved. Made by `parse_method`."""
+    """One way to train on several references, fully resolved. Made by `parse_method`.
+
+    Raises `UserError` for a part that is unknown, out of range, or does not go with another.
+    """
 
     name: str
     references: tuple[str, ...]  # the first is the base
-    columns: tuple[int, ...]  # where the references stand among the aliases given
-    kind: str
-    weighting: str
+    columns: tuple[int, ...]  # the references' columns in `ReferenceLogps`
+    kind: str  # of `KINDS`, or SEPARATE
+    weighting: str  # of `WEIGHTINGS`
     epsilon: float | None  # CTRO's half-width; None: no clipping
-    adaptive_epsilon: bool
-    normalize: str
-    beta: float
-    loss_type: str
-    label_smoothing: float
-    sft_weight: float
+    adaptive_epsilon: bool = True
+    normalize: str = "none"
+    beta: float = 0.1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
     weights: tuple[float, ...] | None = None  # one vector for all pairs, once it is known
     fitted: FittedWeights | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*KINDS, SEPARATE):
+            raise UserError(
+                f"reference kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}"
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise UserError(
+                f"weighting {self.weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}"
+            )
+        check_normalize(self.normalize)
+        if not 0 < self.beta < float("inf"):
+            raise UserError(f"beta is {self.beta}; it must be a positive number, for example 0.1")
+        if not 0 <= self.sft_weight < float("inf"):
+            raise UserError(f"the SFT weight is {self.sft_weight}; it must be 0 or more")
+        losses.check_loss(self.loss_type, self.label_smoothing)
+        if self.loss_type == "ipo" and self.normalize != "token":
+            raise UserError("loss type ipo works on log-probs per token; add --normalize token")
 
     def __str__(self) -> str:
         """The canonical text, with every reference named."""
         weighting = f"+{self.weighting}" if len(self.references) > 1 else ""
         return f"{self.name}:{'/'.join(self.references)}{weighting}"
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether `ReferenceLogps.prompts` must be filled."""
+        return self.weighting == "fitted"
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether `prepare` has anything to do."""
+        return self.weighting == "fitted" or self.weighting in FROM_HELD_OUT
+
     def prepare(
         self, training: ReferenceLogps, held_out: ReferenceLogps, bootstrap: int = 200
     ) -> Method:
-        """The method with the weights that need data.
+        """The method with the weights that are learned from data.
 
         vdw and vaw come from the held-out pairs; fitted comes from the training pairs, with
         intervals from `bootstrap` resamples of their prompts. Other weightings need nothing.
@@ -144,11 +173,10 @@ class Method:
     def usable(self, scores: ReferenceLogps) -> np.ndarray:
         """[N] bool: pairs that the base has scored and that some weight is left for.
 
-        Whether they are trained on or held out: with `fitted` the weights differ.
+        Usable means both for training and held out: with `fitted` the weights differ.
         """
-        targets = [self.targets(scores, held_out) for held_out in (False, True)]
-        missing = np.isnan(np.stack([each.virtual_chosen_logps for each in targets]))
-        return np.logical_not(missing.any(axis=0))
+        virtual = [self.targets(scores, held).virtual_chosen_logps for held in (False, True)]
+        return ~torch.stack(virtual).isnan().any(0).numpy()
 
     def targets(self, scores: ReferenceLogps, held_out: bool = False) -> ReferenceTargets:
         """What the references say about these pairs: float64, on the CPU.
@@ -156,10 +184,12 @@ class Method:
         `held_out` pairs get the weights of the full fit, training pairs those of the fold that
         has not seen their label; without the weighting `fitted` it makes no difference.
         """
-        raw_chosen, raw_rejected = scores.reference_logps(list(self.columns), self.normalize)
+        raw_chosen, raw_rejected = map(
+            torch.from_numpy, scores.reference_logps(list(self.columns), self.normalize)
+        )
         # A pair without its base is unusable whatever the others say.
-        present = ~np.isnan(raw_chosen) & ~np.isnan(raw_chosen[:, :1])
-        weights = normalized(self._weights(scores, raw_chosen, raw_rejected, held_out), present)
+        present = ~(raw_chosen.isnan() | raw_chosen[:, :1].isnan())
+        weights = renormalized(self._weights(scores, raw_chosen, raw_rejected, held_out), present)
         chosen, rejected = raw_chosen, raw_rejected
         if self.epsilon is not None:
             chosen, rejected = ctro_clip(chosen, rejected, self.epsilon, self.adaptive_epsilon)
@@ -170,20 +200,21 @@ class Method:
         return ReferenceTargets(
             virtual_chosen_logps=virtual_reference(chosen, weights, kind),
             virtual_rejected_logps=virtual_reference(rejected, weights, kind),
-            margins=np.where(present, chosen - rejected, 0.0),
+            ref_chosen_logps=chosen,
+            ref_rejected_logps=rejected,
             weights=weights,
-            clipped=np.where(present, moved, np.nan),
-            chosen_bytes=scores.chosen_bytes,
-            rejected_bytes=scores.rejected_bytes,
+            clipped=torch.where(present, moved, torch.nan),
+            chosen_bytes=torch.tensor(scores.chosen_bytes),
+            rejected_bytes=torch.tensor(scores.rejected_bytes),
         )
 
     def loss(
         self,
-        policy_chosen_logps: torch.Tensor,
-        policy_rejected_logps: torch.Tensor,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
         targets: ReferenceTargets,
-        chosen_tokens: torch.Tensor,
-        rejected_tokens: torch.Tensor,
+        chosen_tokens: Tensor,
+        rejected_tokens: Tensor,
     ) -> PairLosses:
         """The loss of each pair, and its rewards for the log.
 
@@ -200,34 +231,44 @@ class Method:
         rejected = normalize_logps(
             policy_rejected_logps, self.normalize, rejected_tokens, targets.rejected_bytes
         )
-        virtual_chosen = to_tensor(targets.virtual_chosen_logps, chosen)
-        virtual_rejected = to_tensor(targets.virtual_rejected_logps, chosen)
-        loss = self._margin_loss(chosen - rejected, targets)
+        virtual_chosen = targets.virtual_chosen_logps
+        virtual_rejected = targets.virtual_rejected_logps
+        if self.kind == SEPARATE:
+            loss = losses.multi_dpo_loss(
+                chosen,
+                rejected,
+                targets.ref_chosen_logps,
+                targets.ref_rejected_logps,
+                targets.weights,
+                self.beta,
+                self.loss_type,
+                self.label_smoothing,
+            )
+        else:
+            loss = losses.preference_loss(
+                chosen,
+                rejected,
+                virtual_chosen,
+                virtual_rejected,
+                self.beta,
+                self.loss_type,
+                self.label_smoothing,
+            )
         if self.sft_weight:
-            loss = loss + self.sft_weight * sft_loss(policy_chosen_logps, chosen_tokens)
+            loss = loss + self.sft_weight * losses.sft_loss(policy_chosen_logps, chosen_tokens)
         return PairLosses(
             loss,
-            self.beta * (chosen.detach() - virtual_chosen),
-            self.beta * (rejected.detach() - virtual_rejected),
+            self.beta * (chosen.detach() - like(virtual_chosen, chosen)),
+            self.beta * (rejected.detach() - like(virtual_rejected, rejected)),
         )
 
-    def _margin_loss(self, policy_margins: torch.Tensor, targets: ReferenceTargets) -> torch.Tensor:
-        """[N]. Margins of the references are taken in float64 before they meet the policy's."""
-        how = (self.beta, self.loss_type, self.label_smoothing)
-        if self.kind == SEPARATE:
-            weights = to_tensor(targets.weights, policy_margins)
-            margins = policy_margins[:, None] - to_tensor(targets.margins, policy_margins)
-            return (weights * margin_loss(margins, *how)).sum(-1)
-        virtual = targets.virtual_chosen_logps - targets.virtual_rejected_logps
-        return margin_loss(policy_margins - to_tensor(virtual, policy_margins), *how)
-
     def _weights(
-        self, scores: ReferenceLogps, chosen: np.ndarray, rejected: np.ndarray, held_out: bool
-    ) -> np.ndarray:
+        self, scores: ReferenceLogps, chosen: Tensor, rejected: Tensor, held_out: bool
+    ) -> Tensor:
         """[N, K], before they are renormalized over the references present."""
         if self.weighting in PER_PAIR:
             return PER_PAIR[self.weighting](chosen, rejected)
         assert self.weights is not None, f"{self} was not prepared"
         if self.fitted is not None and not held_out:
-            return self.fitted.for_prompts(scores.prompts)
-        return np.broadcast_to(np.asarray(self.weights), chosen.shape)
+            return torch.from_numpy(self.fitted.for_prompts(scores.prompts))
+        return torch.tensor(self.weights, dtype=torch.float64).expand(chosen.shape)

@@ -1,19 +1,20 @@
 """Several references become one: clipping (CTRO) and the virtual reference.
 
 Le et al., "Multi-Reference Preference Optimization", arXiv 2405.16388. Pure functions of cached
-log-probs `[N, K]` (pairs, references; column 0 is the base), for torch tensors and numpy arrays.
-A reference that could not score a pair is NaN there: it drops out of that pair and the other
-weights are renormalized. What is undefined is NaN, never 0.
+log-probs [N, K] (pairs, references; column 0 is the base), for torch tensors and numpy arrays.
+A reference that could not score a pair is NaN there: it drops out of that pair, and the other
+weights are renormalized.
 """
 
 from __future__ import annotations
 
-from array_api_compat import array_namespace
+import torch
 
 from ..errors import UserError
-from .arrays import Array, in_float64, like, normalized, present_in_both, weights_like
+from .arrays import Array, accepts_numpy, in_float64, present_in_both, renormalized, weights_like
 
 
+@accepts_numpy
 def ctro_clip(
     ref_chosen_logps: Array, ref_rejected_logps: Array, epsilon: float, adaptive: bool = True
 ) -> tuple[Array, Array]:
@@ -34,7 +35,7 @@ def ctro_clip(
         or the base is missing.
 
     With base log-probs −10 and −30 and a second reference of −8 and −60, the means are
-    −9 and −45, so eps_w = 0.2 · 9/54 = 1/30 and eps_l = 1/6: −8 is raised too far above −10 and
+    −9 and −45, so eps_w = 0.2 · 9/54 = 1/30 and eps_l = 1/6: −8 is too far above −10 and
     is held at (1 − 1/30)·(−10), and −60 at (1 + 1/6)·(−30).
 
     >>> import numpy as np
@@ -45,12 +46,13 @@ def ctro_clip(
     if not epsilon >= 0:
         raise UserError(f"epsilon is {epsilon}; it must be 0 or more, or none for no clipping")
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
-    eps_chosen = eps_rejected = like(epsilon, chosen)
-    if adaptive:
-        eps_chosen, eps_rejected = adaptive_epsilon(chosen, rejected, epsilon)
+    if not adaptive:
+        return _clip(chosen, epsilon), _clip(rejected, epsilon)
+    eps_chosen, eps_rejected = adaptive_epsilon(chosen, rejected, epsilon)
     return _clip(chosen, eps_chosen[..., None]), _clip(rejected, eps_rejected[..., None])
 
 
+@accepts_numpy
 def adaptive_epsilon(
     ref_chosen_logps: Array, ref_rejected_logps: Array, epsilon: float
 ) -> tuple[Array, Array]:
@@ -67,18 +69,16 @@ def adaptive_epsilon(
     (array([0.1]), array([0.3]))
     """
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
-    xp = array_namespace(chosen)
-    present, zero = present_in_both(chosen, rejected), like(0.0, chosen)
-    # A common factor cancels in the ratio, so sums over the references present do for means.
-    size_chosen = xp.abs(xp.sum(xp.where(present, chosen, zero), axis=-1))
-    size_rejected = xp.abs(xp.sum(xp.where(present, rejected, zero), axis=-1))
+    present = present_in_both(chosen, rejected)
+    # Sums stand for means: the number of references present cancels in the ratio.
+    size_chosen = torch.where(present, chosen, 0.0).sum(-1).abs()
+    size_rejected = torch.where(present, rejected, 0.0).sum(-1).abs()
     total = size_chosen + size_rejected
-    share = xp.where(
-        total > 0, size_chosen / xp.where(total > 0, total, like(1.0, total)), like(0.5, total)
-    )
+    share = torch.where(total > 0, size_chosen / torch.where(total > 0, total, 1.0), 0.5)
     return epsilon * share, epsilon * (1 - share)
 
 
+@accepts_numpy
 def virtual_reference(ref_logps: Array, weights: Array, kind: str = "harmonic") -> Array:
     """The log-prob of one virtual reference made of K.
 
@@ -110,38 +110,33 @@ def virtual_reference(ref_logps: Array, weights: Array, kind: str = "harmonic") 
     if kind not in KINDS:
         raise UserError(f"reference kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     logps = in_float64(ref_logps)
-    xp = array_namespace(logps)
-    present = ~xp.isnan(logps)
-    alpha = normalized(weights_like(weights, logps), present)
-    filled = xp.where(present, logps, like(0.0, logps))  # weight 0 there: any finite number does
+    present = ~logps.isnan()
+    alpha = renormalized(weights_like(weights, logps), present)
+    filled = torch.where(present, logps, 0.0)  # its weight is 0: any finite number will do
     return KINDS[kind](filled, alpha)
 
 
-def harmonic(logps: Array, weights: Array) -> Array:
+def harmonic(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log (Σ_k alpha_k / pi_k)^(−1) of [N, K] log-probs and normalized weights -> [N]."""
     return -arithmetic(-logps, weights)
 
 
-def geometric(logps: Array, weights: Array) -> Array:
+def geometric(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Σ_k alpha_k log pi_k of [N, K] log-probs and normalized weights -> [N]."""
-    return array_namespace(logps).sum(weights * logps, axis=-1)
+    return (weights * logps).sum(-1)
 
 
-def arithmetic(logps: Array, weights: Array) -> Array:
+def arithmetic(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log Σ_k alpha_k pi_k of [N, K] log-probs and normalized weights -> [N]."""
-    xp = array_namespace(logps)
-    unused = weights == 0
-    log_weights = xp.log(xp.where(unused, like(1.0, weights), weights))
-    terms = xp.where(unused, like(-float("inf"), logps), log_weights + logps)
-    largest = xp.max(terms, axis=-1, keepdims=True)
-    return largest[..., 0] + xp.log(xp.sum(xp.exp(terms - largest), axis=-1))
+    unused = weights == 0  # log 0, without its gradient
+    log_weights = torch.where(unused, -torch.inf, torch.where(unused, 1.0, weights).log())
+    return torch.logsumexp(log_weights + logps, dim=-1)
 
 
 KINDS = {"harmonic": harmonic, "geometric": geometric, "arithmetic": arithmetic}
 
 
-def _clip(logps: Array, epsilon: Array) -> Array:
-    """[N, K] into the region around column 0; minimum and maximum hand a NaN on."""
-    xp = array_namespace(logps)
+def _clip(logps: torch.Tensor, epsilon: torch.Tensor | float) -> torch.Tensor:
+    """[N, K] into the region around column 0; NaN where either is missing."""
     base = logps[..., :1]
-    return xp.maximum(xp.minimum(logps, (1 - epsilon) * base), (1 + epsilon) * base)
+    return torch.maximum(torch.minimum(logps, (1 - epsilon) * base), (1 + epsilon) * base)

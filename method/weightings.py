@@ -1,4 +1,4 @@
-"""How much each reference counts: one function a weighting.
+"""How much each reference counts: one function a weighting, registered at the end of the file.
 
 Per pair, from that pair's own scores: `uniform_weights`, `arwc_weights`, `max_margin_weights`
 -> [N, K]. One vector for all pairs, from held-out pairs: `vdw_weights`, `vaw_weights` -> [K]; the
@@ -12,25 +12,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from array_api_compat import array_namespace, device
+import torch
 
 from ..errors import UserError
-from .arrays import Array, in_float64, like, normalized, present_in_both
+from .arrays import Array, accepts_numpy, in_float64, present_in_both, renormalized
 
 
+@accepts_numpy
 def uniform_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     """The same weight for every reference present: [N, K] log-probs -> [N, K].
 
-    >>> import numpy as np
     >>> r = np.array([[-1.0, -2.0], [-3.0, np.nan]])
     >>> uniform_weights(r, r).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """
     chosen = in_float64(ref_chosen_logps)
-    xp = array_namespace(chosen)
-    return normalized(xp.ones_like(chosen), present_in_both(chosen, ref_rejected_logps))
+    return renormalized(torch.ones_like(chosen), present_in_both(chosen, ref_rejected_logps))
 
 
+@accepts_numpy
 def arwc_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     """Adaptive reference weights (ARWC, Le et al., arXiv 2405.16388).
 
@@ -47,42 +47,39 @@ def arwc_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
 
     D = (3, −1, missing) and D = (0, 0, 0):
 
-    >>> import numpy as np
     >>> chosen = np.array([[-1.0, -5.0, np.nan], [-2.0, -2.0, -2.0]])
     >>> rejected = np.array([[-4.0, -4.0, -9.0], [-2.0, -2.0, -2.0]])
     >>> arwc_weights(chosen, rejected).round(3).tolist()
     [[0.75, 0.25, 0.0], [0.333, 0.333, 0.333]]
     """
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
-    xp = array_namespace(chosen)
     present = present_in_both(chosen, rejected)
-    confidence = _absolute_margins(chosen, rejected, present)
-    silent = xp.sum(confidence, axis=-1, keepdims=True) == 0
-    confidence = xp.where(silent, like(1.0, confidence), confidence)
-    return normalized(confidence, present)
+    confidence = torch.where(present, (chosen - rejected).abs(), 0.0)
+    no_preference = confidence.sum(-1, keepdim=True) == 0
+    return renormalized(torch.where(no_preference, 1.0, confidence), present)
 
 
+@accepts_numpy
 def max_margin_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     """All weight on the reference with the largest |D_k| (InfiFPO, arXiv 2505.13878).
 
     [N, K] log-probs -> one-hot [N, K]; the first of equals; NaN where no reference is present.
 
-    >>> import numpy as np
     >>> max_margin_weights(np.array([[-1.0, -9.0, -3.0]]), np.array([[-2.0, -4.0, -3.0]])).tolist()
     [[0.0, 1.0, 0.0]]
     """
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
-    xp = array_namespace(chosen)
     present = present_in_both(chosen, rejected)
-    margins = xp.where(present, xp.abs(chosen - rejected), like(-1.0, chosen))
-    winner = xp.argmax(margins, axis=-1, keepdims=True)
-    columns = xp.arange(margins.shape[-1], device=device(margins))
-    one_hot = xp.astype(columns == winner, chosen.dtype)
-    return normalized(one_hot, present)
+    confidence = torch.where(present, (chosen - rejected).abs(), -1.0)
+    largest = confidence.argmax(-1, keepdim=True)
+    columns = torch.arange(confidence.shape[-1], device=confidence.device)
+    return renormalized((columns == largest).to(chosen.dtype), present)
 
 
 def fixed_weights(weights: Sequence[float]) -> np.ndarray:
     """The user's own weights, normalized -> [K].
+
+    Raises `UserError` where they are not finite numbers of 0 or more with a positive sum.
 
     >>> fixed_weights([1, 3])
     array([0.25, 0.75])
@@ -96,6 +93,7 @@ def fixed_weights(weights: Sequence[float]) -> np.ndarray:
     return given / given.sum()
 
 
+@accepts_numpy
 def vdw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     """Weights by validation confidence (VDW, Wu & Echarghaoui, arXiv 2512.10040).
 
@@ -104,15 +102,15 @@ def vdw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
 
     Args: [N, K] log-probs of held-out pairs, NaN where missing. Returns: [K].
 
-    >>> import numpy as np
     >>> vdw_weights(np.array([[-1.0, -5.0], [-2.0, -6.0]]), np.array([[-2.0, -4.0], [-7.0, -4.0]]))
     array([0.66666667, 0.33333333])
     """
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
     present = present_in_both(chosen, rejected)
-    return _shares(_absolute_margins(chosen, rejected, present), present)
+    return _column_shares(torch.where(present, (chosen - rejected).abs(), 0.0), present)
 
 
+@accepts_numpy
 def vaw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     """Weights by validation accuracy (VAW, Wu & Echarghaoui, arXiv 2512.10040).
 
@@ -121,15 +119,12 @@ def vaw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
 
     Args: [N, K] log-probs of held-out pairs, NaN where missing. Returns: [K].
 
-    >>> import numpy as np
     >>> vaw_weights(np.array([[-1.0, -5.0], [-2.0, -3.0]]), np.array([[-2.0, -4.0], [-7.0, -4.0]]))
     array([0.66666667, 0.33333333])
     """
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
-    xp = array_namespace(chosen)
     present = present_in_both(chosen, rejected)
-    right = xp.astype(present & (chosen > rejected), chosen.dtype)
-    return _shares(right, present)
+    return _column_shares((present & (chosen > rejected)).to(chosen.dtype), present)
 
 
 PER_PAIR = {
@@ -141,16 +136,9 @@ FROM_HELD_OUT = {"vdw": vdw_weights, "vaw": vaw_weights}
 WEIGHTINGS = (*PER_PAIR, *FROM_HELD_OUT, "fitted", "fixed")
 
 
-def _absolute_margins(chosen: Array, rejected: Array, present: Array) -> Array:
-    """|D| [N, K], 0 where missing."""
-    xp = array_namespace(chosen)
-    return xp.where(present, xp.abs(chosen - rejected), like(0.0, chosen))
-
-
-def _shares(values: Array, present: Array) -> Array:
+def _column_shares(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """Column means over the pairs present, normalized -> [K]; uniform if all are 0."""
-    xp = array_namespace(values)
-    counts = xp.astype(xp.sum(present, axis=0), values.dtype)
-    means = xp.sum(values, axis=0) / xp.where(counts > 0, counts, like(1.0, counts))
-    means = xp.where(xp.sum(means) == 0, like(1.0, means), means)
-    return normalized(means, counts > 0)
+    pairs = present.sum(0).to(values.dtype)
+    means = values.sum(0) / torch.where(pairs > 0, pairs, 1.0)
+    means = torch.where(means.sum() == 0, 1.0, means)
+    return renormalized(means, pairs > 0)

@@ -1,17 +1,14 @@
-"""What a token of a packed row may attend to, in the form each attention kernel wants.
+"""Attention over packed rows: torch's sdpa pair by pair, or FlexAttention on a GPU.
 
 A token sees the shared prompt of its own pair and the earlier tokens of its own branch. A sliding
-window counts position ids, not offsets in the row: the rejected branch lies behind the chosen one
+window counts position ids, not offsets in the row: the rejected branch comes after the chosen one
 but follows the prompt. Padding sees padding, so that no row of the mask is empty.
 
-
-The attention that packed rows run: torch's sdpa pair by pair, or FlexAttention on a GPU.
-
-Registered with transformers under two names. Every packable architecture hands its attention
-function the layer's own sliding window and whatever keyword the decoder was called with, so the
-masks of a packed row travel as one keyword, `packed`, and each layer picks the one of its window.
-Without that keyword (generation, padded rows) these are transformers' functions with one repair:
-its sdpa leaves out the softcap of attention scores that Gemma 2 was trained with.
+Both functions are registered with transformers. Every packable architecture passes its attention
+function the layer's sliding window and the keywords that the decoder was called with, so the masks
+of a packed row go in as a keyword, `packed`, and each layer picks the mask of its window. Without
+that keyword (generation, padded rows) these are transformers' own functions with one fix: its sdpa
+omits the softcap of attention scores that Gemma 2 was trained with.
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ from transformers.masking_utils import flex_attention_mask, sdpa_mask
 from .packing import SHARED, Batch
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"  # names of the functions in transformers
 
 
 def mask_mod(batch: Batch, window: int | None) -> MaskMod:
@@ -59,10 +57,10 @@ def dense_mask(batch: Batch, window: int | None, start: int = 0, stop: int | Non
 
 
 def block_mask(batch: Batch, window: int | None) -> BlockMask:
-    """FlexAttention's block mask: blocks that the rule hides entirely are never computed."""
+    """FlexAttention's block mask: blocks that the rule hides completely are never computed."""
     rows, length = batch.input_ids.shape
     device = batch.input_ids.device
-    # Compiled, the [L, L] rule is never written out; not worth the wait where tests run.
+    # Compiled, the [L, L] rule is never materialized; on a CPU compiling takes too long.
     create = compiled_create() if device.type == "cuda" else create_block_mask
     return create(mask_mod(batch, window), rows, None, length, length, device=device)
 
@@ -72,13 +70,11 @@ def compiled_create() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)
 
 
-SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"
-
-
 class PackedMasks:
-    """The masks of one packed row, made once for each sliding window that some layer has.
+    """The masks of one packed row, created once for each sliding window of the layers.
 
-    Block masks of `ahead` are made at once, so that layers that are compiled only look them up.
+    Block masks of the windows in `ahead` are created immediately, so that compiled layers only
+    look them up.
     """
 
     def __init__(self, batch: Batch, ahead: Iterable[int | None] = ()) -> None:
@@ -98,7 +94,7 @@ class PackedMasks:
         return self._blocks[window]
 
     def dense(self, window: int | None) -> list[Tensor]:
-        """The boolean mask [1, 1, l, l] of each span: the pairs by themselves, and the padding."""
+        """The boolean masks [1, 1, l, l]: one for each pair alone, and one for the padding."""
         if window not in self._dense:
             self._dense[window] = [dense_mask(self.batch, window, *span) for span in self.spans]
         return self._dense[window]
@@ -118,9 +114,9 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Attention of queries [B, H, L, D] over keys and values [B, H_kv, L, D], as [B, L, H, D].
 
-    Pairs of a packed row never see each other, so each is computed by itself: the cost grows with
-    the pairs' own lengths, not with the row's (measured: 5 times faster at 7 pairs of 211 tokens
-    than one sdpa under the row's dense mask).
+    Pairs of a packed row never see each other, so each is computed alone: the cost grows with the
+    lengths of the pairs, not of the row (measured: 5 times faster at 7 pairs of 211 tokens than one
+    sdpa under the row's dense mask).
     """
     if packed is None and softcap is None:
         return sdpa_attention_forward(
@@ -137,7 +133,7 @@ def sdpa_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # it would be compiled anew for every number of pairs
+@torch.compiler.disable  # it would be recompiled for every number of pairs
 def _attend_spans(
     query: Tensor,
     key: Tensor,
@@ -183,7 +179,7 @@ def flex_attention(
     packed: PackedMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `sdpa_attention`, through transformers' FlexAttention, which knows softcap itself."""
+    """As `sdpa_attention`, through transformers' FlexAttention, which supports softcap."""
     mask = attention_mask if packed is None else packed.blocks(sliding_window)
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
 

@@ -1,13 +1,14 @@
 """Log-probs of known tokens straight from hidden states, so that full logits never exist.
 
 With logits z = head(hidden) and the target t, logp = z_t - log sum_j exp(z_j), and its slope is
-d logp / d z_j = [j = t] - p_j. The rows are walked in chunks; of a chunk's logits there remain the
-log-probs and, within a budget of bytes, the slopes: what exceeds it is computed again backward.
+d logp / d z_j = [j = t] - p_j. The rows are processed in chunks, and of a chunk's logits only the
+log-probs are kept and, within a budget of bytes, the slopes; slopes beyond it are recomputed in the
+backward pass.
 
 `benchmarks/head.py` on 2 idle cores, forward and backward, 1,536 rows, width 256, vocabulary
-16,384, float32, and peak memory above what was there before: slopes kept 0.37 s and 255 MiB,
-computed again 0.52 s and 97 MiB; log_softmax of all logits 0.49 s and 380 MiB, checkpointed
-chunks 0.56 s and 492 MiB, torch's linear_cross_entropy 0.49 s and 365 MiB.
+16,384, float32, with the peak memory added by the call: slopes kept 0.37 s and 255 MiB, recomputed
+0.52 s and 97 MiB; log_softmax of all logits 0.49 s and 380 MiB, checkpointed chunks 0.56 s and
+492 MiB, torch's linear_cross_entropy 0.49 s and 365 MiB.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 KEEP_BYTES = 128 * 2**20  # slopes kept from forward to backward, at most
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # 16 MiB stay in a CPU's cache; a GPU has bandwidth
-CHUNK_ROWS = 256  # fewer rows at a time slow the matrix product down, whatever the vocabulary
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # 16 MiB fit a CPU's cache; a GPU has bandwidth
+CHUNK_ROWS = 256  # with fewer rows the matrix product is slow, whatever the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class LogitRule:
-    """What an architecture does to logits behind its head: z -> cap * tanh(scale * z / cap)."""
+    """What an architecture does to the logits of its head: z -> cap * tanh(scale * z / cap)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -50,7 +51,7 @@ class LogitRule:
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose logits exist at one time."""
+    """Tokens whose logits exist at the same time."""
     return max(CHUNK_ROWS, CHUNK_LOGITS.get(device.type, 2**27) // vocabulary)
 
 
@@ -102,7 +103,7 @@ class _TokenLogps(torch.autograd.Function):
             logps.append(logp)
             if needs_weight or needs_bias:
                 kept.append((slopes, factor) if keep else None)
-            elif needs_hidden:  # a frozen head: all that its slopes are for can be done at once
+            elif needs_hidden:  # a frozen head: its slopes are needed for this product alone
                 ready.append(slopes @ weight * factor)
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(ready) if ready else None)
         ctx.rule, ctx.chunk, ctx.kept = rule, chunk, kept
@@ -116,7 +117,7 @@ class _TokenLogps(torch.autograd.Function):
         if ready is not None:
             return (ready * grad[:, None]).to(hidden.dtype), *[None] * 6
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Chunks are added up in float32: bfloat16 would lose the later ones' last digits.
+        # Chunks are added up in float32: bfloat16 would lose the last digits of later ones.
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if needs_bias else None
         scratch = _Scratch(weight, min(ctx.chunk, len(hidden)))
@@ -146,10 +147,10 @@ class _TokenLogps(torch.autograd.Function):
 
 
 class _Scratch:
-    """One piece of memory for the logits of chunk after chunk.
+    """A buffer for the logits of one chunk after the other.
 
-    Freed and asked for again, such large pieces stay with the process: glibc's heap grew by a
-    chunk each time.
+    Without it, freed and allocated again, such large blocks stay with the process: glibc's heap
+    grew by a chunk each time.
     """
 
     def __init__(self, weight: Tensor, most: int) -> None:
@@ -172,11 +173,11 @@ def _logps_and_slopes(
     rule: LogitRule,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one chunk: log-probs [r], slopes [r, V] in the weight's dtype, and a factor [r, 1].
+    """For a chunk: log-probs [r], slopes [r, V] in the weight's dtype, and a factor [r, 1].
 
-    d logp / d (head's output) = factor * slopes. The factor, one over the softmax's denominator,
-    goes into narrow products, so that no pass over the vocabulary is spent on it. The work is
-    done in `out` [r, V] where it is given.
+    d logp / d (head's output) = factor * slopes. The factor, the reciprocal of the softmax's
+    denominator, is applied to the narrow products instead, which saves a pass over the vocabulary.
+    The computation uses `out` [r, V] where it is given.
     """
     if out is None:
         out = hidden.new_empty(len(hidden), weight.shape[0], dtype=_wide(weight.dtype))
@@ -187,16 +188,16 @@ def _logps_and_slopes(
     logits = rule.apply_(out if bias is None else out.add_(bias))
     picks = targets[:, None]
     at_target = logits.gather(-1, picks)
-    bend = rule.slope(logits)
+    rule_slope = rule.slope(logits)
     top = logits.amax(-1, keepdim=True)
     slopes = logits.sub_(top).exp_()
     total = slopes.sum(-1, keepdim=True)
     slopes.scatter_add_(-1, picks, -total)
-    if isinstance(bend, Tensor):
-        slopes.mul_(bend)
-        bend = 1.0
+    if isinstance(rule_slope, Tensor):
+        slopes.mul_(rule_slope)
+        rule_slope = 1.0
     logps = (at_target - top - total.log()).squeeze(-1)
-    return logps, slopes.to(weight.dtype), -bend / total
+    return logps, slopes.to(weight.dtype), -rule_slope / total
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

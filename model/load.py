@@ -1,7 +1,7 @@
-"""Load a causal LM, and know of each architecture whether its rows may hold several pairs.
+"""Load a causal LM, and tell for each architecture whether a row may hold several pairs.
 
-The allow-list is what the tests compare with one response at a time through transformers' own
-forward. Any other architecture runs one response a row.
+The tests compare every architecture of the allow-list with one response at a time through
+transformers' own forward. Any other architecture runs one response a row.
 """
 
 from __future__ import annotations
@@ -21,42 +21,11 @@ REGISTERED: dict[Attention, str] = {"sdpa": SDPA, "flex_attention": FLEX}
 
 PACKABLE = frozenset(
     {
-        "arcee",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "granitemoe",
-        "helium",
-        "hunyuan_v1_dense",
-        "llama",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "nanochat",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "starcoder2",
-        "vaultgemma",
+        *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text"),
+        *("glm", "glm4", "gpt2", "gpt_neox", "granite", "granitemoe", "helium"),
+        *("hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "mixtral"),
+        *("nanochat", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe"),
+        *("qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2", "vaultgemma"),
     }
 )
 
@@ -70,11 +39,11 @@ def load_model(
     attn: Attention | None = None,
     adapter: str | Path | None = None,
 ) -> nn.Module:
-    """The causal LM in eval mode without dropout, with an attention that packed rows can use.
+    """The causal LM in eval mode without dropout, with an attention that supports packed rows.
 
     `attn` is by default FlexAttention on a GPU and sdpa elsewhere; `adapter` is a PEFT adapter to
     put on top, and then a `PeftModel` is returned. Raises `UserError` for a dtype that torch does
-    not have and for a model that is not there or is no causal LM.
+    not have and for a model that does not exist or is no causal LM.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
@@ -98,17 +67,17 @@ def default_attention(device: torch.device | str) -> Attention:
 
 
 def packs(config: PretrainedConfig) -> bool:
-    """Whether rows of this architecture may hold several pairs with shared prompts."""
+    """Whether a row of this architecture may hold several pairs with shared prompts."""
     config = config.get_text_config()
     causal = not getattr(config, "use_bidirectional_attention", False)
     return config.model_type in PACKABLE and causal
 
 
 def rope_limit(config: PretrainedConfig) -> int | None:
-    """The longest row, in tokens, whose rotary frequencies are those of every shorter one.
+    """The longest row, in tokens, whose rotary frequencies equal those of every shorter one.
 
     Two kinds of rotary embedding choose their frequencies by the longest position in the batch:
-    beyond this length a sequence has to be computed by itself. None for all other kinds.
+    beyond this length a sequence has to be computed alone. None for all other kinds.
     """
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -122,7 +91,7 @@ def rope_limit(config: PretrainedConfig) -> int | None:
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each layer, None where it sees all that came before."""
+    """The sliding window of each layer in tokens, None for full attention."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
@@ -148,7 +117,7 @@ def set_attention(lm: PreTrainedModel, attn: Attention) -> None:
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0: a policy is compared with scores that were made without."""
+    """Set every dropout rate to 0: the policy is compared with scores computed without dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""From rows of token ids to log-probs of the responses' tokens: the one forward of both stages.
+"""From rows of token ids to log-probs of the responses' tokens: the forward of both stages.
 
 `SequenceLogps` is also the unit of sharding: FSDP2 gathers the head's weights only inside the
 forward of the root module, so the head is used nowhere else.
@@ -45,13 +45,13 @@ class SequenceLogps(nn.Module):
         self.keep_bytes = keep_bytes
         self.packs = packs(self.lm.config)
         self.rope_limit = rope_limit(self.lm.config)
-        # Of an architecture that the tests do not cover, the head is tried once.
+        # For an architecture that the tests do not cover, the head is checked once.
         self._head_is_known = self.packs and self.lm.config.get_text_config() is self.lm.config
         if self.lm.config._attn_implementation not in (SDPA, FLEX):
             set_attention(self.lm, default_attention(self.lm.device))
         if not self.packs:
             logger.warning(
-                "%s is not known to pack: one response a row, prompts computed twice",
+                "%s is not on the list to pack: one response a row, prompts computed twice",
                 self.lm.config.get_text_config().model_type,
             )
 
@@ -62,13 +62,13 @@ class SequenceLogps(nn.Module):
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
-        """The blocks of the decoder, each of which FSDP2 may shard by itself."""
+        """The blocks of the decoder, which FSDP2 may shard separately."""
         count = self.lm.config.get_text_config().num_hidden_layers
         modules = self.lm.get_decoder().modules()
         return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count)
 
     def plan(self, pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
-        """Which pairs go through one forward together, at most `max_tokens` tokens each time."""
+        """The indices of the pairs in each forward, at most `max_tokens` tokens at a time."""
         alone: list[int] = []
         together: list[int] = []
         for index, pair in enumerate(pairs):
@@ -77,7 +77,7 @@ class SequenceLogps(nn.Module):
         return [[i] for i in alone] + [[together[i] for i in row] for row in plan]
 
     def collate(self, pairs: Sequence[RenderedPair], device: torch.device | str) -> Batch:
-        """The pairs as one batch of the kind that the architecture takes."""
+        """The pairs as a batch, packed where the architecture allows it."""
         if not self.packs or any(self._beyond_rope_limit(pair) for pair in pairs):
             return unpacked(pairs, device)
         flex = self.lm.config._attn_implementation == FLEX
@@ -116,7 +116,7 @@ class SequenceLogps(nn.Module):
             return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         flex = self.lm.config._attn_implementation == FLEX
         masks = PackedMasks(batch, layer_windows(self.lm.config) if flex else ())
-        # A mask of four dimensions is passed on as it is, so that none is built in vain.
+        # A mask of four dimensions is passed through, so that transformers builds none.
         return decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -132,7 +132,7 @@ class SequenceLogps(nn.Module):
 def _through_module(
     head: nn.Module, hidden: Tensor, targets: Tensor, rule: LogitRule, chunk: int
 ) -> Tensor:
-    """An adapter on the head has a forward of its own: in chunks, computed again backward."""
+    """For a head with an adapter and so a forward of its own: in chunks, recomputed backward."""
 
     def logps(rows: Tensor, picks: Tensor) -> Tensor:
         logits = head(rows)
@@ -162,7 +162,7 @@ def _forget_longest(decoder: nn.Module) -> None:
 
 
 def logit_rule(lm: PreTrainedModel) -> LogitRule:
-    """What the architecture does behind its head, from the config."""
+    """What the architecture does to the logits of its head, from the config."""
     config = lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
@@ -183,18 +183,18 @@ def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
         ):
             return
     raise UserError(
-        f"{lm.config.model_type} changes its logits in a way that is not known here; "
+        f"{lm.config.model_type} changes its logits in an unknown way; "
         "score it with --engine vllm, or choose another model"
     )
 
 
 def sum_by_sequence(values: Tensor, batch: Batch) -> Tensor:
-    """[R] of scored tokens -> [S] sums, added up in float64; float32 where a gradient is wanted."""
+    """[R] of scored tokens -> [S] sums, added in float64; float32 where a gradient is needed."""
     total = torch.zeros(batch.num_sequences, dtype=torch.float64, device=values.device)
     total = total.index_add(0, batch.sequence, values.double())
     return total.float() if values.requires_grad else total
 
 
 def split_by_sequence(values: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    """[R] of scored tokens -> the values of each sequence by itself, in text order."""
-    return values.split(batch.counts)
+    """[R] of scored tokens -> the values of each sequence separately, in text order."""
+    return values.split(batch.token_counts)

@@ -1,9 +1,9 @@
 """Rows of token ids for a model: pairs packed with their prompt once, or one response a row.
 
-A packed row holds, for each of its pairs, the tokens both branches share, then what is left of
-the chosen branch, then what is left of the rejected one. Position ids restart at the shared
-length, so that each branch follows its prompt; `masks.py` keeps branches and pairs apart.
-`plan_rows` says which pairs lie in which row: the speed depends on it, the numbers do not.
+A packed row holds, for each of its pairs, the tokens that the branches share, then the rest of the
+chosen branch, then the rest of the rejected branch. Position ids restart at the shared length, so
+that each branch follows its prompt; the masks of `attention.py` keep branches and pairs apart.
+`plan_rows` assigns pairs to rows: the speed depends on it, the numbers do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARED, CHOSEN, REJECTED = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward computes: B rows of L tokens, and the R scored tokens among them.
+    """The input of a forward: B rows of L tokens, and the R scored tokens among them.
 
     Scored tokens are ordered by sequence, and within a sequence as in the text. Sequence
     `2 * i` is the chosen and `2 * i + 1` the rejected branch of the i-th pair given.
@@ -33,18 +33,17 @@ class Batch:
 
     input_ids: Tensor  # [B, L]
     position_ids: Tensor  # [B, L], from 0 in every sequence
-    pair: Tensor  # [B, L], which pair a token belongs to; PADDING behind the last
+    pair: Tensor  # [B, L], which pair a token belongs to; PADDING after the last
     branch: Tensor  # [B, L], SHARED, CHOSEN or REJECTED
     predict: Tensor  # [R], flat index into B * L of the token whose hidden state predicts
     targets: Tensor  # [R], the scored token ids
     sequence: Tensor  # [R], which sequence a scored token belongs to
-    tail: Tensor  # [R], bool: part of the end of turn
-    counts: tuple[int, ...]  # scored tokens of each sequence
+    token_counts: tuple[int, ...]  # scored tokens of each sequence
     spans: tuple[tuple[int, int], ...] | None  # a packed row's [start, stop) per pair
 
     @property
     def num_sequences(self) -> int:
-        return len(self.counts)
+        return len(self.token_counts)
 
     @property
     def num_tokens(self) -> int:
@@ -65,9 +64,9 @@ def padded_tokens(pair: RenderedPair) -> int:
 def plan_rows(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
     """Indices of the pairs in each packed row, at most `max_tokens` tokens a row.
 
-    Best fit in decreasing size: the longest pair first, each into the fullest row that still has
-    room. A pair longer than the budget gets a row of its own. The plan is a function of the
-    lengths alone; rows come longest pair first, indices within a row ascending.
+    Best fit decreasing: the longest pair first, each into the fullest row that still has room. A
+    pair longer than the budget gets a row of its own. The plan is a function of the lengths alone;
+    rows come longest pair first, indices within a row ascending.
     """
     sizes = [packed_tokens(pair) for pair in pairs]
     rows: list[list[int]] = []
@@ -87,7 +86,7 @@ def plan_rows(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]
 def plan_padded(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
     """Indices of the pairs in each padded batch, at most `max_tokens` tokens with the padding.
 
-    Pairs of like length go together, longest first; one that is too long for the budget is alone.
+    Pairs of similar length go together, longest first; one longer than the budget is alone.
     """
     widths = [padded_tokens(pair) for pair in pairs]
     batches: list[list[int]] = []
@@ -105,7 +104,7 @@ def pack(
 ) -> Batch:
     """One packed row of all the pairs, padded to a multiple of `multiple` tokens.
 
-    Of no pairs, a row of padding: a process without work must still join its group's forward.
+    Without pairs, a row of padding: a process without work must still join its group's forward.
     """
     row = _Columns()
     spans = []
@@ -114,9 +113,9 @@ def pack(
         row.add(pair.chosen.token_ids[:shared], 0, index, SHARED)
         for branch, sequence in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
             assert 0 <= shared <= sequence.start, (shared, sequence.start)
-            first = len(row.ids)  # where the branch's own tokens begin in the row
+            first = len(row.ids)  # index of the branch's own first token
             row.add(sequence.token_ids[shared:], shared, index, branch)
-            before = first + sequence.start - shared  # where the first scored token stands
+            before = first + sequence.start - shared  # index of the first scored token
             # The token before the first scored one is the branch's own, or the last shared one.
             opener = before - 1 if sequence.start > shared else start + shared - 1
             row.score(sequence, 2 * index + branch - 1, opener, before)
@@ -127,7 +126,7 @@ def pack(
 
 
 def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") -> Batch:
-    """One response a row with the prompt before it, padded on the right; of no pairs, as `pack`."""
+    """One response a row after its prompt, padded on the right; without pairs, as `pack`."""
     rows = _Columns()
     width = max((padded_tokens(pair) for pair in pairs), default=1)
     if not pairs:
@@ -144,7 +143,7 @@ def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") 
 
 
 class _Columns:
-    """The columns of a batch as they grow, plain lists until all is in place."""
+    """The columns of a batch under construction, as plain lists."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -154,8 +153,7 @@ class _Columns:
         self.predict: list[int] = []
         self.targets: list[int] = []
         self.sequences: list[int] = []
-        self.tail: list[bool] = []
-        self.counts: list[int] = []
+        self.token_counts: list[int] = []
 
     def add(self, token_ids: list[int], position: int, pair: int, branch: int) -> None:
         """Append tokens whose positions count up from `position`."""
@@ -166,15 +164,13 @@ class _Columns:
         self.branches += [branch] * count
 
     def score(self, sequence: RenderedSequence, number: int, opener: int, first: int) -> None:
-        """Append the scored tokens: the first stands at `first` and is predicted at `opener`."""
+        """Append the scored tokens: the first is at index `first` and is predicted at `opener`."""
         assert sequence.start > 0, "the first token of a sequence has nothing to predict it"
         count = len(sequence.token_ids) - sequence.start
-        end = sequence.end_start - sequence.start
         self.predict += [opener, *range(first, first + count - 1)]
         self.targets += sequence.token_ids[sequence.start :]
         self.sequences += [number] * count
-        self.tail += [False] * end + [True] * (count - end)
-        self.counts.append(count)
+        self.token_counts.append(count)
 
     def batch(
         self,
@@ -182,8 +178,8 @@ class _Columns:
         spans: tuple[tuple[int, int], ...] | None,
         device: torch.device | str,
     ) -> Batch:
-        def column(values: list[int] | list[bool], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
         return Batch(
             input_ids=column(self.ids).view(shape),
@@ -193,7 +189,6 @@ class _Columns:
             predict=column(self.predict),
             targets=column(self.targets),
             sequence=column(self.sequences),
-            tail=column(self.tail, torch.bool),
-            counts=tuple(self.counts),
+            token_counts=tuple(self.token_counts),
             spans=spans,
         )

@@ -1,88 +1,108 @@
-"""Settings of `mrpo precompute`: its flags, YAML keys and defaults. Standard library only.
-
-Settings of `mrpo refs`. Standard library only."""
+"""Settings of `mrpo precompute` and `mrpo refs`. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from ..errors import UserError
+from ..settings import (
+    PAIRS,
+    REFS_CONFIG,
+    References,
+    ScoredPairSettings,
+    StoreSettings,
+    above_zero,
+    share,
+)
+from .engines import ENGINES
+
+if TYPE_CHECKING:
+    EngineChoice = str
+else:
+    EngineChoice = Literal[("auto", *ENGINES)]
 
 
 @dataclass(kw_only=True, slots=True)
-class PrecomputeConfig:
-    """Score every pair under every reference, once and for good.
+class PrecomputeConfig(ScoredPairSettings):
+    """Score every pair under every reference, once for all training runs.
 
     Each reference runs in a process of its own, with its own tokenizer and chat template. What
-    the store has is not scored again; a run that was stopped goes on where it was. The scores
-    serve every later training run.
+    the store has is not scored again, and a run that was stopped continues where it was.
 
     Example: `mrpo precompute --pairs pairs --refs llama,mistral,qwen --store store`
     """
 
-    refs: Annotated[str, "aliases of refs.yaml, comma-separated; the first is the base"]
-    pairs: Annotated[
-        str | None, "folder of pairs as `mrpo prepare` writes it; by default `pairs`"
-    ] = None
+    refs: References
     data: Annotated[
-        str | None, "a source to prepare into the folder of pairs first, as `mrpo prepare` takes it"
-    ] = None
-    refs_config: Annotated[str, "the file that says what an alias is"] = "configs/refs.yaml"
-    store: Annotated[
-        str | None, "the score store, a folder or URL; by default $MRPO_STORE, else `store`"
+        str | None, "A source to prepare into --pairs first, as `mrpo prepare` takes it."
     ] = None
     engine: Annotated[
-        Literal["auto", "hf", "vllm", "server"],
+        EngineChoice,
         "hf: transformers; vllm: vLLM; server: a running vLLM server; "
-        "auto: vllm where a GPU and vLLM are present, else hf",
+        "auto: vllm where a GPU and vLLM are present, else hf.",
     ] = "auto"
     server: Annotated[
         str | None,
-        "URL of the vLLM server for --engine server; for several references alias=URL,alias=URL",
+        "URL of the vLLM server for --engine server; for several references alias=URL,alias=URL.",
     ] = None
     dry_run: Annotated[
-        bool, "check access, render every pair, say what would be scored at what cost, and stop"
+        bool, "Check access, render every pair, say what would be scored at what cost, and stop."
     ] = False
     update_refs: Annotated[
-        bool, "take each Hub model's newest commit instead of the one an alias first resolved to"
+        bool, "Take each Hub model's newest commit, not the one an alias first resolved to."
     ] = False
-    keep_token_logps: Annotated[bool, "store the log-prob of every scored token too"] = False
+    keep_token_logps: Annotated[bool, "Store the log-prob of every scored token too."] = False
     max_model_len: Annotated[
         int | None,
-        "leave pairs with a longer sequence (in tokens) unscored; a later run may score them",
+        "Leave pairs with a longer sequence (in tokens) unscored; a later run may score them.",
     ] = None
     max_tokens: Annotated[
         int | None,
-        "tokens computed at once; by default chosen by device, halved when out of memory",
+        "Tokens computed at once. By default chosen by device, halved when out of memory.",
     ] = None
     bf16: Annotated[
         bool,
-        "engine hf: compute in bfloat16 (autocast); such scores are kept apart from exact ones",
+        "Engine hf: compute in bfloat16 (autocast); such scores are kept apart from exact ones.",
     ] = False
     gpu_memory_utilization: Annotated[
-        float, "engine vllm: share of the GPU's memory that it may take"
+        float, "Engine vllm: share of the GPU's memory that it may take."
     ] = 0.9
     tensor_parallel_size: Annotated[
-        int | None, "engine vllm: GPUs that share each layer; by default as refs.yaml says"
+        int | None, "Engine vllm: GPUs that share each layer. By default as refs.yaml says."
     ] = None
-    pipeline_parallel_size: Annotated[int, "engine vllm: GPUs that take turns over the layers"] = 1
-    data_parallel_size: Annotated[
-        int, "copies of a reference, each in a process with GPUs of its own; they share the shards"
+    pipeline_parallel_size: Annotated[
+        int, "Engine vllm: GPUs that each hold a part of the layers."
     ] = 1
-    concurrency: Annotated[int, "engine server: pairs under way at once"] = 32
+    data_parallel_size: Annotated[
+        int, "Copies of a reference, each in a process with its own GPUs; they share the shards."
+    ] = 1
+    concurrency: Annotated[int, "Engine server: pairs in flight at once."] = 32
+
+    def __post_init__(self) -> None:
+        above_zero(self, "max_model_len", "max_tokens", "gpu_memory_utilization", "concurrency")
+        above_zero(self, "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        share(self, "gpu_memory_utilization")
+        if "@" in (self.server or ""):  # before any message repeats it
+            raise UserError(
+                "--server: credentials in a URL end up in logs; put the key into $VLLM_API_KEY"
+            )
+        if self.bf16 and self.engine in ("vllm", "server"):
+            raise UserError(
+                f"--bf16 is for --engine hf, not {self.engine}; "
+                "set `dtype: bfloat16` in refs.yaml instead"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
-class RefsConfig:
-    """List the references of refs.yaml: size, context, license, and what of the data is scored.
+class RefsConfig(StoreSettings):
+    """List the references of refs.yaml: size, context, license, and how much of the data is scored.
 
-    No weights are loaded. What the Hub alone knows is shown as "?" where it can't be reached.
+    No weights are loaded. What only the Hub knows is shown as "?" where it can't be reached.
 
     Example: `mrpo refs --pairs pairs`
     """
 
-    refs: Annotated[str | None, "aliases to list, comma-separated; by default all"] = None
-    refs_config: Annotated[str, "the file that says what an alias is"] = "configs/refs.yaml"
-    pairs: Annotated[str | None, "folder of pairs; by default `pairs` where there is one"] = None
-    store: Annotated[
-        str | None, "the score store, a folder or URL; by default $MRPO_STORE, else `store`"
-    ] = None
+    refs: Annotated[str | None, "Aliases to list, comma-separated. By default all."] = None
+    refs_config: Annotated[str, REFS_CONFIG] = "configs/refs.yaml"
+    pairs: Annotated[str | None, f"{PAIRS} By default `pairs` where there is one."] = None

@@ -1,27 +1,20 @@
-"""The Hub, asked two things: which commit a model is at, and what its configuration says.
+"""What makes a reference's scores, and with it the reference's name in the store.
 
-Both go through `hf_hub_download`, which answers from its cache where the Hub can't be reached.
-
-
-Digests of local model files: fast on many gigabytes, kept until a file's stat changes.
-
-A file is hashed in blocks by several threads (SHA-256 of the blocks' SHA-256), and the result is
-kept in `MRPO_CACHE` (by default `~/.cache/mrpo`) beside the stat it belongs to. A file written
-moments ago is hashed again, because a second write could leave the same time stamps.
-
-
-What makes a reference's scores, and with it the reference's name in the store.
-
-Weights (the Hub's commit, or a digest of local files), adapter, tokenizer files, chat template and
-its arguments, precision, quantization, rendering version: a change of any is another reference.
-Engine, library versions, machine, folder and data set are not part of it.
+The identity is a digest of the weights (a Hub commit, or digests of local files), adapter,
+tokenizer files, chat template and its arguments, precision, quantization and rendering version: a
+change of any makes another reference. Engine, library versions, machine, folder and data set are
+not part of it.
 
     reference = resolve_reference(spec, store.kept_commits(spec))
     scores = store.scores(reference.identity)
+
+Below: digests of local files, kept between runs, and what is asked of the Hub, which answers from
+its cache where it can't be reached.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,130 +29,8 @@ from typing import Any
 from ..data.ids import digest_of, identity_of
 from ..data.references import DTYPES, ReferenceSpec
 from ..data.rendering import RENDERING_VERSION
-from ..data.store import LocalFiles
 from ..errors import UserError
-
-
-def hub_commit(name: str, revision: str | None, file: str = "config.json") -> str:
-    """The commit that a branch, tag or commit of a Hub model now stands for, 40 hex digits."""
-    # The cache's path of any file is …/snapshots/<commit>/<file>.
-    return _download(name, revision, file).parent.name
-
-
-def hub_config(name: str, revision: str | None, file: str = "config.json") -> dict[str, Any]:
-    """A JSON file of a Hub model."""
-    content = json.loads(_download(name, revision, file).read_text(encoding="utf-8"))
-    assert isinstance(content, dict), content
-    return content
-
-
-def _download(name: str, revision: str | None, file: str) -> Path:
-    """Raises `UserError` where the model is unknown, gated, or neither reachable nor cached."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(hf_hub_download(name, file, revision=revision))
-    except GatedRepoError:
-        raise UserError(
-            f"{name}: gated on the Hub; accept its terms on its page and run `hf auth login`"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{name}: no such model on the Hub, or a private one; check the name in refs.yaml, "
-            "or run `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{name}: the Hub has no revision {revision!r}; check refs.yaml") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{name}: not in the Hub's cache, and the Hub can't be reached; connect, or name a "
-            "local folder in refs.yaml"
-        ) from None
-    except EntryNotFoundError:
-        raise UserError(f"{name}: has no {file}; is it a model that transformers loads?") from None
-
-
-BLOCK = 16 * 2**20  # bytes hashed at a time by one thread
-SETTLED = 2 * 10**9  # nanoseconds after which a file's time stamps are trusted
-
-
-def cache_folder() -> Path:
-    """Where digests of local files are kept between runs."""
-    given = os.environ.get("MRPO_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or f"{home}/mrpo").expanduser()
-
-
-def files_digest(folder: Path, names: Iterable[str]) -> str:
-    """One digest of several files of a folder, by name and content; 32 hex digits."""
-    return identity_of({name: file_digest(folder / name) for name in names})
-
-
-def file_digest(path: Path) -> str:
-    """The digest of a file's content, from the cache where its stat is unchanged; 64 hex digits."""
-    before = _stat(path)
-    note = f"digests/{digest_of(str(path.resolve()).encode())}.json"
-    cache = LocalFiles(cache_folder())
-    if (known := _read(cache, note)).get("stat") == before:
-        return str(known["digest"])
-    started = time.time_ns()
-    digest = _hash(path, before["size"])
-    if _stat(path) != before:
-        raise UserError(f"{path}: changed while it was read; run again when it is complete")
-    if started - max(before["mtime_ns"], before["ctime_ns"]) > SETTLED:
-        _write(cache, note, {"path": str(path.resolve()), "stat": before, "digest": digest})
-    return digest
-
-
-def _hash(path: Path, size: int) -> str:
-    """SHA-256 over the blocks' SHA-256, so that one large file keeps every core busy."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-
-            def block(start: int) -> bytes:
-                return hashlib.sha256(os.pread(descriptor, BLOCK, start)).digest()
-
-            blocks = pool.map(block, range(0, max(size, 1), BLOCK))
-            return hashlib.sha256(b"".join(blocks)).hexdigest()
-    finally:
-        os.close(descriptor)
-
-
-def _stat(path: Path) -> dict[str, int]:
-    """What changes when a file does, whether it is rewritten, replaced or restored by a copy."""
-    stat = os.stat(path)
-    return {
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-        "device": stat.st_dev,
-    }
-
-
-def _read(cache: LocalFiles, note: str) -> dict[str, Any]:
-    try:
-        known = json.loads(cache.read(note))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) and "digest" in known else {}
-
-
-def _write(cache: LocalFiles, note: str, known: dict[str, Any]) -> None:
-    try:
-        cache.write(note, json.dumps(known).encode())
-    except OSError:  # a home that can't be written: the next run hashes again, no more
-        return
-
+from ..files import write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -181,6 +52,8 @@ TOKENIZER_FILES = (
 )
 # Notes of where a model came from and what wrote it: the same model saved elsewhere differs here.
 CONFIG_NOTES = ("_name_or_path", "transformers_version", "_commit_hash", "base_model_name_or_path")
+BLOCK = 16 * 2**20  # bytes hashed at a time by one thread
+SETTLED = 2 * 10**9  # nanoseconds after which a file's time stamps are trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +81,10 @@ class ResolvedReference:
 def resolve_reference(
     spec: ReferenceSpec, kept: Mapping[str, str] | None = None, *, update: bool = False
 ) -> ResolvedReference:
-    """Find out which weights a reference means, and name them.
+    """Find the weights that a reference means, and what its identity is made of.
 
-    `kept` are the commits that the alias resolved to before (`Store.kept_commits`); they hold
-    unless `update`. Where the Hub can't be reached, what its cache knows is taken.
+    `kept` are the commits that the alias resolved to before (`Store.kept_commits`); they are used
+    again unless `update`.
 
     Raises `UserError` where a model is missing, gated or incomplete.
     """
@@ -274,7 +147,7 @@ def _commit(
     kept: Mapping[str, str],
     moved: dict[str, str],
 ) -> str:
-    """The commit to use; where the Hub has moved on from a kept one, `moved` says so."""
+    """The commit to use; where the Hub has a newer one than is kept, it is put into `moved`."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     if part not in kept:
@@ -320,7 +193,7 @@ def _local_part(alias: str, folder: Path, config: str, patterns: tuple[str, ...]
     """Digests of a local model's or adapter's weights and configuration."""
     content = _json(alias, folder / config)
     notes = {key: value for key, value in content.items() if key not in CONFIG_NOTES}
-    names = next((found for pattern in patterns if (found := _existing(folder, pattern))), [])
+    names = next((files for pattern in patterns if (files := _existing(folder, pattern))), [])
     for index in folder.glob("*.safetensors.index.json"):
         shards = set(_json(alias, index).get("weight_map", {}).values())
         if absent := sorted(shards - set(_existing(folder, "*.safetensors"))):
@@ -334,8 +207,8 @@ def _local_part(alias: str, folder: Path, config: str, patterns: tuple[str, ...]
 
 
 def _existing(folder: Path, *patterns: str) -> list[str]:
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _json(alias: str, path: Path) -> dict[str, Any]:
@@ -351,3 +224,119 @@ def _json(alias: str, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"reference {alias}: {path} is not a JSON object; restore it")
     return content
+
+
+def cache_folder() -> Path:
+    """Where digests of local files are kept between runs."""
+    given = os.environ.get("MRPO_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(given or f"{home}/mrpo").expanduser()
+
+
+def files_digest(folder: Path, names: Iterable[str]) -> str:
+    """One digest of several files of a folder, by name and content; 32 hex digits."""
+    return identity_of({name: file_digest(folder / name) for name in names})
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's content, 64 hex digits: SHA-256 over the SHA-256 of its blocks.
+
+    It is kept in `cache_folder()` until the file's stat changes. A file written moments ago is
+    hashed again next time, because a second write could leave the same time stamps. Raises
+    `UserError` for a file that changes meanwhile.
+    """
+    before = _stat(path)
+    cached = cache_folder() / "digests" / f"{digest_of(str(path.resolve()).encode())}.json"
+    if (known := _cached(cached)).get("stat") == before:
+        return str(known["digest"])
+    started = time.time_ns()
+    digest = _hash(path, before["size"])
+    if _stat(path) != before:
+        raise UserError(f"{path}: changed while it was read; run again when it is complete")
+    if started - max(before["mtime_ns"], before["ctime_ns"]) > SETTLED:
+        # Where the home can't be written, the next run hashes again.
+        with contextlib.suppress(OSError):
+            write_json(cached, {"path": str(path.resolve()), "stat": before, "digest": digest})
+    return digest
+
+
+def _hash(path: Path, size: int) -> str:
+    """In blocks, so that a single large file keeps every core busy."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+
+            def block(start: int) -> bytes:
+                return hashlib.sha256(os.pread(descriptor, BLOCK, start)).digest()
+
+            blocks = pool.map(block, range(0, max(size, 1), BLOCK))
+            return hashlib.sha256(b"".join(blocks)).hexdigest()
+    finally:
+        os.close(descriptor)
+
+
+def _stat(path: Path) -> dict[str, int]:
+    """What changes when a file does, whether it is rewritten, replaced or restored by a copy."""
+    stat = os.stat(path)
+    return {
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+        "device": stat.st_dev,
+    }
+
+
+def _cached(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and "digest" in known else {}
+
+
+def hub_commit(name: str, revision: str | None, file: str = "config.json") -> str:
+    """The commit that a branch, tag or commit of a Hub model now stands for, 40 hex digits."""
+    # The cache's path of any file is …/snapshots/<commit>/<file>.
+    return _download(name, revision, file).parent.name
+
+
+def hub_config(name: str, revision: str | None, file: str = "config.json") -> dict[str, Any]:
+    """A JSON file of a Hub model."""
+    content = json.loads(_download(name, revision, file).read_text(encoding="utf-8"))
+    assert isinstance(content, dict), content
+    return content
+
+
+def _download(name: str, revision: str | None, file: str) -> Path:
+    """Raises `UserError` where the model is unknown, gated, or neither reachable nor cached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except GatedRepoError:
+        raise UserError(
+            f"{name}: gated on the Hub; accept its terms on its page and run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{name}: no such model on the Hub, or a private one; check the name in refs.yaml, "
+            "or run `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name}: the Hub has no revision {revision!r}; check refs.yaml") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{name}: not in the Hub's cache, and the Hub can't be reached; connect, or name a "
+            "local folder in refs.yaml"
+        ) from None
+    except EntryNotFoundError:
+        raise UserError(f"{name}: has no {file}; is it a model that transformers loads?") from None

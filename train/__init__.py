@@ -1,1 +1,5 @@
-"""Stage two: the mathematics of several references, the stream, the loop, the checkpoints."""
+"""Stage two: the stream of scored pairs, the loop, the checkpoints, the export."""
+
+from ..settings import make_callable
+
+make_callable(__name__, "config:TrainConfig", "run:train")  # mrpo.train(…)

@@ -1,7 +1,7 @@
-"""Pairs beside the joined scores, row for row: what a run reads, shard by shard.
+"""Pairs beside their joined scores, row for row: what a training run reads, shard by shard.
 
-`stream.py` decides in which order; this file knows where things stand. Row numbers are those
-within a shard, and the two folders have the same shards.
+The folder of pairs and the folder of joined scores have the same shards, and row numbers are
+those within a shard. `stream.py` decides the order in which rows are read.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from ..data.ids import ids_to_numpy
 from ..data.join import JoinedScores, matrix
 from ..data.pairs import Pair, in_fraction, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
-from ..data.store import LocalFiles
 from ..errors import UserError
+from ..files import write_bytes
 from ..method.objective import Method, ReferenceLogps
-from ..method.weightings import FROM_HELD_OUT
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
-WEIGHTINGS_FROM_DATA = (*FROM_HELD_OUT, "fitted")
-USABLE = "usable.npy"  # for every row, what it is used for
+USABLE = "usable.npy"  # beside the joined scores: what every row is used for
 UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
-SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]
+SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]  # quick to read
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,28 +40,29 @@ class Chunk:
     def pairs(self, start: int, stop: int) -> list[Pair]:
         return from_table(self.table.slice(start, stop - start))
 
-    def ids(self, start: int, stop: int) -> list[bytes]:
-        """16 bytes each."""
-        return [one.tobytes() for one in ids_to_numpy(self.table["pair_id"])[start:stop]]
+    def ids(self, places: Rows) -> list[bytes]:
+        """The pairs' ids, 16 bytes each."""
+        column = self.table["pair_id"].take(pa.array(places, pa.int64()))
+        return [pair_id.tobytes() for pair_id in ids_to_numpy(column)]
 
 
 class Window:
-    """Rows of several shards in memory, to be taken from in any order."""
+    """Rows of several shards in memory, from which any can be taken in any order."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = chunks
-        self._first = np.cumsum([0, *map(len, chunks)])  # of each chunk's rows, behind each other
+        self._first = np.cumsum([0, *map(len, chunks)])  # place of each chunk's first row
 
     def take(self, places: Rows) -> Chunk:
-        """The rows at the given places, in that order."""
+        """The rows at the given places, in that order; places count through all chunks."""
         of_chunk = np.searchsorted(self._first, places, side="right") - 1
-        by_chunk = np.argsort(of_chunk, kind="stable")
         tables, scores = [], []
         for index in np.unique(of_chunk):
             rows = places[of_chunk == index] - self._first[index]
             tables.append(self._chunks[index].table.take(pa.array(rows, pa.int64())))
             scores.append((self._chunks[index].scores, rows))
-        back = np.argsort(by_chunk)
+        # Rows now stand chunk by chunk: bring them back into the order asked for.
+        back = np.argsort(np.argsort(of_chunk, kind="stable"))
         table = pa.concat_tables(tables).take(pa.array(back, pa.int64()))
         return Chunk(table, stacked([(stacked(scores), back)]))
 
@@ -78,8 +77,11 @@ class TrainingPairs:
         prompt_numbers: bool,
         fraction: float = 1.0,
     ) -> None:
-        """`prompt_numbers`: fill `ReferenceLogps.prompts`, which takes reading every prompt;
-        `fraction`: of the training prompts, those to use."""
+        """
+        Args:
+            prompt_numbers: fill `ReferenceLogps.prompts`, for which every prompt is read.
+            fraction: share of the training prompts to use.
+        """
         if (pairs.names, pairs.rows) != (scores.names, scores.rows):
             raise UserError(
                 f"{scores.path} was joined to other pairs than those in {pairs.path}; "
@@ -93,7 +95,7 @@ class TrainingPairs:
         return len(self.pairs.names)
 
     def scores(self, shard: int) -> tuple[ReferenceLogps, np.ndarray]:
-        """The scores of a whole shard, and of each row whether it is held out."""
+        """The scores of a whole shard, and [rows] bool: which are held out."""
         columns = [*SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
         table = self.pairs.table(shard, list(dict.fromkeys(columns)))
         held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
@@ -101,13 +103,13 @@ class TrainingPairs:
 
     def chunk(self, shard: int, rows: Rows) -> Chunk:
         """The given rows of a shard, in the given order."""
-        where = pa.array(rows, pa.int64())
-        table = self.pairs.table(shard).take(where)
-        return Chunk(table, self._scores(table, self.joined.table(shard).take(where)))
+        indices = pa.array(rows, pa.int64())
+        table = self.pairs.table(shard).take(indices)
+        return Chunk(table, self._scores(table, self.joined.table(shard).take(indices)))
 
     def prepared(self, method: Method) -> Method:
-        """The method with the weights that it takes from the data, if it takes any."""
-        if method.weighting not in WEIGHTINGS_FROM_DATA:
+        """The method with the weights that it learns from the data, if it learns any."""
+        if not method.learns_weights:
             return method
         parts = [(*self.scores(shard), self._left_out(shard)) for shard in range(self.num_shards)]
         training = stacked([(scores, np.flatnonzero(~held & ~out)) for scores, held, out in parts])
@@ -119,8 +121,8 @@ class TrainingPairs:
     ) -> tuple[list[Rows], list[Rows], int]:
         """The rows of each shard to train on, those held out, and how many can't be used.
 
-        That takes reading all scores. It is kept beside them, and a resumed run, whose method is
-        the same, begins with what the first one found.
+        All scores are read for that. The result is stored beside them, and a resumed run, whose
+        method is the same, reads it from there.
         """
         path = self.joined.path / USABLE
         if resumed and path.exists():
@@ -129,7 +131,7 @@ class TrainingPairs:
             kinds = np.concatenate([self._kinds(method, n) for n in range(self.num_shards)])
             content = io.BytesIO()
             np.save(content, kinds, allow_pickle=False)
-            LocalFiles(self.joined.path).write(USABLE, content.getvalue())
+            write_bytes(path, content.getvalue())
         of_shards = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
         training = [np.flatnonzero(rows == TRAINING) for rows in of_shards]
         held_out = [np.flatnonzero(rows == HELD_OUT) for rows in of_shards]
@@ -141,7 +143,7 @@ class TrainingPairs:
         return np.where(method.usable(scores), kinds, UNUSABLE).astype(np.uint8)
 
     def _left_out(self, shard: int) -> np.ndarray:
-        """[rows] bool: beyond the fraction, if it is a training pair."""
+        """[rows] bool: which training pairs `fraction` leaves out."""
         if self.fraction >= 1:
             return np.zeros(self.pairs.rows[shard], bool)
         pairs = self.pairs.pairs(shard)

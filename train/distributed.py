@@ -1,6 +1,6 @@
-"""The processes of a run: one alone, or as many as torchrun started.
+"""The processes of a run: one, or as many as torchrun started.
 
-Everything here is also right for one process, so that the loop has no second path. Collectives of
+Everything here works for a single process too, so that the loop has no second path. Collectives of
 small numbers go over gloo on the CPU; FSDP2's own go over NCCL where there are GPUs.
 """
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among the run's: its number, how many there are, its device."""
+    """This process among those of the run: its rank, their number, its device."""
 
     rank: int
     world: int
@@ -30,7 +30,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str | None) -> Ranks:
-        """Join the processes that torchrun started; alone where it started none."""
+        """Join the processes that torchrun started, if it started any."""
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {kind}: torch finds no GPU here; use --device cpu")
@@ -54,7 +54,7 @@ class Ranks:
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        """Print on the first process alone."""
+        """Print, on the first process only."""
         if self.first:
             print(line, flush=True)
 
@@ -67,7 +67,7 @@ class Ranks:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on one process or more: what all of them then act on."""
+        """Whether the flag is set on any process; the same answer on all of them."""
         return flag if self.world == 1 else bool(self.max(torch.tensor(float(flag))))
 
     def barrier(self) -> None:
@@ -75,9 +75,9 @@ class Ranks:
             self.sum(torch.zeros(()))
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """Do the work on the first process and give its result to all.
+        """Do the work on the first process and return its result on all.
 
-        A user's mistake found there is raised on all of them, so that none waits for the others.
+        A `UserError` is raised on all of them, so that none is left waiting.
         """
         if self.world == 1:
             return work()
@@ -88,9 +88,9 @@ class Ranks:
             except UserError as error:
                 box = [(None, str(error))]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        result, mistake = box[0]
-        if mistake is not None:
-            raise UserError(mistake)
+        result, message = box[0]
+        if message is not None:
+            raise UserError(message)
         return result  # type: ignore[return-value]
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

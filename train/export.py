@@ -3,8 +3,8 @@
 The folder holds one Parquet file a split, which `datasets.load_dataset(folder)` reads: `prompt`,
 `chosen`, `rejected` as TRL expects them, `tools` and `chat_template_kwargs` where pairs have
 them, `ref_chosen_logps` and `ref_rejected_logps` (float64, nats, of the whole response) and
-`pair_id`. The method is reduced to one scalar a response, so multi-dpo, which has no virtual
-reference, is refused, and so are normalized log-probs, which TRL's loss would not match.
+`pair_id`. The method is reduced to one number a response, so multi-dpo, which has no virtual
+reference, is refused.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import open_store
 from ..errors import UserError
-from ..method.grammar import method_of
+from ..files import new_folder
+from ..method.grammar import reference_method
 from ..method.objective import SEPARATE, Method
-from ..settings import write_resolved
+from ..settings import command, write_resolved
 from .config import ExportConfig
 from .dataset import TrainingPairs
 
-RESOLVED = "export.yaml"
+SETTINGS = "export.yaml"
 SPLITS = ("train", "validation")
 
 
+@command(ExportConfig)
 def export(config: ExportConfig) -> Path:
-    """Write the folder; returns it. It appears complete or not at all."""
+    """Write the folder `out`, which appears complete or not at all; returns it.
+
+    Prints the method and the number of pairs. Raises `UserError` for a method without a virtual
+    reference, pairs that are not scored, and a folder that is not an earlier export.
+    """
     method = _method(config)
     pairs = PairShards(config.pairs)
     store, specs = open_store(config.store), load_refs(config.refs_config)
     records = [store.resolve(alias, specs) for alias in method.references]
-    out = _free(Path(config.out))
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        joined = join(pairs, store, records, partial / "scores", refs_config=config.refs_config)
-        source = TrainingPairs(pairs, joined, prompt_numbers=method.weighting == "fitted")
+    out = Path(config.out)
+    _check_out(out)
+    with new_folder(out) as folder:
+        joined = join(pairs, store, records, folder / "scores", refs_config=config.refs_config)
+        source = TrainingPairs(pairs, joined, prompt_numbers=method.reads_prompts)
         method = source.prepared(method)
-        counts = _write(source, method, partial)
+        counts = _write(source, method, folder)
         shutil.rmtree(joined.path)
-        write_resolved(config, partial / RESOLVED)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_resolved(config, folder / SETTINGS)
     print(f"method     {method}")
     for line in method.fitted.describe(method.references) if method.fitted else []:
         print(line)
@@ -66,8 +66,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def _method(config: ExportConfig) -> Method:
-    """The method over the references that it uses, and no others."""
-    method = method_of(config)
+    method = reference_method(config)
     if method.kind == SEPARATE:
         raise UserError(
             f"method {config.method!r} averages losses and has no virtual reference to export; "
@@ -76,18 +75,20 @@ def _method(config: ExportConfig) -> Method:
     return method
 
 
-def _free(out: Path) -> Path:
-    """The folder itself if it can be written, or is an earlier export to be replaced."""
+def _check_out(out: Path) -> None:
+    """Raise `UserError` unless the folder can be created, is empty, or is an earlier export."""
     first = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not first.is_dir():
         raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
-    if out.exists() and any(out.iterdir()) and not (out / RESOLVED).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / SETTINGS).is_file():
         raise UserError(f"--out {out} is neither empty nor an earlier export; name another folder")
-    return out
 
 
 def _write(source: TrainingPairs, method: Method, folder: Path) -> dict[str, int]:
-    """One Parquet file a split; returns the pairs in each. One shard is in memory at a time."""
+    """Write a Parquet file for each split; returns its number of pairs.
+
+    One shard is in memory at a time.
+    """
     features = _features(source.pairs)
     counts = {}
     for split in SPLITS:
@@ -114,9 +115,9 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     scores, held_out = source.scores(shard)
     targets = method.targets(scores, held_out=split == "validation")
-    wanted = method.usable(scores) & (held_out == (split == "validation"))
+    exported = method.usable(scores) & (held_out == (split == "validation"))
     pairs, ids = source.pairs.pairs(shard), source.pairs.pair_ids(shard)
-    for row in wanted.nonzero()[0]:
+    for row in exported.nonzero()[0]:
         values = _columns(pairs[row]) | {
             "ref_chosen_logps": float(targets.virtual_chosen_logps[row]),
             "ref_rejected_logps": float(targets.virtual_rejected_logps[row]),
@@ -136,7 +137,7 @@ def _columns(pair: Pair) -> dict[str, Any]:
 
 
 def _features(pairs: PairShards) -> Features:
-    """Messages are JSON columns of `datasets`, so that any template's fields come through."""
+    """The columns; messages as JSON columns of `datasets`, which keep all of their fields."""
     turns = List(Json()) if pairs.kind == "messages" else Value("string")
     columns: dict[str, Any] = dict.fromkeys(("prompt", "chosen", "rejected"), turns)
     for name, kind in (("tools", List(Json())), ("chat_template_kwargs", Json())):

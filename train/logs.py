@@ -1,15 +1,9 @@
-"""What a run says while it trains: log.jsonl always, a progress bar, trackers on request.
+"""What a run logs while it trains: log.jsonl always, a progress bar, trackers on request.
 
-Names are TRL's (`loss`, `grad_norm`, `rewards/accuracies`, `eval_loss`, …) with `perf/*` and
-`refs/*` beside them. A line of log.jsonl is one JSON object with its `step`; a value that is not
-defined is null. On resume the lines behind the checkpoint are cut off, so that the file of a
-killed run has neither a gap nor a line twice.
-
-
-What the steps since the last line of the log add up to.
-
-Sums lie in the run's state, so that a resumed run writes the very line that the killed one would
-have; times are this process's own.
+Names are TRL's (`loss`, `grad_norm`, `rewards/accuracies`, `eval_loss`, …), with `perf/*` and
+`refs/*` beside them. A line of log.jsonl is a JSON object with its `step`; an undefined value is
+null. On resume the lines after the checkpoint are cut off, and the sums since the last line are
+part of the checkpoint, so that the log of a killed run has neither a gap nor a line twice.
 """
 
 from __future__ import annotations
@@ -20,31 +14,31 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..method.objective import Method
+from ..settings import comma_separated
 from .checkpoint import TrainState
 from .forward import MEASURES
 from .stream import Prefetch, StepBatch
 
-LOG_FILE = "log.jsonl"
+GIB = 2**30
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 Values = Mapping[str, float | None]
 
 
 class Tracker(Protocol):
-    """Where lines go beside log.jsonl."""
+    """A service that receives the lines of log.jsonl too."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -52,20 +46,18 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """The log of the first process; on every other one it writes nothing."""
+    """The log of a run, written by the first process; on the others all methods do nothing."""
 
     def __init__(
-        self, folder: Path, trackers: list[Tracker], *, first: bool, step: int, total: int
+        self, path: Path, trackers: list[Tracker], *, first: bool, step: int, total: int
     ) -> None:
-        self.path = folder / LOG_FILE
         self.trackers = trackers
-        self._file = self.path.open("a", encoding="utf-8") if first else None
-        # None: not where nobody watches.
-        hidden = None if first else True
-        self._bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
+        self._file = path.open("a", encoding="utf-8") if first else None
+        disable = None if first else True  # None: unless stderr is a terminal
+        self._bar = tqdm(total=total, initial=step, unit="step", disable=disable)
 
     def write(self, step: int, values: Values) -> None:
-        """Append a line; everything in it goes to the trackers too."""
+        """Append a line, and send it to the trackers."""
         if self._file is None:
             return
         line = {"step": step} | {name: _finite(value) for name, value in values.items()}
@@ -76,7 +68,7 @@ class RunLog:
             tracker.log(defined, step)
 
     def show(self, step: int, loss: float, accuracy: float, tokens_per_second: float) -> None:
-        """Move the progress bar; the time left is its own."""
+        """Update the progress bar."""
         if self._bar.disable:
             return
         self._bar.set_postfix_str(
@@ -86,7 +78,7 @@ class RunLog:
         self._bar.update(step - self._bar.n)
 
     def sync(self) -> int:
-        """Bring the log to disk; its length in bytes, which a checkpoint keeps."""
+        """Bring the log to disk; returns its length in bytes, which checkpoints store."""
         if self._file is None:
             return 0
         self._file.flush()
@@ -101,20 +93,8 @@ class RunLog:
             tracker.close()
 
 
-def read_log(folder: Path) -> Sequence[Mapping[str, float | None]]:
-    """The lines of a run's log. Raises `UserError` where the folder has none."""
-    path = folder / LOG_FILE
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no run of `mrpo train` ({LOG_FILE} is missing)") from None
-    except ValueError:
-        raise UserError(f"{path}: damaged; a line is no JSON") from None
-
-
-def cut(folder: Path, length: int) -> None:
-    """Keep the first `length` bytes of the log, what a checkpoint knows of."""
-    path = folder / LOG_FILE
+def cut(path: Path, length: int) -> None:
+    """Keep the first `length` bytes of a log, those up to a checkpoint."""
     if length or path.exists():
         os.truncate(path, length)
 
@@ -122,10 +102,9 @@ def cut(folder: Path, length: int) -> None:
 def check_trackers(report_to: str) -> list[str]:
     """The trackers that `--report-to` names.
 
-    Raises `UserError` for a name that is none and for one whose package is not installed.
+    Raises `UserError` for an unknown name and for one whose package is not installed.
     """
-    names = [name.strip() for name in report_to.split(",")]
-    names = [name for name in names if name not in ("", "none")]
+    names = [name for name in comma_separated(report_to) if name != "none"]
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--report-to {name}: must be none or some of {', '.join(TRACKERS)}")
@@ -137,7 +116,7 @@ def check_trackers(report_to: str) -> list[str]:
 def open_trackers(
     report_to: str, run_name: str, folder: Path, settings: Mapping[str, Any], step: int
 ) -> list[Tracker]:
-    """The trackers of a run, each going on where `step` left it."""
+    """The trackers of a run, each continuing after `step`."""
     return [
         TensorBoard(folder / name, step)
         if name == "tensorboard"
@@ -147,7 +126,7 @@ def open_trackers(
 
 
 class TensorBoard:
-    """Event files in the run's folder; those behind a resumed step are hidden."""
+    """Event files in the run's folder; events after a resumed step are hidden."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -163,16 +142,16 @@ class TensorBoard:
 
 
 class HostedRun:
-    """Weights & Biases, or trackio, which took over its interface."""
+    """Weights & Biases, or trackio, which has the same interface."""
 
     def __init__(
         self, package: str, run_name: str, folder: Path, settings: Mapping[str, Any]
     ) -> None:
         self._module = import_module(package)
-        known: dict[str, Any] = {"project": "mrpo", "name": run_name, "config": dict(settings)}
+        details: dict[str, Any] = {"project": "mrpo", "name": run_name, "config": dict(settings)}
         if package == "wandb":
-            known |= {"dir": str(folder), "id": run_name.replace("/", "-")}
-        self._module.init(resume="allow", **known)
+            details |= {"dir": str(folder), "id": run_name.replace("/", "-")}
+        self._module.init(resume="allow", **details)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._module.log(dict(values), step=step)
@@ -185,11 +164,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-GIB = 2**30
-
-
 class Meter:
-    """Adds up steps, and gives the line that the log shows of them."""
+    """Sums of the steps since the last line of the log, and the line made of them.
+
+    The sums are in the run's state; times are those of this process.
+    """
 
     def __init__(self, state: TrainState, method: Method, device: torch.device) -> None:
         self.state, self.method, self.device = state, method, device
@@ -197,7 +176,7 @@ class Meter:
         self._restart()
 
     def wait_for(self, batches: Prefetch[StepBatch]) -> StepBatch | None:
-        """The next batch; the time until it is there is counted."""
+        """The next batch; the time spent waiting is measured."""
         start = time.perf_counter()
         batch = batches.next()
         self._waited += time.perf_counter() - start
@@ -205,13 +184,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what happens inside: an evaluation, a checkpoint."""
+        """Leaves the time inside the block out: an evaluation, a checkpoint."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
     def add(self, batch: StepBatch, totals: list[float]) -> None:
-        """A step's sums over all ranks: `MEASURES` of its pairs, then tokens computed."""
+        """Add a step. `totals` are sums over all ranks: `MEASURES`, then the tokens computed."""
         *sums, tokens = totals
         values = dict(zip(MEASURES, sums)) | {"pairs": len(batch)} | self._references(batch)
         for name, value in values.items():
@@ -223,7 +202,7 @@ class Meter:
         self._tokens += int(tokens)
 
     def line(self) -> dict[str, float]:
-        """Means over the pairs since the last line; the next one starts anew."""
+        """Means over the pairs since the last line; starts the next one."""
         sums = self.state.sums
         pairs = sums.pop("pairs")
         seconds = time.perf_counter() - self._start
@@ -252,15 +231,17 @@ class Meter:
         """Sums over the pairs of each reference's weight, and of how often it was clipped."""
         names = self.method.references
         weights = batch.targets.weights.sum(0)
-        values = {f"refs/weight/{name}": float(one) for name, one in zip(names, weights)}
+        values = {f"refs/weight/{name}": float(total) for name, total in zip(names, weights)}
         if self.method.epsilon is not None:
-            clipped = np.nansum(batch.targets.clipped, 0)
-            values |= {f"refs/clipped/{name}": float(c) for name, c in zip(names[1:], clipped[1:])}
+            clipped = batch.targets.clipped.nansum(0)
+            values |= {
+                f"refs/clipped/{name}": float(total) for name, total in zip(names[1:], clipped[1:])
+            }
         return values
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at this process's peak: on the GPU, else its resident memory."""
+    """Peak bytes of this process: allocated on the GPU, otherwise resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

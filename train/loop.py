@@ -1,19 +1,13 @@
-"""How long a run is and how its learning rate goes: functions of the step, with no state.
-
-The courses are those of transformers' schedules, step for step, so that a run compares with TRL's.
-
-
-SIGTERM as a wish: schedulers send it some time before they kill.
-
-The training loop, in view: one optimizer step, and what happens between two steps.
+"""The training loop: one optimizer step, and what happens between two steps.
 
     for each batch of --batch-pairs pairs, the same whatever the number of devices:
         the policy's log-probs of both responses, prompts shared, a few packed rows at a time
         the loss of each pair against the references' cached targets, divided by the batch's pairs
         the gradient clipped, a stop if it is not finite, one AdamW update
 
-What a step changes is `Run.state`, the policy and the optimizer; a checkpoint of these three goes
-on bit for bit.
+A step changes `Run.state`, the policy and the optimizer, and nothing else; a run resumed from a
+checkpoint of these three continues bit for bit. Learning rates are those of transformers'
+schedules, step for step, so that a run compares with TRL's.
 """
 
 from __future__ import annotations
@@ -23,7 +17,6 @@ import signal
 import threading
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,66 +30,19 @@ from ..model.packing import packed_tokens
 from . import checkpoint
 from .checkpoint import TrainState
 from .config import TrainConfig
-from .forward import MEASURES, HeldOut, PairForward, measures, pair_losses, select
+from .forward import MEASURES, HeldOut, PairForward
 from .logs import Meter, RunLog
 from .memory import TokenBudget, is_out_of_memory
+from .run_folder import RunFolder
 from .stream import PairStream, Prefetch, StepBatch
-
-
-def total_steps(config: TrainConfig, num_pairs: int) -> int:
-    """Optimizer steps of a run over `num_pairs` training pairs."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return max(1, math.ceil(round(config.num_train_epochs * num_pairs) / config.batch_pairs))
-
-
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """The rate of the update after `step` of `total` updates: 0 at the first of a warm-up."""
-    warmup = math.ceil(config.warmup_ratio * total)
-    if step < warmup:
-        return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if config.lr_scheduler_type == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    if config.lr_scheduler_type == "linear":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate
-
-
-class StopSignal:
-    """While it is entered, SIGTERM sets `asked` and does nothing else.
-
-    Python takes signals in the main thread alone; in another one this waits for none.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._listens = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> StopSignal:
-        if self._listens:
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 @dataclass(slots=True)
 class Run:
-    """All that the loop works with; `run.py` puts it together."""
+    """Everything that the loop works with; `run.py` creates it."""
 
     config: TrainConfig
-    settings: dict[str, Any]  # those that make the numbers; checkpoints keep them
+    settings: dict[str, Any]  # that determine the numbers; checkpoints store them
     forward: PairForward
     method: Method
     parameters: list[nn.Parameter]
@@ -108,14 +54,17 @@ class Run:
     total_steps: int
     log: RunLog
     meter: Meter
-    checkpoints: Path
+    folder: RunFolder
 
 
 def train_steps(run: Run) -> bool:
-    """All steps from `run.state` to the end; False if SIGTERM ended them early, with all saved."""
+    """Run all steps from `run.state` to the end.
+
+    Returns False where SIGTERM ended them early; a checkpoint is saved then.
+    """
     config, state = run.config, run.state
     ready = Prefetch(run.stream.batches(state.position, state.dropped))
-    with closing(ready), StopSignal() as stop:
+    with closing(ready), StopRequest() as stop:
         batch = run.meter.wait_for(ready)
         while batch is not None and state.step < run.total_steps:
             values = optimizer_step(run, batch)
@@ -123,20 +72,20 @@ def train_steps(run: Run) -> bool:
             last = batch is None or state.step == run.total_steps
             if last or state.step % config.logging_steps == 0:
                 run.log.write(state.step, values | run.meter.line())
-            asked = run.forward.ranks.any(stop.asked)
+            stopping = run.forward.ranks.any(stop.received)
             due = last or state.step % config.save_steps == 0
             accuracy = None
             if due or state.step % config.eval_steps == 0:
                 accuracy = evaluate_held_out(run)
-            if due or asked:
+            if due or stopping:
                 save_checkpoint(run, accuracy)
-            if asked and not last:
+            if stopping and not last:
                 return False
     return True
 
 
 def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
-    """One update of the policy from one batch, and what only this step knows of it.
+    """One update of the policy from one batch; the log's values that are of this step alone.
 
     Raises `UserError` before an update that is not finite.
     """
@@ -170,10 +119,10 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
 
 
 def backward(run: Run, batch: StepBatch) -> None:
-    """Gradients of the batch's mean loss; all anew with half the budget if memory runs out."""
+    """Gradients of the batch's mean loss; repeated with half the budget if memory runs out."""
     ranks, budget = run.forward.ranks, run.budget
     while True:
-        # A function of the step alone: resumed or repeated, dropout falls as it would have.
+        # Dropout depends on the step alone, so a resumed or repeated step drops the same.
         torch.manual_seed((run.config.seed << 32) + run.state.step * ranks.world + ranks.rank)
         run.optimizer.zero_grad(set_to_none=True)
         budget.watch(ranks)
@@ -186,14 +135,14 @@ def backward(run: Run, batch: StepBatch) -> None:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if ranks.world > 1:  # the others wait in a collective: torchrun ends them
+                if ranks.world > 1:  # the others wait in a collective until torchrun ends them
                     raise UserError(
                         f"step {run.state.step + 1}: rank {ranks.rank} is out of memory at "
-                        f"{budget.tokens} tokens; go on with --resume and a smaller --max-tokens"
+                        f"{budget.tokens} tokens; continue with --resume and a smaller --max-tokens"
                     ) from None
         largest = max(len(rows) for rows, _ in shares)
         budget.halve(int(ranks.max(torch.tensor(largest))))
-    if run.optimizer.state:  # from the second step on: the first does not hold the moments yet
+    if run.optimizer.state:  # from the second step on: in the first there are no moments yet
         budget.learn(longest, ranks, bound=len(shares) > 1)
     run.meter.add(batch, ranks.sum(totals).tolist())
 
@@ -204,17 +153,15 @@ def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], floa
     FSDP2 averages gradients over the ranks, hence the factor of their number.
     """
     totals = torch.zeros(len(MEASURES) + 1, device=run.forward.ranks.device)
-    for rows, counts in shares:
-        logps = run.forward([batch.pairs[row] for row in rows])
-        losses = pair_losses(run.method, logps, select(batch.targets, rows))
-        scale = counts * run.forward.ranks.world / len(batch)
-        (losses.loss.sum() * scale).backward()
-        totals += counts * nn.functional.pad(measures(losses, logps), (0, 1), value=logps.tokens)
+    for rows, weight in shares:
+        loss, measures, tokens = run.forward.run(batch, rows, run.method)
+        (loss * (weight * run.forward.ranks.world / len(batch))).backward()
+        totals += weight * nn.functional.pad(measures, (0, 1), value=tokens)
     return totals
 
 
 def evaluate_held_out(run: Run) -> float | None:
-    """Log the policy's figures on held-out pairs; their accuracy, None where there are none."""
+    """Log the policy's figures on held-out pairs; the accuracy, None where there are none."""
     with run.meter.paused():
         values = run.held_out.evaluate(run.state.step, run.budget.tokens)
     if values:
@@ -223,10 +170,10 @@ def evaluate_held_out(run: Run) -> float | None:
 
 
 def save_checkpoint(run: Run, accuracy: float | None) -> None:
-    """Save the run as it stands behind the step in `run.state`."""
+    """Save the run as it is after `run.state.step`."""
     with run.meter.paused():
         checkpoint.save(
-            run.checkpoints,
+            run.folder.checkpoints,
             run.forward.policy,
             run.optimizer,
             run.state,
@@ -236,3 +183,51 @@ def save_checkpoint(run: Run, accuracy: float | None) -> None:
             log_bytes=run.log.sync(),
             keep=run.config.save_total_limit,
         )
+
+
+def total_steps(config: TrainConfig, num_pairs: int) -> int:
+    """Optimizer steps of a run over `num_pairs` training pairs."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(round(config.num_train_epochs * num_pairs) / config.batch_pairs))
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The rate of the update after `step` of `total` updates; 0 at the first of a warm-up."""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.lr_scheduler_type == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate
+
+
+class StopRequest:
+    """Inside the block SIGTERM, which schedulers send before they kill, only sets `received`.
+
+    Python handles signals in the main thread; in any other thread `received` stays False.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> StopRequest:
+        if self._in_main_thread:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True

@@ -1,19 +1,14 @@
-"""The token budget of a micro-batch: found while training, never felt in the loss.
+"""Memory: the plan printed before any weights are loaded, and the token budget while training.
 
-`--max-tokens auto` starts at a size that any device takes well. On a GPU it grows, by what the
-last steps have used, until memory is nearly full; on a CPU longer rows are no faster. Whenever
-memory runs out the budget is halved and the step repeated, and every rank decides alike.
+Full fine-tuning of P parameters with AdamW takes 16 bytes for each: float32 weights 4, gradients
+4, the optimizer's two moments 8. LoRA takes that for the adapter alone. Activations are estimated
+for a micro-batch. A plan that does not fit is refused with the ways out.
 
-A rank that ran out in the middle of a sharded forward would leave the others waiting for it. So
-several processes set memory aside before they begin, and agree on whether all could.
-
-
-The memory plan: what a run will need, reckoned and printed before any weights are loaded.
-
-Full fine-tuning of P parameters with AdamW takes 16 bytes each: float32 weights 4, gradients 4,
-the optimizer's two moments 8. LoRA takes that of the adapter alone. Activations are an estimate
-for a micro-batch; under `--max-tokens auto` it begins as long as is likely to fit. What cannot fit
-is refused with the way out.
+`--max-tokens auto` starts at the plan's micro-batch. On a GPU it grows, by what the last steps
+have used, until memory is nearly full; on a CPU longer rows are no faster. When memory runs out,
+the budget is halved and the step repeated. All ranks decide alike: one that runs out in the middle
+of a sharded forward leaves the others waiting, so before each step the ranks try to allocate what
+it will take and agree on whether all of them could. The budget never changes the loss.
 """
 
 from __future__ import annotations
@@ -27,100 +22,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UserError
+from ..settings import comma_separated
 from .checkpoint import TrainState
 from .config import TrainConfig
 from .distributed import Ranks
 
-START = {"cpu": 2048, "cuda": 8192}
-FULL = 0.88  # share of a GPU's memory to fill; the rest is for fragments and longer rows
-
-
-@dataclass(slots=True)
-class TokenBudget:
-    """Tokens of a micro-batch, and whether they may still grow."""
-
-    tokens: int
-    grows: bool
-    steady: int = 0  # bytes on the device between two steps
-    per_token: float = 0.0  # bytes that a step has taken on top, for each token of its largest row
-
-    @classmethod
-    def of(
-        cls, asked: int | str, device: torch.device, planned: int, state: TrainState
-    ) -> TokenBudget:
-        """What `--max-tokens` asks for, the plan's number for auto; a resumed run goes on with
-        the budget that was in force, unless it asks for another."""
-        tokens = planned if asked == "auto" else int(asked)
-        if state.asked_tokens == asked and state.max_tokens is not None:
-            tokens = state.max_tokens
-        state.asked_tokens = asked
-        return cls(tokens, grows=asked == "auto" and device.type == "cuda")
-
-    def fits(self, row_tokens: int, ranks: Ranks) -> bool:
-        """Whether a row's memory can be had at this moment, as far as earlier steps tell."""
-        if ranks.device.type != "cuda":
-            return True
-        try:
-            # Given back at once, to the allocator that the row will take it from.
-            torch.empty(int(self.per_token * row_tokens), dtype=torch.uint8, device=ranks.device)
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    def halve(self, largest: int) -> None:
-        """Make room after memory ran out on a plan whose largest micro-batch had `largest` pairs.
-
-        Raises `UserError` where that was one pair: it can't be divided.
-        """
-        if largest == 1:
-            raise UserError(
-                "out of memory with a micro-batch of one pair; use --gradient-checkpointing, "
-                "--lora-rank 16, a smaller --max-length, or more devices with torchrun"
-            )
-        torch.cuda.empty_cache()
-        self.tokens = max(1, self.tokens // 2)
-        self.grows = False
-
-    def watch(self, ranks: Ranks) -> None:
-        """Begin to measure what a step takes."""
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(ranks.device)
-            self.steady = torch.cuda.memory_allocated(ranks.device)
-
-    def learn(self, row_tokens: int, ranks: Ranks, *, bound: bool) -> None:
-        """After a step with rows of up to `row_tokens`: what they took, and room for longer ones.
-
-        Gradients, which do not grow with the rows, are counted in, so that the budget comes near
-        the limit from below. It grows where it was what bounded the rows.
-        """
-        if ranks.device.type != "cuda":
-            return
-        used = torch.cuda.max_memory_allocated(ranks.device) - self.steady
-        seen = torch.tensor([used / row_tokens, float(self.steady)])
-        self.per_token, steady = ranks.max(seen).tolist()
-        if not (self.grows and bound):
-            return
-        total = torch.cuda.get_device_properties(ranks.device).total_memory
-        affordable = int((FULL * total - steady) / self.per_token)
-        if affordable < 1.05 * self.tokens:
-            self.grows = False
-        else:
-            self.tokens = min(affordable, 2 * self.tokens)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is a device's memory running out; a CPU's has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-
-
 GIB = 2**30
+START = {"cpu": 2048, "cuda": 8192}  # tokens of a micro-batch under --max-tokens auto
+LEAST = 1024  # and the fewest that are planned: shorter rows use a device badly
+FULL = 0.88  # share of a GPU's memory to fill; the rest is for fragments and longer rows
 LORA_WAY_OUT = 16
-LEAST = 1024  # tokens of a micro-batch that are worth the device's while
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on each device, and what it has free."""
+    """Bytes needed on each device, and what is free there."""
 
     parameters: int  # of the whole policy
     trained: int
@@ -129,7 +45,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     available: int
-    tokens: int  # of a micro-batch, for which the activations are reckoned
+    tokens: int  # of a micro-batch, that the activations are estimated for
 
     @property
     def total(self) -> int:
@@ -152,7 +68,7 @@ class Sizes:
     """What the plan needs to know of an architecture."""
 
     parameters: int
-    linear: dict[str, tuple[int, int]]  # layers that LoRA may go into: name -> (in, out)
+    linear: dict[str, tuple[int, int]]  # layers that LoRA can adapt: name -> (in, out)
     layers: int
     hidden: int
     intermediate: int
@@ -160,7 +76,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes:
-        """From the architecture's modules, made without memory."""
+        """From the architecture's modules, created without memory."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
@@ -179,36 +95,36 @@ class Sizes:
         )
 
     def lora(self, rank: int, targets: str) -> int:
-        """Parameters of a LoRA adapter: rank * (in + out) for each layer it goes into."""
-        names = [name.strip() for name in targets.split(",")]
+        """Parameters of a LoRA adapter: rank * (in + out) for each layer that it adapts."""
+        names = comma_separated(targets)
         return sum(
             rank * (inside + outside)
             for name, (inside, outside) in self.linear.items()
             if targets == "all-linear" or name.rsplit(".", 1)[-1] in names
         )
 
-    def activations(self, tokens: int, half: bool, checkpointing: bool) -> int:
+    def activations(self, tokens: int, bf16: bool, checkpointing: bool) -> int:
         """Bytes kept for the backward of a micro-batch, and the head's chunk of logits.
 
         A decoder layer keeps about 7 widths of the compute dtype and 6 of float32 (norms and
         residuals) a token, and 4 inner widths of its MLP.
         """
-        width = 2 if half else 4
+        width = 2 if bf16 else 4
         layer = self.hidden * (7 * width + 6 * 4) + self.intermediate * 4 * width
         kept = layer + self.layers * self.hidden * 4 if checkpointing else layer * self.layers
         return tokens * kept + 3 * 256 * self.vocabulary * 4
 
 
-def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool) -> MemoryPlan:
-    """What each device will hold; FSDP2 gives each rank its share of all but activations."""
+def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> MemoryPlan:
+    """What each device will hold; with FSDP2 each rank holds its share of all but activations."""
     lora = config.lora_rank is not None
     trained = sizes.parameters
     if config.lora_rank is not None:
         trained = sizes.lora(config.lora_rank, config.lora_target_modules)
-    # A frozen policy under LoRA is held in bfloat16 where that computes; FSDP2 wants one dtype.
-    frozen = 2 if half and ranks.world == 1 else 4
+    # A frozen policy under LoRA is bfloat16 if the computation is; FSDP2 needs a single dtype.
+    frozen = 2 if bf16 and ranks.world == 1 else 4
     weights = sizes.parameters * frozen + trained * 4 if lora else sizes.parameters * 4
-    if half and not lora:
+    if bf16 and not lora:
         weights += sizes.parameters * 2  # autocast keeps its bfloat16 copies until the backward
     auto = config.max_tokens == "auto"
     tokens = START[ranks.device.type] if auto else int(config.max_tokens)
@@ -220,7 +136,7 @@ def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool) -> 
             weights=weights // ranks.world,
             gradients=4 * trained // ranks.world,
             optimizer=8 * trained // ranks.world,
-            activations=sizes.activations(tokens, half, config.gradient_checkpointing),
+            activations=sizes.activations(tokens, bf16, config.gradient_checkpointing),
             available=available,
             tokens=tokens,
         )
@@ -232,14 +148,14 @@ def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool) -> 
 
 
 def refuse_what_cannot_fit(
-    plan: MemoryPlan, sizes: Sizes, config: TrainConfig, ranks: Ranks, half: bool
+    plan: MemoryPlan, sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool
 ) -> None:
-    """Raise `UserError` with the ways out where the plan is beyond the device's free memory."""
+    """Raise `UserError`, with the ways out, for a plan beyond the device's free memory."""
     if plan.total <= plan.available:
         return
 
     def fits(**changes: object) -> bool:
-        changed = memory_plan(sizes, replace(config, **changes), ranks, half)  # type: ignore[arg-type]
+        changed = memory_plan(sizes, replace(config, **changes), ranks, bf16)  # type: ignore[arg-type]
         return changed.total <= plan.available
 
     ways = []
@@ -258,14 +174,14 @@ def refuse_what_cannot_fit(
 
 
 def available_bytes(ranks: Ranks) -> int:
-    """Free memory of this process's device; processes on one machine's CPU share it."""
+    """Free memory of this process's device; processes on the CPU share the machine's equally."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
     return _free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_memory() -> int:
-    """Bytes that processes may still take: the machine's, or less in a container."""
+    """Bytes free on the machine, or in its container if that has less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
@@ -273,7 +189,85 @@ def _free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max": not a number, no limit
+        limit = int((group / "memory.max").read_text())  # the text "max" where there is no limit
         return min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         return free
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """Tokens of a micro-batch, and whether the budget may still grow."""
+
+    tokens: int
+    grows: bool
+    steady: int = 0  # bytes on the device between two steps
+    per_token: float = 0.0  # further bytes of a step, for each token of its largest row
+
+    @classmethod
+    def of(
+        cls, asked: int | str, device: torch.device, planned: int, state: TrainState
+    ) -> TokenBudget:
+        """What `--max-tokens` asks for; for auto what was planned. A resumed run keeps the budget
+        that was in force, unless it asks for another."""
+        tokens = planned if asked == "auto" else int(asked)
+        if state.asked_tokens == asked and state.max_tokens is not None:
+            tokens = state.max_tokens
+        state.asked_tokens = asked
+        return cls(tokens, grows=asked == "auto" and device.type == "cuda")
+
+    def fits(self, row_tokens: int, ranks: Ranks) -> bool:
+        """Whether the memory of a row, estimated from earlier steps, can be allocated now."""
+        if ranks.device.type != "cuda":
+            return True
+        try:
+            # Freed at once, to the allocator that the row will take it from.
+            torch.empty(int(self.per_token * row_tokens), dtype=torch.uint8, device=ranks.device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def halve(self, largest: int) -> None:
+        """Halve the budget after memory ran out with at most `largest` pairs in a micro-batch.
+
+        Raises `UserError` if `largest` is 1: a pair can't be divided.
+        """
+        if largest == 1:
+            raise UserError(
+                "out of memory with a micro-batch of one pair; use --gradient-checkpointing, "
+                "--lora-rank 16, a smaller --max-length, or more devices with torchrun"
+            )
+        torch.cuda.empty_cache()
+        self.tokens = max(1, self.tokens // 2)
+        self.grows = False
+
+    def watch(self, ranks: Ranks) -> None:
+        """Start measuring the memory of a step."""
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+            self.steady = torch.cuda.memory_allocated(ranks.device)
+
+    def learn(self, row_tokens: int, ranks: Ranks, *, bound: bool) -> None:
+        """Update the estimate after a step with rows of up to `row_tokens`, and grow the budget.
+
+        Gradients, which do not grow with the rows, are included, so that the budget approaches
+        the limit from below. It grows only if it `bound` the rows.
+        """
+        if ranks.device.type != "cuda":
+            return
+        used = torch.cuda.max_memory_allocated(ranks.device) - self.steady
+        seen = torch.tensor([used / row_tokens, float(self.steady)])
+        self.per_token, steady = ranks.max(seen).tolist()
+        if not (self.grows and bound):
+            return
+        total = torch.cuda.get_device_properties(ranks.device).total_memory
+        affordable = int((FULL * total - steady) / self.per_token)
+        if affordable < 1.05 * self.tokens:
+            self.grows = False
+        else:
+            self.tokens = min(affordable, 2 * self.tokens)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means that memory ran out; for a CPU torch has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -1,13 +1,8 @@
-"""The policy: where it starts from, how it is loaded, sharded and written.
+"""The policy: where it starts from, how it is loaded, sharded and written, and its model card.
 
-Loading is the last of a run's preparations. Weights are float32 masters, or under LoRA a frozen
-model with float32 adapters; with several processes FSDP2 shards everything under the one module
-that maps packed pairs to log-probs.
-
-
-The model card of a trained policy: recipe, data, references and what held-out pairs say.
-
-Written as README.md into the model's folder, with the front matter that the Hub reads.
+Weights are float32 masters, or under LoRA a frozen model with float32 adapters; with several
+processes FSDP2 shards everything under the one module that maps packed pairs to log-probs. The
+card is README.md in the model's folder, with the front matter that the Hub reads.
 """
 
 from __future__ import annotations
@@ -24,7 +19,12 @@ from torch import nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.join import JoinedReference
 from ..data.references import ReferenceSpec
@@ -32,8 +32,15 @@ from ..errors import UserError
 from ..method.objective import Method
 from ..model.load import load_model
 from ..model.logps import SequenceLogps
+from ..settings import comma_separated
 from .config import TrainConfig
 from .distributed import Ranks
+
+RECIPE = (
+    "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
+    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
+    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
+)  # fmt: skip  # the settings that the model card shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +62,11 @@ class PolicySource:
 def policy_source(
     config: TrainConfig, base: ReferenceSpec | None, commits: Mapping[str, str]
 ) -> tuple[PolicySource, bool]:
-    """What --policy names, by default the base's model; and whether it is the base reference.
+    """The model that --policy names, by default the base's, and whether it is the base reference.
 
     Args:
         base: the base's entry in refs.yaml, None where its scores were imported.
-        commits: of the base's "model" and "adapter" on the Hub, at which they were scored.
+        commits: at which the base's "model" and "adapter" were scored, if they are on the Hub.
     """
     template = _template(config.chat_template)
     if config.policy is None and base is None:
@@ -105,19 +112,19 @@ def load_config(source: PolicySource) -> PretrainedConfig:
 
 
 def load_policy(
-    source: PolicySource, config: TrainConfig, ranks: Ranks, half: bool
+    source: PolicySource, config: TrainConfig, ranks: Ranks, bf16: bool
 ) -> SequenceLogps:
-    """The policy on its device, in training mode, without dropout but LoRA's own."""
+    """The policy on its device, in training mode; LoRA's is the only dropout."""
     rank, alone = config.lora_rank, ranks.world == 1
     model: Any = load_model(
         source.model,
         revision=source.revision,
-        dtype="bfloat16" if rank and half and alone else "float32",
+        dtype="bfloat16" if rank and bf16 and alone else "float32",
         device=ranks.device if alone else "cpu",
         adapter=source.adapter,
     )
     if source.adapter is not None:
-        model = model.merge_and_unload().requires_grad_(True)  # peft had frozen it
+        model = model.merge_and_unload().requires_grad_(True)  # peft froze it
     policy = SequenceLogps(_with_lora(model, config, rank) if rank else model)
     lm: Any = policy.lm
     layers = policy.decoder_layers
@@ -127,12 +134,12 @@ def load_policy(
         for layer in layers:
             layer.compile(dynamic=True)
     if not alone:
-        _shard(policy, layers, ranks, half)
+        _shard(policy, layers, ranks, bf16)
     return policy.train()
 
 
 def make_optimizer(policy: SequenceLogps, config: TrainConfig) -> optim.AdamW:
-    """AdamW over what is trained; as in TRL, biases and norms do not decay."""
+    """AdamW over the trained parameters; as in TRL, biases and norms do not decay."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -147,25 +154,36 @@ def make_optimizer(policy: SequenceLogps, config: TrainConfig) -> optim.AdamW:
     )
 
 
-def write_model(folder: Path, policy: SequenceLogps, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Write the trained policy as transformers does, in `dtype`, or as a PEFT adapter.
-
-    All ranks give their shards, the first one writes.
-    """
+def gather_weights(policy: SequenceLogps) -> dict[str, torch.Tensor]:
+    """The whole weights of a policy on the first rank; every rank must call this."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(policy, options=whole)
-    if not ranks.first:
-        return
-    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def write_model(
+    folder: Path,
+    policy: SequenceLogps,
+    weights: Mapping[str, torch.Tensor],
+    source: PolicySource,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write trained weights as transformers does, in the source's dtype, or as a PEFT adapter.
+
+    The tokenizer is written beside them, with the chat template that the policy was trained on.
+    """
+    tokenizer.chat_template = source.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
     model: Any = policy.model
     lm: Any = policy.lm
     if lm is not model:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=dict(weights))
         return
-    # A model of the same architecture takes the weights as they are, in the dtype to be written.
+    dtype = load_config(source).dtype or torch.float32
+    # A model without memory of the same architecture takes the weights in the dtype to write.
     with torch.device("meta"):
         written: Any = AutoModelForCausalLM.from_config(lm.config, dtype=dtype)
-    written.load_state_dict({name: one.to(dtype) for name, one in weights.items()}, assign=True)
+    written.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
     written.tie_weights()
     written.generation_config = lm.generation_config
     written.save_pretrained(folder)
@@ -180,7 +198,7 @@ def _with_lora(model: nn.Module, config: TrainConfig, rank: int) -> nn.Module:
         r=rank,
         lora_alpha=config.lora_alpha or 2 * rank,
         lora_dropout=config.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=targets if targets == "all-linear" else comma_separated(targets),
     )
     torch.manual_seed(config.seed)
     try:
@@ -189,16 +207,16 @@ def _with_lora(model: nn.Module, config: TrainConfig, rank: int) -> nn.Module:
         raise UserError(f"--lora-target-modules {targets}: {error}") from None
 
 
-def _shard(policy: SequenceLogps, layers: nn.ModuleList, ranks: Ranks, half: bool) -> None:
+def _shard(policy: SequenceLogps, layers: nn.ModuleList, ranks: Ranks, bf16: bool) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    dtype = torch.bfloat16 if half else None
-    how = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    dtype = torch.bfloat16 if bf16 else None
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*layers, policy):
-        fully_shard(module, mesh=mesh, mp_policy=how)
+        fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 def _names(config: TrainConfig, base: ReferenceSpec) -> bool:
-    """Whether --policy names the base's model, and the base is nothing but that model."""
+    """Whether --policy names the base's model, without an adapter or quantization of the base."""
     assert config.policy is not None
     if base.adapter is not None or base.quantization is not None:
         return False
@@ -218,13 +236,6 @@ def _template(path: str | None) -> str | None:
         raise UserError(f"--chat-template {path}: can't be read ({error})") from None
 
 
-RECIPE = (
-    "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
-    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
-    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
-)  # fmt: skip
-
-
 def model_card(
     *,
     name: str,
@@ -235,7 +246,7 @@ def model_card(
     state: Mapping[str, Any],
     held_out: Mapping[str, float],
 ) -> str:
-    """The card's text. `state` has what was trained: steps, pairs and those dropped."""
+    """The card's text. `state` says what was trained on: steps, pairs, pairs dropped."""
     on_hub = {} if Path(source.model).is_dir() else {"base_model": source.model}
     head = on_hub | {
         "library_name": "peft" if settings["lora_rank"] else "transformers",
@@ -244,7 +255,7 @@ def model_card(
     }
     rows = {key: settings[key] for key in RECIPE if settings[key] is not None}
     columns = zip(method.references, method.columns)
-    table = [
+    reference_rows = [
         f"| {alias} | {references[column].entry['model']} | {references[column].identity} |"
         for alias, column in columns
     ]
@@ -255,7 +266,7 @@ def model_card(
         "Preference Optimization, [arXiv 2405.16388](https://arxiv.org/abs/2405.16388)).",
         "## References",
         "Their log-probs were computed before training and cached; the first is the base.",
-        "| alias | model | identity of its scores |\n|---|---|---|\n" + "\n".join(table),
+        "| alias | model | identity of its scores |\n|---|---|---|\n" + "\n".join(reference_rows),
         _weighting(method),
         "## Recipe",
         "| setting | value |\n|---|---|\n" + _rows(rows),
@@ -269,7 +280,7 @@ def model_card(
 
 
 def _weighting(method: Method) -> str:
-    """How the references are combined, with the weights where all pairs share them."""
+    """How the references are combined, with the weights if all pairs share them."""
     clipping = "no clipping" if method.epsilon is None else f"clipping (CTRO) {method.epsilon:g}"
     line = f"Combined as `{method.kind}`, weighting `{method.weighting}`, {clipping}."
     if method.weights is None:

@@ -1,83 +1,106 @@
 """`mrpo train`: everything around the loop, from the settings to the model's folder.
 
-runs/name/train.yaml        the settings in force
-runs/name/scores/           the references' scores, joined once; nothing else of them is read
-runs/name/log.jsonl         a line a step, held-out evaluations between them
-runs/name/checkpoints/      the last ones and the best
-runs/name/evaluation.json   held-out figures of the final model
-runs/name/model/            the final model; it is there when the run is complete
+    find_start (start.py)   checks, on the first process; joins the scores
+    set_up                  reads the scores, loads the policy and what a checkpoint has of it
+    train_steps (loop.py)   the optimizer steps
+    finish                  the figures on all held-out pairs, and the model's folder
+
+`run_folder.py` lists the files of a run.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
 from torch import optim
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..data.rendering import Renderer
 from ..errors import UserError
-from ..method.grammar import method_of
-from ..method.normalization import beta_warning
+from ..files import new_folder, write_text
+from ..method.grammar import beta_warning, method_of
 from ..method.objective import Method
-from ..settings import write_resolved
+from ..settings import command, write_resolved
 from . import checkpoint
-from .checkpoint import CHECKPOINTS, MODEL, TrainState
+from .checkpoint import TrainState
 from .config import TrainConfig
 from .dataset import Rows, TrainingPairs
 from .distributed import Ranks
-from .forward import BATCH_PAIRS, HeldOut, PairForward
+from .forward import EVALUATION_PAIRS, HeldOut, PairForward
 from .logs import Meter, RunLog, cut, open_trackers
 from .loop import Run, total_steps, train_steps
 from .memory import TokenBudget
-from .policy import PolicySource, load_config, load_policy, make_optimizer, model_card, write_model
+from .policy import (
+    PolicySource,
+    gather_weights,
+    load_policy,
+    make_optimizer,
+    model_card,
+    write_model,
+)
+from .run_folder import RunFolder, read_evaluation, update_evaluation
 from .start import Start, compare_with_base, find_start
 from .stream import PairStream
 
-STOPPED = 143  # 128 + SIGTERM, as a shell has it
-EVALUATION = "evaluation.json"
+STOPPED = 143  # a shell's exit code after SIGTERM: 128 + 15
 ENDLESS = 2**62  # rows: --max-steps ends the run
 
 
-def train(config: TrainConfig) -> int:
-    """Train, or go on with, the run in `config.output_dir`; returns the exit code."""
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """Where a run is, and how far it got."""
+
+    folder: RunFolder
+    status: Literal["finished", "stopped"]  # stopped by SIGTERM: resume continues
+    held_out: dict[str, float]  # figures on all held-out pairs; empty without any, or if stopped
+
+    @property
+    def exit_code(self) -> int:
+        return STOPPED if self.status == "stopped" else 0
+
+
+@command(TrainConfig)
+def train(config: TrainConfig) -> TrainResult:
+    """Train a policy, or resume the run in `output_dir`.
+
+    Prints what was derived from the settings, and at the end the held-out figures. Raises
+    `UserError` for settings, pairs or scores that can't be trained on.
+    """
     transformers_logging.disable_progress_bar()
+    folder = RunFolder(Path(config.output_dir))
     ranks = Ranks.start(config.device)
     try:
-        half = config.bf16 if config.bf16 is not None else ranks.device.type == "cuda"
-        start = ranks.on_first(lambda: find_start(config, ranks, half))
+        bf16 = config.bf16 if config.bf16 is not None else ranks.device.type == "cuda"
+        start = ranks.on_first(lambda: find_start(config, ranks, bf16))
         if start.finished:
-            ranks.say(f"this run is finished: {Path(config.output_dir) / MODEL}")
-            return 0
-        run = set_up(config, start, ranks, half)
+            ranks.say(f"this run is finished: {folder.model}")
+            training = read_evaluation(folder.evaluation).get("training", {})
+            return TrainResult(folder, "finished", training.get("figures", {}))
+        run = set_up(config, start, ranks, bf16)
         with closing(run.log):
             if not train_steps(run):
-                ranks.say(f"SIGTERM: saved at step {run.state.step}; go on with --resume")
-                return STOPPED
-            finish(run, start)
+                ranks.say(f"SIGTERM: saved at step {run.state.step}; continue with --resume")
+                return TrainResult(folder, "stopped", {})
+            return TrainResult(folder, "finished", finish(run, start))
     finally:
         ranks.close()
-    return 0
 
 
-def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
-    """Read the scores, load the policy, and put in place what a checkpoint has."""
+def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
+    """Read the scores, load the policy, and restore what a checkpoint has."""
     source, method, training, held_out = _read_scores(config, start, ranks)
-    num_pairs = sum(map(len, training))
+    num_pairs = _count(training)
     steps = total_steps(config, num_pairs)
     ranks.say(_summary(config, method, start, steps))
-    forward, optimizer = _load(config, start, ranks, half)
+    forward, optimizer = _load(config, start, ranks, bf16)
     state = start.checkpoint.state if start.checkpoint else TrainState()
     budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state)
-    streams = partial(
+    make_stream = partial(
         PairStream,
         source,
         renderer=_renderer(start.source),
@@ -86,7 +109,12 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
         limits=_limits(config, forward.policy.lm.config),
     )
     rows = ENDLESS if config.max_steps else round(config.num_train_epochs * num_pairs)
-    stream = streams(training, batch_pairs=config.batch_pairs, total_rows=rows)
+    stream = make_stream(training, batch_pairs=config.batch_pairs, total_rows=rows)
+    held_out_stream = None
+    if _count(held_out):
+        held_out_stream = make_stream(
+            held_out, batch_pairs=EVALUATION_PAIRS, total_rows=_count(held_out), held_out=True
+        )
     if start.is_base:
         ranks.say(f"guard       {compare_with_base(forward, stream, budget, start.exact)}")
     return Run(
@@ -94,46 +122,42 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, half: bool) -> Run:
         settings=start.settings,
         forward=forward,
         method=method,
-        parameters=[one for group in optimizer.param_groups for one in group["params"]],
+        parameters=[p for group in optimizer.param_groups for p in group["params"]],
         optimizer=optimizer,
         stream=stream,
-        held_out=HeldOut(_held_out_stream(streams, held_out), forward, method, config.eval_pairs),
+        held_out=HeldOut(held_out_stream, forward, method, config.eval_pairs),
         budget=budget,
         state=state,
         total_steps=steps,
         log=_open_log(config, start, ranks, steps),
         meter=Meter(state, method, ranks.device),
-        checkpoints=Path(config.output_dir) / CHECKPOINTS,
+        folder=RunFolder(Path(config.output_dir)),
     )
 
 
-def finish(run: Run, start: Start) -> None:
-    """Evaluate the final policy, write it, and say where everything is."""
-    config, ranks, step = run.config, run.forward.ranks, run.state.step
-    if config.load_best_model_at_end:
-        best = checkpoint.best(checkpoint.checkpoints(run.checkpoints))
+def finish(run: Run, start: Start) -> dict[str, float]:
+    """Evaluate the final policy, write it, and print figures and folder; returns the figures."""
+    ranks, step = run.forward.ranks, run.state.step
+    if run.config.load_best_model_at_end:
+        best = checkpoint.best(checkpoint.checkpoints(run.folder.checkpoints))
         if best is not None and best.state.step != step:
             checkpoint.load_weights(best, run.forward.policy)
             step = best.state.step
-    values = run.held_out.evaluate_all(step, run.budget.tokens)
-    folder = Path(config.output_dir)
-    partial_model = folder / f".{MODEL}.partial"
+    figures = run.held_out.evaluate_all(step, run.budget.tokens)
+    weights = gather_weights(run.forward.policy)
     if ranks.first:
-        shutil.rmtree(partial_model, ignore_errors=True)
-        _write_json(folder / EVALUATION, {"step": step, "method": str(run.method), **values})
-    stored: Any = load_config(start.source).dtype
-    write_model(partial_model, run.forward.policy, stored or torch.float32, ranks)
-    if ranks.first:
-        tokenizer = run.stream.renderer.tokenizer
-        tokenizer.chat_template = start.source.chat_template or tokenizer.chat_template
-        tokenizer.save_pretrained(partial_model)
-        (partial_model / "README.md").write_text(_card(run, start, step, values))
-        partial_model.rename(folder / MODEL)
+        training = {"step": step, "method": str(run.method), "figures": figures}
+        update_evaluation(run.folder.evaluation, {"training": training})
+        with new_folder(run.folder.model) as folder:
+            tokenizer = run.stream.renderer.tokenizer
+            write_model(folder, run.forward.policy, weights, start.source, tokenizer)
+            write_text(folder / "README.md", _card(run, start, step, figures))
         run.log.close()
-        for name, value in values.items():
+        for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
-        print(folder / MODEL)
+        print(run.folder.model)
     ranks.barrier()
+    return figures
 
 
 def _read_scores(
@@ -144,34 +168,37 @@ def _read_scores(
     source = TrainingPairs(
         start.pairs,
         start.scores,
-        prompt_numbers=method.weighting == "fitted",
+        prompt_numbers=method.reads_prompts,
         fraction=config.train_fraction,
     )
     method = source.prepared(method)
     training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
-    num_pairs = sum(map(len, training))
-    if num_pairs == 0:
+    if not _count(training):
         more = "; raise --train-fraction" if config.train_fraction < 1 else ""
         raise UserError(f"{start.pairs.path}: no pair to train on, {unusable:,} lack a score{more}")
     ranks.say(
-        f"pairs       {num_pairs:,} to train on, {sum(map(len, held_out)):,} held out, "
+        f"pairs       {_count(training):,} to train on, {_count(held_out):,} held out, "
         f"{unusable:,} without a score of the base"
     )
     return source, method, training, held_out
 
 
+def _count(rows_of_shards: list[Rows]) -> int:
+    return sum(map(len, rows_of_shards))
+
+
 def _load(
-    config: TrainConfig, start: Start, ranks: Ranks, half: bool
+    config: TrainConfig, start: Start, ranks: Ranks, bf16: bool
 ) -> tuple[PairForward, optim.AdamW]:
-    """The policy and its optimizer, as the start has them or the checkpoint."""
-    policy = load_policy(start.source, config, ranks, half)
+    """The policy and its optimizer, from the policy's source or the checkpoint."""
+    policy = load_policy(start.source, config, ranks, bf16)
     optimizer = make_optimizer(policy, config)
     if start.checkpoint is not None:
         checkpoint.load(start.checkpoint, policy, optimizer)
     if not policy.packs:
         model_type = policy.lm.config.model_type
         ranks.say(f"rows        one response each: packing is not tested for {model_type}")
-    return PairForward(policy, ranks, autocast=half and ranks.world == 1), optimizer
+    return PairForward(policy, ranks, autocast=bf16 and ranks.world == 1), optimizer
 
 
 def _renderer(source: PolicySource) -> Renderer:
@@ -183,37 +210,33 @@ def _renderer(source: PolicySource) -> Renderer:
     )
 
 
-def _limits(config: TrainConfig, policy: Any) -> dict[str, int]:
-    """Tokens that a sequence may have, by the reason that a longer pair is dropped for."""
+def _limits(config: TrainConfig, policy: PretrainedConfig) -> dict[str, int]:
+    """Most tokens of a sequence, by the reason under which a longer pair is dropped."""
     context = getattr(policy.get_text_config(), "max_position_embeddings", None)
     limits = {"beyond_context": context, "beyond_max_length": config.max_length}
     return {reason: limit for reason, limit in limits.items() if limit is not None}
 
 
-def _held_out_stream(streams: Callable[..., PairStream], rows: list[Rows]) -> PairStream | None:
-    total = sum(map(len, rows))
-    if total == 0:
-        return None
-    return streams(rows, batch_pairs=BATCH_PAIRS, total_rows=total, held_out=True)
-
-
 def _open_log(config: TrainConfig, start: Start, ranks: Ranks, steps: int) -> RunLog:
-    """The log, cut back to what the checkpoint knows of, and the settings beside it."""
-    folder = Path(config.output_dir)
+    """The log, cut back to the checkpoint, and the settings beside it."""
+    folder = RunFolder(Path(config.output_dir))
     step, length = 0, 0
     if start.checkpoint is not None:
         step, length = start.checkpoint.state.step, start.checkpoint.log_bytes
     trackers = []
     if ranks.first:
-        write_resolved(config, folder / "train.yaml")
-        cut(folder, length)
-        name = config.run_name or folder.resolve().name
-        trackers = open_trackers(config.report_to, name, folder, asdict(config), step)
-    return RunLog(folder, trackers, first=ranks.first, step=step, total=steps)
+        write_resolved(config, folder.settings)
+        cut(folder.log, length)
+        trackers = open_trackers(config.report_to, _name(config), folder.path, asdict(config), step)
+    return RunLog(folder.log, trackers, first=ranks.first, step=step, total=steps)
+
+
+def _name(config: TrainConfig) -> str:
+    return config.run_name or Path(config.output_dir).resolve().name
 
 
 def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> str:
-    """What was derived from the settings, a line each."""
+    """What was derived from the settings, as aligned lines."""
     epsilon = "none" if method.epsilon is None else f"{method.epsilon:g}"
     lines = [
         f"method      {method}: {method.kind}, epsilon {epsilon}, loss {method.loss_type}, "
@@ -224,31 +247,24 @@ def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> s
         f"{config.lr_scheduler_type}",
     ]
     if start.checkpoint is not None:
-        lines.append(f"resumed     behind step {start.checkpoint.state.step:,}")
+        lines.append(f"resumed     after step {start.checkpoint.state.step:,}")
     if warning := beta_warning(method.normalize, method.beta):
         lines.append(f"WARNING: {warning}")
     return "\n".join(lines)
 
 
-def _card(run: Run, start: Start, step: int, values: dict[str, float]) -> str:
+def _card(run: Run, start: Start, step: int, figures: dict[str, float]) -> str:
     trained = {
         "optimizer steps": step,
         "pairs trained on": run.state.pairs,
         "pairs that the policy could not take": sum(run.state.dropped.values()),
     }
     return model_card(
-        name=run.config.run_name or Path(run.config.output_dir).resolve().name,
+        name=_name(run.config),
         source=start.source,
         method=run.method,
         references=start.scores.references,
         settings=start.settings,
         state=trained,
-        held_out=values,
+        held_out=figures,
     )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Complete or not there."""
-    partial_file = path.with_name(f".{path.name}.partial")
-    partial_file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    partial_file.rename(path)

@@ -1,22 +1,28 @@
 """The folder of a run: the one owner of its file names.
 
 runs/name/train.yaml        the settings in force
-runs/name/scores/           the references' scores, joined once
-runs/name/log.jsonl         a line a step, evaluations between them
-runs/name/checkpoints/      the last ones and the best
+runs/name/scores/           the references' scores, joined once; training reads nothing else
+runs/name/log.jsonl         a line a step, held-out evaluations between them
+runs/name/checkpoints/      the latest ones and the best
 runs/name/evaluation.json   held-out figures: of training, and those that `mrpo evaluate` adds
-runs/name/model/            the final model; it is there when the run is complete
+runs/name/model/            the final model; it is there once the run is finished
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import write_json
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where a run's files are; makes none of them."""
+    """Where a run's files are; creates none of them."""
 
     path: Path
 
@@ -47,3 +53,28 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return self.model.is_dir()
+
+
+def read_log(folder: Path) -> Sequence[Mapping[str, float | None]]:
+    """The lines of a run's log. Raises `UserError` where the folder has none."""
+    path = RunFolder(folder).log
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no run of `mrpo train` ({path.name} is missing)") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged; a line is not JSON") from None
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What an evaluation.json holds; empty where there is none."""
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict), path
+    return content
+
+
+def update_evaluation(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` into an evaluation.json; its other keys stay."""
+    write_json(path, read_evaluation(path) | dict(content))

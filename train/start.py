@@ -1,19 +1,20 @@
-"""Checks between what the store says and what the policy computes, before the first step.
+"""What a run starts from: checked on the first process, before any weights are loaded.
 
-What a run starts from: found out once, on the first process, before any weights are loaded.
-
-A fresh run resolves its references in the store and joins their scores into `scores/`; one that
-goes on reads those scores and takes the policy's origin from its checkpoint. Neither ever looks
-at a reference's weights.
+A new run resolves its references in the store and joins their scores into `scores/`; a resumed
+one reads those scores and takes the policy's source from its checkpoint. No reference's weights
+are ever read. Where the policy is the base reference, `compare_with_base` checks before the first
+step that it computes the log-probs that the store has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,81 +26,19 @@ from ..data.store import NotScored, open_store
 from ..errors import UserError
 from ..method.grammar import aliases_of, method_of
 from ..method.objective import Method, ReferenceLogps
-from .checkpoint import MODEL, Checkpoint, checkpoint_to_resume, numeric_settings
+from .checkpoint import Checkpoint, checkpoint_to_resume, numeric_settings
 from .config import TrainConfig
 from .distributed import Ranks
 from .forward import PairForward, PairLogps
 from .logs import check_trackers
 from .memory import Sizes, TokenBudget, memory_plan, refuse_what_cannot_fit
 from .policy import PolicySource, load_config, policy_source
+from .run_folder import RunFolder
 from .stream import PairStream
 
+POLICY = "policy source"  # its key among a checkpoint's settings
 FIRST_PAIRS = 64
 TOLERANCE = {"float32": 1e-3, "other": 0.1}  # nats per token
-
-
-def refuse_missing(scores: JoinedScores, max_missing: float) -> None:
-    """Raise `UserError` where a reference lacks more than this share of the scores for good."""
-    for reference in scores.references:
-        count = sum(reference.missing.values())
-        if count > max_missing * scores.num_pairs:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in reference.missing.items())
-            raise UserError(
-                f"reference {reference.alias} has no score for {count:,} of "
-                f"{scores.num_pairs:,} pairs ({reasons}), above --max-missing {max_missing}; "
-                "leave it out of --refs, prepare shorter pairs, or raise --max-missing"
-            )
-
-
-def compare_with_base(
-    forward: PairForward, stream: PairStream, budget: TokenBudget, exact: bool
-) -> str:
-    """One line on how far the policy, which is the base reference, is from its stored scores.
-
-    Args:
-        stream: training pairs; its first 64 are scored anew, and compared with column 0.
-        exact: both compute in float32.
-    """
-    # Sums over responses: absolute and signed difference, other tokens, responses.
-    sums, left = torch.zeros(4, dtype=torch.float64), FIRST_PAIRS
-    forward.policy.eval()
-    for batch in islice(stream.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
-        pairs = batch.pairs[:left]
-        left -= len(pairs)
-        for rows, counts in forward.shares(pairs, budget.tokens):
-            with torch.no_grad():
-                logps = forward([pairs[row] for row in rows])
-            sums += counts * _differences(logps, batch.scores, rows)
-    forward.policy.train()
-    absolute, signed, other_tokens, responses = forward.ranks.sum(sums).tolist()
-    absolute, signed = absolute / responses, signed / responses
-    tolerance = TOLERANCE["float32" if exact else "other"]
-    line = (
-        f"{signed:+.1e} nats per token from the base's stored scores on {int(responses) // 2} "
-        f"pairs, {absolute:.1e} in absolute value; up to {tolerance:g} is expected"
-    )
-    if absolute <= tolerance and not other_tokens:
-        return line
-    cause = f"{int(other_tokens)} responses have other tokens" if other_tokens else "other weights"
-    return (
-        f"{line}\nWARNING: the policy is NOT the base reference as it was scored ({cause}); "
-        "check --policy, its revision and chat template, or score the base again"
-    )
-
-
-def _differences(logps: PairLogps, scores: ReferenceLogps, rows: list[int]) -> Tensor:
-    """Per response: |difference| and difference per token, whether the tokens are others, 1."""
-    policy = torch.cat([logps.chosen, logps.rejected]).double().cpu()
-    tokens = torch.cat([logps.chosen_tokens, logps.rejected_tokens]).cpu()
-    both = (scores.ref_chosen_logps, scores.ref_rejected_logps)
-    stored = torch.cat([torch.from_numpy(one[rows, 0]) for one in both])
-    both = (scores.ref_chosen_tokens, scores.ref_rejected_tokens)
-    stored_tokens = torch.cat([torch.from_numpy(one[rows, 0]) for one in both])
-    off = (policy - stored) / tokens
-    return torch.stack([off.abs(), off, (tokens != stored_tokens).double(), off * 0 + 1]).sum(1)
-
-
-SCORES, POLICY = "scores", "policy source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,30 +56,66 @@ class Start:
     exact: bool = False  # and both compute in float32
 
 
-def find_start(config: TrainConfig, ranks: Ranks, half: bool) -> Start:
-    """Check all that can be checked; make the folder of the run and its joined scores."""
+def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
+    """Check everything that can be checked; create the run's folder and its joined scores."""
     check_trackers(config.report_to)
     method = method_of(config)
-    folder = Path(config.output_dir)
+    folder = RunFolder(Path(config.output_dir))
     pairs = open_pairs(config.pairs, config.data)
     settings = numeric_settings(config, pairs)
-    earlier = checkpoint_to_resume(config, settings)
-    if earlier is None:
-        return _fresh(config, method, pairs, settings, ranks, half)
-    source = PolicySource(**earlier.settings[POLICY])
-    finished = (folder / MODEL).exists()
-    tokens = 0 if finished else _planned_tokens(config, source, ranks, half)
-    scores = JoinedScores(folder / SCORES)
-    return Start(pairs, scores, earlier.settings, source, earlier, finished, tokens)
+    checkpoint = checkpoint_to_resume(config, settings)
+    if checkpoint is None:
+        return _new_run(config, method, pairs, settings, folder, ranks, bf16)
+    source = PolicySource(**checkpoint.settings[POLICY])
+    tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
+    scores = JoinedScores(folder.scores)
+    return Start(pairs, scores, checkpoint.settings, source, checkpoint, folder.finished, tokens)
 
 
-def _fresh(
+def compare_with_base(
+    forward: PairForward, stream: PairStream, budget: TokenBudget, exact: bool
+) -> str:
+    """One line on how far the policy, which is the base reference, is from its stored scores.
+
+    Args:
+        stream: training pairs; the first 64 are scored by the policy and compared with column 0.
+        exact: both compute in float32.
+    """
+    # Sums over responses: absolute and signed difference, whether tokens differ, 1.
+    sums, remaining = torch.zeros(4, dtype=torch.float64), FIRST_PAIRS
+    forward.policy.eval()
+    for batch in islice(stream.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
+        pairs = batch.pairs[:remaining]
+        remaining -= len(pairs)
+        for rows, weight in forward.shares(pairs, budget.tokens):
+            with torch.no_grad():
+                logps = forward([pairs[row] for row in rows])
+            sums += weight * _differences(logps, batch.scores, rows)
+    forward.policy.train()
+    absolute, signed, other_tokens, responses = forward.ranks.sum(sums).tolist()
+    absolute, signed = absolute / responses, signed / responses
+    tolerance = TOLERANCE["float32" if exact else "other"]
+    line = (
+        f"{signed:+.1e} nats per token from the base's stored scores on {int(responses) // 2} "
+        f"pairs, {absolute:.1e} in absolute value; up to {tolerance:g} is expected"
+    )
+    if absolute <= tolerance and not other_tokens:
+        return line
+    cause = f"{int(other_tokens)} responses have other tokens" if other_tokens else "other weights"
+    return (
+        f"{line}\nWARNING: the policy is NOT the base reference as it was scored ({cause}); "
+        "check --policy, its revision and chat template, or score the base again"
+    )
+
+
+def _new_run(
     config: TrainConfig,
     method: Method,
     pairs: PairShards,
     settings: dict[str, Any],
+    folder: RunFolder,
     ranks: Ranks,
-    half: bool,
+    bf16: bool,
 ) -> Start:
     store, specs = open_store(config.store), load_refs(config.refs_config)
     try:
@@ -156,13 +131,13 @@ def _fresh(
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
     source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
-    tokens = _planned_tokens(config, source, ranks, half)
-    folder = _made(Path(config.output_dir))
+    tokens = _planned_tokens(config, source, ranks, bf16)
+    _make_folder(folder.path)
     try:
-        scores = join(pairs, store, records, folder / SCORES, refs_config=config.refs_config)
+        scores = join(pairs, store, records, folder.scores, refs_config=config.refs_config)
     except UserError:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        if not any(folder.path.iterdir()):
+            folder.path.rmdir()
         raise
     refuse_missing(scores, config.max_missing)
     return Start(
@@ -174,28 +149,54 @@ def _fresh(
         finished=False,
         tokens=tokens,
         is_base=is_base and records[0].identity == base.identity,
-        exact=not half and base.inputs["dtype"] == "float32",
+        exact=not bf16 and base.inputs["dtype"] == "float32",
     )
 
 
-def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, half: bool) -> int:
-    """Print the memory plan and refuse what can't fit; the micro-batches that it reckons with."""
+def refuse_missing(scores: JoinedScores, max_missing: float) -> None:
+    """Raise `UserError` where a reference lacks more than this share of the scores for good."""
+    for reference in scores.references:
+        count = sum(reference.missing.values())
+        if count > max_missing * scores.num_pairs:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in reference.missing.items())
+            raise UserError(
+                f"reference {reference.alias} has no score for {count:,} of "
+                f"{scores.num_pairs:,} pairs ({reasons}), above --max-missing {max_missing}; "
+                "leave it out of --refs, prepare shorter pairs, or raise --max-missing"
+            )
+
+
+def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, bf16: bool) -> int:
+    """Print the memory plan and refuse what can't fit; the tokens of its micro-batches."""
     if source.adapter is not None and config.lora_rank is not None:
         raise UserError(
             f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
             "merge it into a model folder first (peft's merge_and_unload)"
         )
     sizes = Sizes.of(load_config(source))
-    plan = memory_plan(sizes, config, ranks, half)
+    plan = memory_plan(sizes, config, ranks, bf16)
     print(f"memory      {plan}", flush=True)
-    refuse_what_cannot_fit(plan, sizes, config, ranks, half)
+    refuse_what_cannot_fit(plan, sizes, config, ranks, bf16)
     return plan.tokens
 
 
-def _made(folder: Path) -> Path:
-    """The folder of the run, there after this."""
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: {error.strerror}; name another folder") from None
-    return folder
+
+
+def _differences(logps: PairLogps, scores: ReferenceLogps, rows: Sequence[int]) -> Tensor:
+    """Sums over responses: |difference| and difference per token, whether tokens differ, 1."""
+
+    def stored(chosen: np.ndarray, rejected: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.concatenate([chosen[rows, 0], rejected[rows, 0]]))
+
+    policy = torch.cat([logps.chosen, logps.rejected]).double().cpu()
+    tokens = torch.cat([logps.chosen_tokens, logps.rejected_tokens]).cpu()
+    difference = (policy - stored(scores.ref_chosen_logps, scores.ref_rejected_logps)) / tokens
+    other_tokens = tokens != stored(scores.ref_chosen_tokens, scores.ref_rejected_tokens)
+    return torch.stack(
+        [difference.abs(), difference, other_tokens.double(), torch.ones_like(difference)]
+    ).sum(1)

@@ -1,12 +1,12 @@
-"""The order of the pairs, and batches of them made ready beside the training step.
+"""The order of the pairs, and batches of them prepared in a thread ahead of the training step.
 
     epoch e: the shards in a permuted order, cut into windows of 65,536 rows,
              each window permuted as a whole
 
 The order is a function of seed and epoch alone, the same on every rank, and a place in it is
-three numbers (`Position`). So a resumed run opens one window and goes on at once, with the very
-next pair. One window of pairs is in memory. Batches run on across epochs; only the run's last one
-may be short. A thread reads, tokenizes and computes the references' targets ahead of the step.
+three numbers (`Position`), so a resumed run opens one window and continues with the very next
+pair. One window of pairs is in memory. Batches run on across epochs; only the run's last one may
+be short. From here a batch (`StepBatch`) goes through `forward.py` to `loop.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..method.objective import Method, ReferenceLogps, ReferenceTargets
 from .dataset import Chunk, Rows, TrainingPairs, Window, stacked
 
 WINDOW_ROWS = 65_536
-TAKEN_ROWS = 2048  # rows put in order together: Arrow's cost is by call more than by row
-BLOCK_ROWS = 256  # pairs rendered by one call of the tokenizer
+TAKEN_ROWS = 2048  # rows put in order together: Arrow's cost is per call more than per row
+BLOCK_ROWS = 256  # pairs rendered in one call of the tokenizer
 BATCHES_AHEAD = 8
 
 Item = TypeVar("Item")
@@ -48,12 +48,12 @@ START = Position()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBatch:
-    """The pairs of one optimizer step, and where the stream stands behind them."""
+    """The pairs of one optimizer step, and the position of the stream after them."""
 
     pairs: list[RenderedPair]
     ids: list[bytes]
     scores: ReferenceLogps
-    targets: ReferenceTargets
+    targets: ReferenceTargets  # of the same pairs, on the CPU
     position: Position
     dropped: dict[str, int]  # pairs up to here that the policy can't take, by reason
 
@@ -71,20 +71,20 @@ def window(
         number: which window of the epoch, from 0.
 
     Returns:
-        [(shard, rows)] in the epoch's order of shards, and a permutation of all these rows put
-        behind each other; both empty behind the last window.
+        [(shard, rows)] in the epoch's order of shards, and a permutation of all these rows taken
+        one after the other; both empty after the last window.
     """
     shards = np.random.default_rng((seed, epoch)).permutation(len(usable))
-    start, stop, behind = number * size, (number + 1) * size, 0
+    start, stop, offset = number * size, (number + 1) * size, 0
     parts = []
     for shard in shards:
         rows = usable[shard]
-        first, last = max(start - behind, 0), min(stop - behind, len(rows))
+        first, last = max(start - offset, 0), min(stop - offset, len(rows))
         if first < last:
             parts.append((int(shard), rows[first:last]))
-        behind += len(rows)
+        offset += len(rows)
     total = sum(len(rows) for _, rows in parts)
-    # A trailing 0 would leave the generator as it is: windows count from 1 here.
+    # Windows count from 1 here: a trailing 0 in the seed would not change the generator.
     return parts, np.random.default_rng((seed, epoch, number + 1)).permutation(total)
 
 
@@ -108,9 +108,8 @@ class PairStream:
         """
         Args:
             usable: for each shard, the rows to be read.
-            total_rows: rows to go through, those of all epochs together.
-            limits: tokens that neither sequence of a pair may exceed, by the reason that a pair
-                beyond them is dropped for.
+            total_rows: rows to read, in all epochs together.
+            limits: most tokens of a sequence, by the reason under which a longer pair is dropped.
             held_out: the pairs are not trained on, see `Method.targets`.
         """
         self.source, self.usable, self.renderer, self.method = source, usable, renderer, method
@@ -122,36 +121,36 @@ class PairStream:
         return sum(len(rows) for rows in self.usable)
 
     def epochs_before(self, position: Position) -> float:
-        """How many times the stream has gone through its rows at a position."""
+        """The epochs that the stream has read at a position, with the fraction of the current."""
         rows = position.window * self.window_rows + position.row
         return position.epoch + rows / self.epoch_rows
 
     def batches(
         self, position: Position = START, dropped: Mapping[str, int] | None = None
     ) -> Iterator[StepBatch]:
-        """The batches from `position` on; `dropped` counts go on from those given.
+        """The batches from `position` on; counts of `dropped` pairs continue those given.
 
-        Raises `UserError` where not one pair of the whole stream is left.
+        Raises `UserError` if the policy can't take a single pair of the stream.
         """
         kept: list[_Example] = []
-        counts, some = Counter(dropped or {}), position != START
+        refused, any_pair = Counter(dropped or {}), position != START
         for example in self._examples(position):
-            if example.after.epoch > 0 and not (kept or some):
-                self._refuse(counts)  # or an endless stream would go on in search of one
+            if example.after.epoch > 0 and not (kept or any_pair):
+                self._refuse(refused)  # a stream without end would search forever
             if isinstance(example.rendered, Refusal):
                 # Pairs are counted once, not once an epoch.
-                counts[example.rendered.reason] += example.after.epoch == 0
+                refused[example.rendered.reason] += example.after.epoch == 0
                 position = example.after
                 continue
             if len(kept) == self.batch_pairs:
-                yield self._batch(kept, position, counts)
-                kept, some = [], True
+                yield self._batch(kept, position, refused)
+                kept, any_pair = [], True
             kept.append(example)
             position = example.after
         if kept:
-            yield self._batch(kept, position, counts)
-        elif not some:
-            self._refuse(counts)
+            yield self._batch(kept, position, refused)
+        elif not any_pair:
+            self._refuse(refused)
 
     @staticmethod
     def _refuse(dropped: Mapping[str, int]) -> NoReturn:
@@ -163,30 +162,30 @@ class PairStream:
 
     def _examples(self, position: Position) -> Iterator[_Example]:
         epoch, number, row = position
-        left = self.total_rows - epoch * self.epoch_rows - number * self.window_rows - row
-        while left > 0:
+        remaining = self.total_rows - epoch * self.epoch_rows - number * self.window_rows - row
+        while remaining > 0:
             parts, order = window(self.usable, self.seed, epoch, number, self.window_rows)
             if not parts:
                 assert number > 0, "a stream of no rows"
                 epoch, number, row = epoch + 1, 0, 0
                 continue
-            opened = Window([self.source.chunk(shard, rows) for shard, rows in parts])
+            in_memory = Window([self.source.chunk(shard, rows) for shard, rows in parts])
             for start in range(row, len(order), TAKEN_ROWS):
-                taken = opened.take(order[start : start + TAKEN_ROWS][:left])
-                left -= len(taken)
-                for place, (rendered, pair_id) in enumerate(self._rendered(taken)):
+                chunk = in_memory.take(order[start : start + TAKEN_ROWS][:remaining])
+                remaining -= len(chunk)
+                for place, rendered in enumerate(self._rendered(chunk)):
                     after = Position(epoch, number, start + place + 1)
-                    yield _Example(after, rendered, taken, place, pair_id)
+                    yield _Example(after, rendered, chunk, place)
             number, row = number + 1, 0
 
-    def _rendered(self, taken: Chunk) -> Iterator[tuple[RenderedPair | Refusal, bytes]]:
-        """The rows of a chunk with their ids, some rendered together at a time."""
-        for start in range(0, len(taken), BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, len(taken))
-            shown = self.renderer.render_many(taken.pairs(start, stop))
-            yield from zip(map(self._fitting, shown), taken.ids(start, stop))
+    def _rendered(self, chunk: Chunk) -> Iterator[RenderedPair | Refusal]:
+        """The rows of a chunk, rendered a block at a time."""
+        for start in range(0, len(chunk), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, len(chunk))
+            yield from map(self._within, self.renderer.render_many(chunk.pairs(start, stop)))
 
-    def _fitting(self, rendered: RenderedPair | Refusal) -> RenderedPair | Refusal:
+    def _within(self, rendered: RenderedPair | Refusal) -> RenderedPair | Refusal:
+        """The pair, or why it is dropped where it is beyond `limits`."""
         if isinstance(rendered, RenderedPair):
             longest = max(len(rendered.chosen.token_ids), len(rendered.rejected.token_ids))
             for reason, limit in self.limits.items():
@@ -195,15 +194,14 @@ class PairStream:
         return rendered
 
     def _batch(self, kept: list[_Example], position: Position, dropped: Counter[str]) -> StepBatch:
-        scores = stacked(
-            [
-                (chunk.scores, np.array([one.place for one in examples]))
-                for chunk, examples in groupby(kept, attrgetter("chunk"))
-            ]
-        )
+        parts = [
+            (chunk, np.array([example.place for example in examples]))
+            for chunk, examples in groupby(kept, attrgetter("chunk"))
+        ]
+        scores = stacked([(chunk.scores, places) for chunk, places in parts])
         return StepBatch(
-            pairs=[one.rendered for one in kept],  # type: ignore[misc]
-            ids=[one.pair_id for one in kept],
+            pairs=[example.rendered for example in kept],  # type: ignore[misc]
+            ids=[pair_id for chunk, places in parts for pair_id in chunk.ids(places)],
             scores=scores,
             targets=self.method.targets(scores, self.held_out),
             position=position,
@@ -214,15 +212,14 @@ class PairStream:
 class _Example(NamedTuple):
     """One row on its way into a batch."""
 
-    after: Position  # behind it
+    after: Position  # the next row's
     rendered: RenderedPair | Refusal
     chunk: Chunk
-    place: int  # the row's, in its chunk
-    pair_id: bytes
+    place: int  # of the row in its chunk
 
 
 class Prefetch(Generic[Item]):
-    """Runs an iterator in a thread, a few items ahead; errors rise where the items are taken."""
+    """Runs an iterator in a thread, a few items ahead; its errors rise in `next`."""
 
     def __init__(self, items: Iterator[Item], ahead: int = BATCHES_AHEAD) -> None:
         self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
@@ -231,14 +228,14 @@ class Prefetch(Generic[Item]):
         self._thread.start()
 
     def next(self) -> Item | None:
-        """The next item, waiting for it; None behind the last."""
+        """The next item, waiting for it; None after the last."""
         item, error = self._queue.get()
         if error is not None:
             raise error
         return item
 
     def close(self) -> None:
-        """Stop the thread; it is not waited for longer than the item in hand takes."""
+        """Stop the thread, which ends with the item that it is working on."""
         self._stopped.set()
         self._thread.join()
 

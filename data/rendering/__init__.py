@@ -1,4 +1,4 @@
-"""Pairs to token ids, the same for every model: template to text, text to tokens, tokens split."""
+"""Pairs to token ids, the same way for every model: template, text, tokens, split."""
 
 from .renderer import (
     RENDERING_VERSION,

@@ -1,34 +1,34 @@
-"""Pairs to token ids, one function for references and policy alike.
+"""Pairs to token ids, the same way for references and policy.
 
-A pair's text (a chat template's, or plain prompt and response) is tokenised whole, once, without
-added special tokens, and split by character offset where the prompt ends:
+A pair's text (from a chat template by `template.py`, or plain prompt and response) is tokenized as
+a whole, once, without added special tokens, and split by character offset where the prompt ends:
 
     <s>[INST] What is 2 + 2? [/INST] It is 4.</s>
     |---------- prompt -----------||-- scored --|    "</s>" is the end of turn
 
-A token across the boundary belongs to the response. Nothing is ever truncated. The text comes from
-`rendering_template.py`, the characters under a token from `rendering_tokenizer.py`.
+A token across the boundary belongs to the response. Nothing is ever truncated. Tokenizers differ in
+how characters lie under tokens: a normalizer joins some (NFC), a character of several bytes lies
+under several tokens, a control token swallows adjacent white space, a post-processor trims
+spaces off. `spans` brings all of them to the same form, which the renderer splits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import UserError
 from .template import ChatTemplate, Refusal, RenderedText
-from .tokenizer import bare_backend, bos_in_use, load_tokenizer, spans, with_offsets
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import AddedToken, Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     from ..pairs import Pair
 
-__all__ = ["RENDERING_VERSION", "Refusal", "RenderedPair", "RenderedSequence", "Renderer"]
-
-RENDERING_VERSION = 1  # part of a score's identity: raise it when any token id would change
+RENDERING_VERSION = 1  # part of a score's identity: raise it when any token id changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Renderer:
 
     @property
     def chat_template(self) -> str | None:
-        """The template in force (for conversations without tools), or None."""
+        """The template for conversations without tools, or None."""
         return self.template.get()
 
     @property
@@ -115,15 +115,22 @@ class Renderer:
     def render_many(self, pairs: Sequence[Pair]) -> list[RenderedPair | Refusal]:
         """As `render`, for many pairs in one batched call of the tokenizer."""
         shown = [self.texts(pair) for pair in pairs]
-        texts = [branch.text for both in shown if not isinstance(both, Refusal) for branch in both]
+        texts = [
+            branch.text
+            for branches in shown
+            if not isinstance(branches, Refusal)
+            for branch in branches
+        ]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         rendered: list[RenderedPair | Refusal] = []
-        for pair, both in zip(pairs, shown):
-            if isinstance(both, Refusal):
-                rendered.append(both)
+        for pair, branches in zip(pairs, shown):
+            if isinstance(branches, Refusal):
+                rendered.append(branches)
             else:
-                branches = [self._sequence(b, next(encodings), pair.is_chat) for b in both]
-                rendered.append(_paired(*branches))
+                chosen, rejected = (
+                    self._sequence(branch, next(encodings), pair.is_chat) for branch in branches
+                )
+                rendered.append(_paired(chosen, rejected))
         return rendered
 
     def explain(self, pair: Pair) -> tuple[ExplainedSequence, ExplainedSequence] | Refusal:
@@ -162,16 +169,18 @@ class Renderer:
         if start == len(ids):
             return Refusal("empty_response_tokens", "the response has no tokens of its own")
         if start == 0:
-            return Refusal("nothing_before_response", "no token stands before the response's first")
+            return Refusal(
+                "nothing_before_response", "no token comes before the first of the response"
+            )
         return RenderedSequence(ids, start, end_start, boundary)
 
     def _between_bos_and_eos(self, ids: list[int], start: int) -> tuple[list[int], int]:
-        """Plain text's ids with BOS in front and EOS behind where the tokenizer has them and the
-        text doesn't; and how many went in front."""
-        front = [self._bos] if self._bos is not None and ids[:1] != [self._bos] else []
+        """Plain text's ids with BOS before and EOS after it where the tokenizer has them and the
+        text doesn't; and how many ids were added before it."""
+        before = [self._bos] if self._bos is not None and ids[:1] != [self._bos] else []
         ended = start < len(ids) and ids[-1] == self._eos
-        behind = [self._eos] if self._eos is not None and not ended else []
-        return [*front, *ids, *behind], len(front)
+        after = [self._eos] if self._eos is not None and not ended else []
+        return [*before, *ids, *after], len(before)
 
     def _explained(self, rendered: RenderedText, sequence: RenderedSequence) -> ExplainedSequence:
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)
@@ -194,3 +203,79 @@ def _paired(
     while shared < most and chosen.token_ids[shared] == rejected.token_ids[shared]:
         shared += 1
     return RenderedPair(chosen, rejected, shared)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hub model or a model folder, or `UserError` where there is none."""
+    from transformers import AutoTokenizer
+
+    way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
+    try:
+        # With mistral-common installed, AutoTokenizer may return its tokenizer, without offsets.
+        loaded = AutoTokenizer.from_pretrained(
+            model, revision=revision, mistral_format=False, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
+    tokenizer = with_offsets(loaded)
+    # For a folder without tokenizer files, transformers makes a tokenizer without any word.
+    if not {*tokenizer("a", add_special_tokens=False).input_ids} - {*tokenizer.all_special_ids}:
+        raise UserError(f"model {model}: no tokenizer there; {way_out}")
+    return tokenizer
+
+
+def with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer itself; `UserError` where it gives no character offsets."""
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    name = getattr(tokenizer, "name_or_path", None) or "the model"
+    raise UserError(
+        f"tokenizer of {name} ({type(tokenizer).__name__}) gives no character offsets, which "
+        "scoring needs; use a model with a fast tokenizer (tokenizer.json)"
+    )
+
+
+def bare_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that adds no tokens, trims no offsets, and neither truncates nor pads, whatever the
+    model's tokenizer.json says; ids without special tokens are the same."""
+    from tokenizers import Tokenizer
+
+    bare = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare.post_processor = None
+    bare.no_truncation()
+    bare.no_padding()
+    return bare
+
+
+def bos_in_use(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id of BOS where the tokenizer puts it before plain text, else None."""
+    ids = tokenizer("a").input_ids
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def spans(
+    text: str, encoding: Encoding, added: dict[int, AddedToken]
+) -> Iterator[tuple[int, int, int]]:
+    """(token index, begin, end) from the last token to the first, in characters of `text`.
+
+    Characters that a normalizer dropped or joined to others (under NFC an accent to its letter)
+    lie under no token according to the tokenizer; here the token before them holds them. An added
+    token is taken literally: without the white space that it swallows, and with nothing more.
+    """
+    following, last_end, last_stretched = len(text), -1, len(text)
+    offsets, ids = encoding.offsets, encoding.ids
+    for index in range(len(ids) - 1, -1, -1):
+        begin, end = offsets[index]
+        stretched = last_stretched if end == last_end else max(end, following)
+        following, last_end, last_stretched = begin, end, stretched
+        if (token := added.get(ids[index])) is not None and token.content.strip():
+            if token.rstrip:
+                end = begin + len(text[begin:end].rstrip())
+            if token.lstrip:
+                begin = end - len(text[begin:end].lstrip())
+            yield index, begin, end
+        else:
+            yield index, begin, stretched

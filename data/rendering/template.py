@@ -1,8 +1,8 @@
 """Chat templates as text: what the model is shown, and where the response ends in it.
 
-A template is a model's own Jinja program. This module renders it the same on any day (templates
-of the Llama 3.2 kind print today's date) and finds the end of turn by rendering a sentinel
-response once. `rendering.py` turns the text into token ids; nothing else renders templates.
+A template is a model's own Jinja program. This module renders it with a fixed date (templates like
+that of Llama 3.2 print today's) and finds the end of turn by rendering a sentinel response once.
+`renderer.py` turns the text into token ids; nothing else renders templates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # The date that Llama 3.2's own template falls back to. Part of the rendering version.
 TODAY = datetime(2024, 7, 26, 12, 0, 0)
 SENTINEL = "SENTINELxRESPONSE"
-# Names that `apply_chat_template` takes itself: a template variable can't be called so.
+# Parameters of `apply_chat_template`, which a template variable can't be named after.
 RESERVED = frozenset(
     {
         *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
@@ -38,7 +38,7 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a pair can't be rendered for a model: a permanent reason, and the particulars."""
+    """Why a pair can't be rendered for a model: a permanent reason, and details."""
 
     reason: str
     detail: str
@@ -55,7 +55,7 @@ class RenderedText:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The text a template puts behind a response: kept up to and with its first special token."""
+    """The text a template puts after a response: kept up to and with its first special token."""
 
     kept: str
     dropped: str
@@ -110,7 +110,7 @@ class ChatTemplate:
                 f"{self._name} has no chat template and the pairs are messages; give it one with "
                 "chat_template in refs.yaml, or prepare the pairs as text"
             )
-        own = pair.chat_template_kwargs or {}  # what a pair says goes over what its reference says
+        own = pair.chat_template_kwargs or {}  # a pair's own win over its reference's
         _check_kwargs(own, "chat_template_kwargs of a pair")
         kwargs = {"tools": pair.tools, **self.kwargs, **own}
         try:
@@ -150,7 +150,7 @@ class ChatTemplate:
         """The text without what follows the end of turn.
 
         A turn that doesn't end as the sentinel's did (one with a tool call may not) ends with its
-        last special token if nothing but white space follows it.
+        last special token if only white space follows it.
         """
         end = len(text) - len(tail.dropped)
         content_end = end - len(tail.kept)
@@ -163,7 +163,7 @@ class ChatTemplate:
 
     def _find_tail(self, template: str) -> Tail:
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTINEL}]
-        way_out = "mend it, or override it with chat_template in refs.yaml"
+        way_out = "fix it, or override it with chat_template in refs.yaml"
         try:
             text = self._show(template, turns, self.kwargs)
         except _template_errors() as error:
@@ -171,8 +171,8 @@ class ChatTemplate:
                 f"chat template of {self._name} can't show a question and an answer "
                 f"({_one_line(error)}); {way_out}"
             ) from None
-        _, found, after = text.rpartition(SENTINEL)
-        if not found:
+        _, sentinel, after = text.rpartition(SENTINEL)
+        if not sentinel:
             raise UserError(
                 f"chat template of {self._name} doesn't show the assistant's answer; {way_out}"
             )
@@ -190,8 +190,8 @@ class ChatTemplate:
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
-    """What a template raises for messages it doesn't take: a refusal of its own, or Python's error
-    over a field that is missing or of another type than it expects."""
+    """What a template raises for messages it doesn't accept: an error of its own, or Python's for a
+    field that is missing or has an unexpected type."""
     from jinja2.exceptions import TemplateError
 
     return (TemplateError, TypeError, ValueError, LookupError)

@@ -1,4 +1,4 @@
-"""The score store: references, their scores, where the files are, and the commands on it."""
+"""The score store: references, their scores, where the files are, and its commands."""
 
 from .files import LocalFiles
 from .scores import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles

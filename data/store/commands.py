@@ -1,99 +1,82 @@
-"""What the commands of the store share: which references are meant, and sizes to read.
+"""The commands on a whole store: status, the digests of verify, gc, push and pull.
 
-`mrpo store status`, and the digests of `mrpo store verify`.
-
-status reads footers only; verify reads every byte and changes none (`precompute/verify.py` adds
-the sample that is scored again). The other commands stand in files of their own.
-
-
-`mrpo store push` and `pull`: scores from one store to another, each file once.
-
-Files are named by their bytes, so what has a name at both ends is equal and stays. Every file is
-checked on its way, and a reference's record goes last: what is recorded is there.
+`status` reads footers only; `verify` reads every byte and changes none (`precompute/verify.py` adds
+the sample that is scored again). `gc` lists what a store no longer needs and removes it on request:
+scores cost hours of GPU time, so a reference stays while it is the newest under any of its aliases,
+or while a file of any run contains its identity. `push` and `pull` copy scores between stores, each
+file once: files are named by their bytes, so a name at both ends is the same file. Every file is
+checked on the way, and a reference's record goes last, so what is recorded is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from ...errors import UserError
-from ..config import PullConfig, PushConfig, StatusConfig, VerifyConfig
-from ..ids import IdArray
+from ...files import TEMPORARY
+from ...settings import comma_separated, command
+from ...terminal import print_table
+from ..config import GcConfig, PullConfig, PushConfig, StatusConfig, VerifyConfig
+from ..ids import IdArray, IdIndex
+from ..pairs import canonical_json
 from ..shards import PairShards
-from .scores import ScoreFiles, intact
-from .store import ReferenceRecord, Store, merged, open_store
+from .files import Files, LocalFiles
+from .scores import BAD, ScoreFiles, intact
+from .store import POLICIES, ReferenceRecord, Store, merged, open_store
 
-
-def selected(store: Store, refs: str | None) -> list[str]:
-    """The identities that a comma-separated list of aliases means; all without one.
-
-    An alias means every identity it ever had; `alias@prefix` the one.
-    """
-    if refs is None:
-        return store.identities()
-    found: list[str] = []
-    records = store.references()
-    for alias in (part.strip() for part in refs.split(",")):
-        same = [record.identity for record in records if record.alias == alias]
-        if "@" in alias:
-            same = [store.resolve(alias).identity]
-        if not same:
-            known = ", ".join(sorted({record.alias for record in records})) or "none"
-            raise UserError(f"--refs: {store.root} knows no {alias!r}; it has {known}")
-        found += [identity for identity in same if identity not in found]
-    return found
-
-
-def require(store: Store) -> None:
-    """Raises `UserError` where there is no store, so that a wrong path is no healthy store."""
-    if not store.identities():
-        raise UserError(
-            f"--store {store.root}: holds no references; `mrpo precompute` fills a store, "
-            "--store or $MRPO_STORE names one"
-        )
-
-
-def readable_size(num_bytes: int) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
-    if num_bytes < 1000:
-        return f"{num_bytes} B"
-    power = min((len(str(num_bytes)) - 1) // 3, 4)
-    return f"{num_bytes / 1000**power:.1f} {' kMGT'[power]}B"
-
-
-SLICE = 2**20  # pairs looked up at a time
+SLICE = 2**20  # pairs looked up at a time: ten million at once would take a gigabyte more
 DAMAGED = "damaged"
+ABANDONED = 3600  # seconds without a change after which a temporary file has no writer any more
+RUN_FILES = (".json", ".jsonl", ".yaml", ".yml", ".md")  # files of a run that may name references
+HEX_NAME = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 
+@command(StatusConfig)
 def status(config: StatusConfig) -> None:
-    """Print every reference with its rows, size, date and engine, the last recorded first."""
+    """Print every reference with its rows, size, date and engine, the last recorded first.
+
+    With `config.pairs` also how many of these pairs it lacks; with `config.policies` the trained
+    policies in place of the references.
+    """
     store = open_store(config.store)
-    lines = [["reference", "identity", "rows", "size", "recorded", "engine", "model"]]
     ids = _pair_ids(PairShards(config.pairs)) if config.pairs else None
+    policies = store.policies
+    shown, kind = (policies, "policies") if config.policies else (store, "references")
+    _print_status(shown, kind, ids)
+    hidden = 0 if config.policies else len(policies.identities())
+    if hidden:
+        print(f"{hidden:,} scored policies are not shown; --policies lists them")
+
+
+def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
+    heading = ["reference", "identity", "rows", "size", "recorded", "engine", "model"]
     if ids is not None:
-        lines[0].append(f"missing of {len(ids):,}")
+        heading.append(f"missing of {len(ids):,}")
+    lines = []
     counted: dict[frozenset[str], int] = {}
-    total, asides = 0, 0
+    total, num_bad = 0, 0
     for identity in store.identities():
         scores = store.scores(identity)
         total += scores.num_bytes()
-        asides += len(scores.set_aside())
-        names = store.names_of(identity)
-        line = _describe(identity, names, scores)
+        num_bad += len(scores.set_aside())
+        line = _describe(identity, store.names_of(identity), scores)
         if ids is not None:
             # Damage that the footers show is not looked for again in the rows.
             torn = line[2] == DAMAGED
             line.append(DAMAGED if torn else _shown(partial(_missing, scores, ids, counted)))
         lines.append(line)
-    newest_first = sorted(lines[1:], key=lambda line: line[4], reverse=True)
-    print(*_columns([lines[0], *newest_first]), sep="\n")
-    if asides:
-        print(f"{asides} damaged files are set aside as .bad; `mrpo store gc` removes them")
-    print(f"store   {store.root} ({len(lines) - 1} references, {readable_size(total)})")
+    newest_first = sorted(lines, key=lambda line: line[4], reverse=True)
+    print_table([heading, *newest_first], justify="left")
+    if num_bad:
+        print(f"{num_bad} damaged files are set aside as .bad; `mrpo store gc` removes them")
+    print(f"store   {store.root} ({len(lines)} {kind}, {readable_size(total)})")
 
 
 def verify_digests(config: VerifyConfig) -> int:
@@ -118,7 +101,224 @@ def verify_digests(config: VerifyConfig) -> int:
     return int(damaged > 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """A file that is no longer needed, by its name relative to the store's root, and why."""
+
+    name: str
+    reason: str
+    size: int  # bytes
+
+
+@command(GcConfig)
+def gc(config: GcConfig) -> list[Garbage]:
+    """Print what can go, and remove it with `config.delete`; returns what was listed."""
+    store = open_store(config.store)
+    if not store.policies.identities():
+        require(store)
+    garbage = list(find_garbage(store, replaced(store, comma_separated(config.runs))))
+    for item in garbage:
+        print(f"{item.reason:<20}  {readable_size(item.size):>9}  {item.name}")
+        if config.delete:
+            store.files.remove(item.name)
+    if config.delete and isinstance(store.files, LocalFiles):
+        store.files.remove_empty_folders()
+    verb = "removed" if config.delete else "would remove"
+    total = readable_size(sum(item.size for item in garbage))
+    print(f"{verb} {len(garbage):,} files, {total}" + ("" if config.delete else "; --delete does"))
+    print(f"store   {store.root}")
+    return garbage
+
+
+def find_garbage(store: Store, unneeded: set[str]) -> Iterator[Garbage]:
+    """Everything that can go; this includes all of the references in `unneeded`, and policies."""
+    for identity in store.identities():
+        whole = identity in unneeded
+        covered = set() if whole else _covered(store.scores(identity))
+        for path, name, size in _files_of(store.files, identity):
+            if whole:
+                yield Garbage(path, "replaced reference", size)
+            elif _unfinished(path):
+                if _abandoned(store.files, path):
+                    yield Garbage(path, "never finished", size)
+            elif name.endswith(BAD):
+                yield Garbage(path, "damaged", size)
+            elif name in covered:
+                yield Garbage(path, "rows in other files", size)
+    for identity in store.policies.identities():
+        for path, _, size in _files_of(store.files, f"{POLICIES}/{identity}"):
+            if not _unfinished(path) or _abandoned(store.files, path):
+                yield Garbage(path, "policy scores", size)
+
+
+def replaced(store: Store, runs: list[str]) -> set[str]:
+    """References that are the newest under none of their names, and that no run names."""
+    newest = {
+        canonical_json([record.alias, record.entry]): record.identity
+        for record in store.references()  # the last recorded last
+    }
+    known = {record.identity for record in store.references()}
+    older = known - set(newest.values())
+    return older - _named_by(runs) if older else set()
+
+
+def _named_by(folders: list[str]) -> set[str]:
+    """Every 32-digit hex name in the text files below the folders."""
+    names: set[str] = set()
+    for folder in (Path(part).expanduser() for part in folders):
+        if not folder.is_dir():
+            raise UserError(
+                f"--runs {folder}: no such folder; name those that hold your runs, so that the "
+                "references which they name are kept"
+            )
+        for path in folder.rglob("*"):
+            if path.suffix in RUN_FILES and path.is_file():
+                names.update(match.decode() for match in HEX_NAME.findall(path.read_bytes()))
+    return names
+
+
+def _files_of(files: Files, folder: str) -> Iterator[tuple[str, str, int]]:
+    """(path, name, bytes) of every file of an identity."""
+    for inner in (folder, f"{folder}/scores", f"{folder}/leases"):
+        for name, size in sorted(files.sizes(inner).items()):
+            yield f"{inner}/{name}", name, size
+
+
+def _unfinished(path: str) -> bool:
+    """Whether a writer or a lease holder may still be using the file."""
+    *_, folder, name = path.split("/")
+    return name.startswith(TEMPORARY) or folder == "leases"
+
+
+def _abandoned(files: Files, path: str) -> bool:
+    """Whether nobody writes the file any more; only local writers leave such files."""
+    try:
+        return isinstance(files, LocalFiles) and time.time() - files.modified(path) > ABANDONED
+    except FileNotFoundError:  # finished and renamed by now
+        return False
+
+
+def _covered(scores: ScoreFiles) -> set[str]:
+    """Files whose rows are all in files before them, so that no reader ever uses them."""
+    if scores.damaged():
+        return set()  # rows in a damaged file cover nothing
+    names = scores.names()
+    ids = [scores.ids_of(name) for name in names]
+    if not names:
+        return set()
+    places = IdIndex(np.concatenate(ids)).find(np.concatenate(ids))
+    starts = np.cumsum([0, *map(len, ids)])
+    return {
+        name
+        for name, start, end in zip(names, starts, starts[1:])
+        if end > start and (places[start:end] < start).all()
+    }
+
+
+@dataclass(slots=True)
+class Transfer:
+    """The result of a push or a pull, in files and bytes."""
+
+    copied: int = 0
+    num_bytes: int = 0
+    already_there: int = 0
+    damaged: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a file was damaged and left behind, else 0."""
+        return int(self.damaged > 0)
+
+
+@command(PushConfig)
+def push(config: PushConfig) -> Transfer:
+    """Copy what `config.target` lacks to it."""
+    return _transfer_all(open_store(config.store), Store(config.target), config.refs)
+
+
+@command(PullConfig)
+def pull(config: PullConfig) -> Transfer:
+    """Copy what the store lacks from `config.source`."""
+    return _transfer_all(Store(config.source), open_store(config.store), config.refs)
+
+
+def _transfer_all(source: Store, target: Store, refs: str | None) -> Transfer:
+    require(source)
+    done = Transfer()
+    for identity in selected(source, refs):
+        _transfer(source, target, identity, done)
+    print(
+        f"copied  {done.copied:,} files, {readable_size(done.num_bytes)}; "
+        f"{done.already_there:,} were there already"
+    )
+    if done.damaged:
+        print(f"left    {done.damaged:,} damaged files behind; `mrpo store verify` names them")
+    print(f"store   {target.root}")
+    return done
+
+
+def _transfer(source: Store, target: Store, identity: str, done: Transfer) -> None:
+    """Copy the files of a reference that the target lacks, and its names."""
+    scores, target_names = source.scores(identity), set(target.scores(identity).names())
+
+    def missing() -> Iterator[tuple[str, bytes]]:
+        for name in scores.names():
+            if name in target_names:
+                done.already_there += 1
+                continue
+            data = scores.read_file(name)
+            if not intact(name, data):
+                done.damaged += 1
+                continue
+            done.copied += 1
+            done.num_bytes += len(data)
+            yield f"{identity}/scores/{name}", data
+
+    target.files.write_all(missing())
+    names, known = source.names_of(identity), target.names_of(identity)
+    if names and merged(known, names) != known:
+        target.merge(names)
+
+
+def selected(store: Store, refs: str | None) -> list[str]:
+    """The identities that a comma-separated list of aliases means; all without a list.
+
+    An alias means every identity it ever had, `alias@prefix` a single one.
+    """
+    if refs is None:
+        return store.identities()
+    identities: list[str] = []
+    records = store.references()
+    for alias in comma_separated(refs):
+        named = [record.identity for record in records if record.alias == alias]
+        if "@" in alias:
+            named = [store.resolve(alias).identity]
+        if not named:
+            known = ", ".join(sorted({record.alias for record in records})) or "none"
+            raise UserError(f"--refs: {store.root} knows no {alias!r}; it has {known}")
+        identities += [identity for identity in named if identity not in identities]
+    return identities
+
+
+def require(store: Store) -> None:
+    """Raises `UserError` where there is no store, so that a wrong path never looks healthy."""
+    if not store.identities():
+        raise UserError(
+            f"--store {store.root}: holds no references; `mrpo precompute` fills a store, "
+            "--store or $MRPO_STORE names one"
+        )
+
+
+def readable_size(num_bytes: int) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    power = min((len(str(num_bytes)) - 1) // 3, 4)
+    return f"{num_bytes / 1000**power:.1f} {' kMGT'[power]}B"
+
+
 def _describe(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
+    """A line of `status`."""
     if not names:
         return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
     newest = names[-1]
@@ -137,7 +337,7 @@ def _describe(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -
 
 
 def _shown(count: Callable[[], int]) -> str:
-    """The number; one file that can't be read must not hide the other references."""
+    """The number; a file that can't be read must not hide the other references."""
     try:
         return f"{count():,}"
     except UserError:
@@ -149,10 +349,7 @@ def _pair_ids(shards: PairShards) -> IdArray:
 
 
 def _missing(scores: ScoreFiles, ids: IdArray, counted: dict[frozenset[str], int]) -> int:
-    """How many pairs have no row. References of the same units lack the same: `counted` has them.
-
-    In slices: ten million at once would take a gigabyte more.
-    """
+    """How many pairs have no row. `counted` keeps the answer for references of equal units."""
     units = scores.units()
     if units not in counted:
         starts = range(0, len(ids), SLICE)
@@ -161,67 +358,3 @@ def _missing(scores: ScoreFiles, ids: IdArray, counted: dict[frozenset[str], int
             for start in starts
         )
     return counted[units]
-
-
-def _columns(lines: list[list[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-
-
-@dataclass(slots=True)
-class Transfer:
-    """What one transfer did, in files and bytes."""
-
-    copied: int = 0
-    num_bytes: int = 0
-    there: int = 0
-    damaged: int = 0
-
-
-def push(config: PushConfig) -> int:
-    """Copy to `config.target`; 1 where a file was damaged and left behind, else 0."""
-    return _run(open_store(config.store), Store(config.target), config.refs)
-
-
-def pull(config: PullConfig) -> int:
-    """Copy from `config.source`; 1 where a file was damaged and left behind, else 0."""
-    return _run(Store(config.source), open_store(config.store), config.refs)
-
-
-def transfer(source: Store, target: Store, identity: str, done: Transfer) -> None:
-    """Copy what the target lacks of one reference, and its names."""
-    scores, there = source.scores(identity), set(target.scores(identity).names())
-
-    def missing() -> Iterator[tuple[str, bytes]]:
-        for name in scores.names():
-            if name in there:
-                done.there += 1
-                continue
-            data = scores.read_file(name)
-            if not intact(name, data):
-                done.damaged += 1
-                continue
-            done.copied += 1
-            done.num_bytes += len(data)
-            yield f"{identity}/scores/{name}", data
-
-    target.files.write_all(missing())
-    names, known = source.names_of(identity), target.names_of(identity)
-    if names and merged(known, names) != known:
-        target.merge(names)
-
-
-def _run(source: Store, target: Store, refs: str | None) -> int:
-    require(source)
-    done = Transfer()
-    for identity in selected(source, refs):
-        transfer(source, target, identity, done)
-    print(
-        f"copied  {done.copied:,} files, {readable_size(done.num_bytes)}; "
-        f"{done.there:,} were there already"
-    )
-    if done.damaged:
-        print(f"left    {done.damaged:,} damaged files behind; `mrpo store verify` names them")
-    print(f"store   {target.root}")
-    return int(done.damaged > 0)

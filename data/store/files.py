@@ -1,25 +1,28 @@
-"""Where the store's bytes live: a folder on a disk; `store_remote.py` has object storage.
+"""Where the store's bytes live: a folder on a disk, or object storage behind fsspec.
 
-A write is all or nothing, and durable: a temporary file, fsync, rename, fsync of the folder. Names
-are those of content, so a repeated write changes nothing.
+A write is all or nothing: on a disk by `mrpo.files` (durable too), on object storage one put. Names
+are those of content, so a repeated write changes nothing. Locks exist on a local disk alone; on
+object storage one driver should write, and a race costs no more than a second row.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import secrets
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 
 from ...errors import UserError
+from ...files import locked, sync, write_bytes
 
-TEMPORARY = ".tmp-"  # opens the name of a file that is still being written
+WRITERS = 8  # files sent at a time
+COMMIT_FILES, COMMIT_BYTES = 500, 256 * 2**20  # what one commit on the Hub takes at most
 
 
 class Files(Protocol):
@@ -78,8 +81,6 @@ def open_files(root: str | Path) -> Files:
         return _local_files(Path(rest).expanduser())
     import fsspec
 
-    from .remote import HubFiles, RemoteFiles
-
     try:
         system, path = fsspec.url_to_fs(text)
     except ImportError as error:
@@ -123,19 +124,7 @@ class LocalFiles:
         return pa.OSFile(str(self.folder / name))
 
     def write(self, name: str, data: bytes) -> None:
-        path = self.folder / name
-        _make_folder(path.parent)
-        temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        write_bytes(self.folder / name, data)
 
     def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
         for name, data in files:
@@ -143,7 +132,7 @@ class LocalFiles:
 
     def rename(self, name: str, new: str) -> None:
         os.replace(self.folder / name, self.folder / new)
-        _sync_folder((self.folder / new).parent)
+        sync((self.folder / new).parent)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -163,17 +152,121 @@ class LocalFiles:
     def lease(self, name: str) -> Iterator[bool]:
         """A file lock: the system drops it when the process ends, however it ends."""
         path = self.folder / name
-        _make_folder(path.parent)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            held = _lock(descriptor) and _same_file(descriptor, path)
+        with locked(path) as held:
             try:
                 yield held
             finally:
-                if held:
+                if held:  # removed before it is released: a lock of a removed file is no lock
                     path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+
+
+class RemoteFiles:
+    """Files behind fsspec: s3://, gs://, memory://. Every lease is granted."""
+
+    is_local = False
+
+    def __init__(self, system: Any, path: str, url: str) -> None:
+        self.system, self.path, self.root = system, path.rstrip("/"), url.rstrip("/")
+
+    def names(self, folder: str) -> list[str]:
+        return list(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        return {
+            _last(entry["name"]): int(entry["size"] or 0)
+            for entry in self._entries(folder)
+            if entry["type"] == "file"
+        }
+
+    def folders(self) -> list[str]:
+        return sorted(_last(e["name"]) for e in self._entries("") if e["type"] == "directory")
+
+    def read(self, name: str) -> bytes:
+        return bytes(self.system.cat_file(self._at(name)))
+
+    def open(self, name: str) -> pa.NativeFile:
+        return pa.BufferReader(self.read(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._explained():
+            self.system.pipe_file(self._at(name), data)
+
+    def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
+        files = iter(files)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            while batch := list(islice(files, WRITERS)):
+                list(pool.map(lambda item: self.write(*item), batch))
+
+    def rename(self, name: str, new: str) -> None:
+        self.system.mv(self._at(name), self._at(new))
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm_file(self._at(name))
+
+    @contextlib.contextmanager
+    def lease(self, name: str) -> Iterator[bool]:
+        yield True
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def _entries(self, folder: str) -> list[dict[str, Any]]:
+        self.system.invalidate_cache()
+        with self._explained():
+            try:
+                return list(self.system.ls(self._at(folder), detail=True))
+            except FileNotFoundError:
+                return []
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors that only the user can fix, in one line; all others rise unchanged."""
+        try:
+            yield
+        except PermissionError as error:
+            raise UserError(
+                f"--store {self.root}: access denied ({error}); check the credentials in the "
+                "environment and what they may do"
+            ) from None
+        except FileNotFoundError as error:
+            raise UserError(
+                f"--store {self.root}: can't be written ({error}); create the bucket or "
+                "repository first"
+            ) from None
+
+
+class HubFiles(RemoteFiles):
+    """Files of a Hub repository, for push and pull: hf://datasets/org/name[@revision][/folder].
+
+    Each write is a commit, so files are gathered and committed many at a time.
+    """
+
+    def write(self, name: str, data: bytes) -> None:
+        self.write_all([(name, data)])
+
+    def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
+        batch: list[tuple[str, bytes]] = []
+        for item in files:
+            batch.append(item)
+            if len(batch) == COMMIT_FILES or sum(len(data) for _, data in batch) > COMMIT_BYTES:
+                self._commit(batch)
+                batch = []
+        if batch:
+            self._commit(batch)
+
+    def _commit(self, files: list[tuple[str, bytes]]) -> None:
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        place = self.system.resolve_path(self.path)
+        inside = f"{place.path_in_repo}/" if place.path_in_repo else ""
+        HfApi(endpoint=self.system.endpoint, token=self.system.token).create_commit(
+            place.repo_id,
+            [CommitOperationAdd(f"{inside}{name}", data) for name, data in files],
+            commit_message=f"Add scores: {len(files)} files",
+            repo_type=place.repo_type,
+            revision=place.revision,
+        )
 
 
 def _local_files(folder: Path) -> LocalFiles:
@@ -184,31 +277,5 @@ def _local_files(folder: Path) -> LocalFiles:
     return LocalFiles(folder)
 
 
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether the locked file still has its name: its last holder may just have removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _last(name: str) -> str:
+    return PurePosixPath(name.rstrip("/")).name

@@ -1,8 +1,8 @@
-"""`mrpo store import`: scores that others computed, under an alias of their own.
+"""`mrpo store import`: scores computed elsewhere, stored under an alias of their own.
 
 A row is a pair in any format that `mrpo prepare` reads, or a pair's id, with two log-probs beside
-it. What made them can't be checked here, so that their identity is what the user says of them, and
-the record is marked as imported. Everything else treats them as any reference's scores.
+it. How they were computed can't be checked here, so their identity is the user's description of
+them, and the record is marked as imported. Everything else treats them like any reference's scores.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 import pyarrow as pa
 
 from ...errors import UserError
+from ...settings import command
 from ..config import ImportConfig
-from ..formats import Columns, PairReader, Unusable
+from ..formats import Broken, Columns, PairReader, Unusable, by_reason
 from ..ids import IdIndex, ids_from_bytes, ids_to_arrow, ids_to_numpy
-from ..messages import Broken
-from ..pairs import ID_BYTES
+from ..pairs import parse_id
 from ..references import check_alias
 from ..sources import Source, open_sources
 from .scores import SCORE_SCHEMA, ScoreFiles
 from .store import ReferenceRecord, open_store
 
 BATCH_ROWS = 8192  # rows that become one score file
-ABOVE_ZERO = 1e-3  # nats that rounding may lift a sure response's log-prob above 0
+ABOVE_ZERO = 1e-3  # nats by which rounding may lift a certain response's log-prob above 0
 ID_COLUMN = "pair_id"
-# Why a row is left out, beside the reasons of a pair that can't be used.
+# Why a row is left out, besides the reasons for which a pair can't be used.
 NO_SCORE, ALREADY_THERE = "no score", "already there"
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredColumns:
-    """The columns of a pair (None: of its id) with its scores; see `sources.Wanted`."""
+    """The columns of a pair (None: of its id) with its scores; see `sources.SourceColumns`."""
 
     pair: Columns | None
     logps: tuple[str, str]  # chosen, rejected
@@ -55,8 +55,12 @@ class ScoredColumns:
         return "name columns with --chosen-column, --chosen-logps-column and so on"
 
 
-def import_scores(config: ImportConfig) -> None:
-    """Keep the scores of every row that has them; raises `UserError` at a row that can't be."""
+@command(ImportConfig)
+def import_scores(config: ImportConfig) -> ReferenceRecord:
+    """Store the scores of every row that has them; returns the reference that they became.
+
+    Raises `UserError` at an invalid row, and then nothing is stored.
+    """
     check_alias(config.alias, "--alias")
     sources = open_sources(config.source)
     columns = _columns(config)
@@ -68,15 +72,18 @@ def import_scores(config: ImportConfig) -> None:
         runs=({"engine": "imported", "source": config.source},),
     )
     scores, left = store.scores(record.identity), Counter[str]()
-    # Everything is read before anything is kept: a wrong row leaves the store as it was.
+    # Everything is read before anything is stored: an invalid row leaves the store as it was.
     tables = [table for source in sources for table in _tables(source, columns, config.chat, left)]
     kept = sum(_add(scores, table, left) for table in tables)
     if not kept and not left[ALREADY_THERE]:
-        raise UserError(f"{config.source}: no row has a score ({_counts(left)}); nothing imported")
+        raise UserError(
+            f"{config.source}: no row has a score ({by_reason(left)}); nothing imported"
+        )
     record = store.record(record)
-    print(f"imported {kept:,} pairs; left out: {_counts(left)}")
+    print(f"imported {kept:,} pairs; left out: {by_reason(left)}")
     print(f"reference {record.alias}@{record.identity[:12]}, marked as imported: {config.model}")
     print(f"store   {store.root}")
+    return record
 
 
 def _columns(config: ImportConfig) -> ScoredColumns:
@@ -88,7 +95,7 @@ def _columns(config: ImportConfig) -> ScoredColumns:
     )
 
 
-Scored = tuple[bytes, list[float | None], list[int | None]]  # id; log-probs and tokens of both
+Row = tuple[bytes, list[float | None], list[int | None]]  # id; log-probs, tokens of both responses
 
 
 def _tables(
@@ -109,9 +116,7 @@ def _tables(
         yield pa.table([ids_to_arrow(ids_from_bytes(list(ids))), *arrays], SCORE_SCHEMA.names)
 
 
-def _rows(
-    source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]
-) -> Iterator[Scored]:
+def _rows(source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]) -> Iterator[Row]:
     pairs = PairReader(columns.pair, source.name, chat) if columns.pair else None
     for number, row in source.rows(columns):
         try:
@@ -119,7 +124,7 @@ def _rows(
                 if name not in row:
                     raise Broken(name, f"is missing; {columns.flags}")
             logps = [_logp(name, row[name]) for name in columns.logps]
-            tokens = [_count(name, row.get(name)) for name in columns.tokens]
+            tokens = [_token_count(name, row.get(name)) for name in columns.tokens]
             identity = pairs.read(row).id if pairs else _pair_id(row[ID_COLUMN])
         except Broken as error:
             raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
@@ -135,7 +140,7 @@ def _rows(
 
 
 def _add(scores: ScoreFiles, table: pa.Table, left: Counter[str]) -> int:
-    """Keep the rows that are new; a pair's first row counts, here as in the store."""
+    """Store the rows that are new and count them; a pair's first row counts, as in the store."""
     ids = ids_to_numpy(table[ID_COLUMN])
     firsts = IdIndex(ids).firsts()
     new = firsts[scores.missing(ids)[firsts]]
@@ -164,7 +169,7 @@ def _logp(name: str, value: Any) -> float | None:
     return logp
 
 
-def _count(name: str, value: Any) -> int | None:
+def _token_count(name: str, value: Any) -> int | None:
     if value is None or value == "" or value != value:
         return None
     try:
@@ -178,16 +183,7 @@ def _count(name: str, value: Any) -> int | None:
 
 def _pair_id(value: Any) -> bytes:
     """A pair's id from 16 raw bytes or 32 hex digits."""
-    try:
-        identity = value if isinstance(value, bytes) else bytes.fromhex(value)
-    except (TypeError, ValueError):
-        identity = b""
-    if len(identity) != ID_BYTES:
+    pair_id = parse_id(value)
+    if pair_id is None:
         raise Broken(ID_COLUMN, f"is {value!r}; an id has 32 hex digits, as `mrpo inspect` shows")
-    return identity
-
-
-def _counts(left: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(left.items()) if count) or (
-        "none"
-    )
+    return pair_id

@@ -1,12 +1,9 @@
-"""The columns of a score file, and what a row must be: a finite score, or the reason for none.
+"""The scores of one reference: a schema, and immutable Parquet files named by pairs and bytes.
 
-docs/store.md describes them for readers outside this package.
-
-
-The scores of one reference: immutable Parquet files named by their pairs and their bytes.
-
-`<store>/<identity>/scores/<unit>-<digest>.parquet`. A file that is there is complete; of two rows
-for a pair, the one in the file that sorts first by name counts, for every reader.
+`<store>/<identity>/scores/<unit>-<digest>.parquet`: the unit is a digest of the pair ids, the other
+of the file's bytes. A file that exists is complete. Where two files have a row for the same pair,
+the one that sorts first by name counts, for every reader. A row has a finite score, or the reason
+why there is none. docs/store.md describes the columns for readers outside this package.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import UserError
-from ..ids import ID_DTYPE, ID_TYPE, IdArray, IdIndex, digest_of, ids_to_numpy, unit_of
+from ..ids import ID_DTYPE, ID_TYPE, IdArray, IdIndex, IdSet, digest_of, ids_to_numpy, unit_of
 from .files import Files
 
 SCHEMA_VERSION = b"1"
@@ -49,12 +46,169 @@ TOKEN_COLUMNS = ("chosen_token_logps", "rejected_token_logps")  # with --keep-to
 TOKEN_TYPE = pa.list_(pa.float32())
 _LOGPS = ("chosen_logp", "rejected_logp", "chosen_end_logp", "rejected_end_logp")
 
+SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
+BAD = ".bad"  # ends the name of a damaged file that was set aside
+READERS = 8  # files read at a time
+
+Value = TypeVar("Value")
+
+
+class ScoreFiles:
+    """What the store holds under one identity. Each call lists the folder again."""
+
+    def __init__(self, files: Files, identity: str) -> None:
+        self._files = files
+        self._folder = f"{identity}/scores"
+        self._leases = f"{identity}/leases"
+        self._read_names: set[str] = set()  # of the files whose ids are in `_known`
+        self._known = IdSet()
+
+    def names(self) -> list[str]:
+        """The score files in the order that decides between two rows for a pair."""
+        return sorted(name for name in self._files.names(self._folder) if is_score_file(name))
+
+    def units(self) -> frozenset[str]:
+        """The units of the files: equal sets of units have equal pairs."""
+        return frozenset(name.partition("-")[0] for name in self.names())
+
+    def set_aside(self) -> list[str]:
+        """Names of damaged files that `check` has renamed."""
+        return [name for name in self._files.names(self._folder) if name.endswith(BAD)]
+
+    def num_bytes(self) -> int:
+        sizes = self._files.sizes(self._folder)
+        return sum(size for name, size in sizes.items() if is_score_file(name))
+
+    def num_rows(self) -> int:
+        """Rows by the files' footers; a row that two racing writers added counts twice."""
+
+        def rows(name: str) -> int:
+            with self._parsed(name) as file:
+                return int(file.metadata.num_rows)
+
+        return sum(_parallel(rows, self.names()))
+
+    def pair_ids(self) -> IdArray:
+        """Every pair with a row, scored or permanently missing, once: [n] of 16 bytes."""
+        parts = _parallel(self.ids_of, self.names())
+        ids = np.concatenate(parts) if parts else np.empty(0, ID_DTYPE)
+        return ids[IdIndex(ids).firsts()]
+
+    def missing(self, ids: IdArray, *, refresh: bool = True) -> np.ndarray:
+        """Which of the pairs have no row yet, [n] bool.
+
+        `refresh` looks for files that appeared since the last call; each is read once.
+        """
+        if refresh:
+            names = [name for name in self.names() if name not in self._read_names]
+            if names:
+                # Only the joined array is kept: millions of ids twice would be the memory's peak.
+                self._known.add(np.concatenate(_parallel(self.ids_of, names)))
+                self._read_names.update(names)
+        return ~self._known.contains(ids)
+
+    def add(self, table: pa.Table) -> str:
+        """Store rows of `SCORE_SCHEMA` permanently; returns the file's name.
+
+        Complete and on disk when this returns; on an error nothing of it remains. Raises
+        `UserError` for a score that is not finite and has no reason.
+        """
+        table = checked(table)
+        data = to_bytes(table)
+        name = f"{unit_of(ids_to_numpy(table['pair_id']))}-{digest_of(data)}.parquet"
+        self._files.write(f"{self._folder}/{name}", data)
+        return name
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row for each pair, in the order of the files."""
+        names = list(SCORE_SCHEMA.names if columns is None else columns)
+        parts = list(self.tables(list(dict.fromkeys(["pair_id", *names]))))
+        if not parts:
+            return SCORE_SCHEMA.empty_table().select(names)
+        table = pa.concat_tables(parts)
+        firsts = IdIndex(ids_to_numpy(table["pair_id"])).firsts()
+        if len(firsts) < len(table):
+            table = table.take(firsts)
+        return table.select(names)
+
+    def tables(
+        self, columns: Sequence[str], names: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """The rows of the files (or of those named), each file's digest checked first.
+
+        In the order of `names()`, which decides between two rows. Raises `UserError` at a damaged
+        file.
+        """
+        for name in self.names() if names is None else names:
+            data = self.read_file(name)
+            if not intact(name, data):
+                raise UserError(self._damage(name))
+            yield read_columns(pa.BufferReader(data), columns)
+
+    def read_file(self, name: str) -> bytes:
+        """A score file as it is, unchecked."""
+        return self._files.read(f"{self._folder}/{name}")
+
+    def damaged(self) -> list[str]:
+        """Files whose bytes do not match the digest in their name; changes nothing."""
+        names = self.names()
+
+        def damaged(name: str) -> bool:
+            try:
+                return not intact(name, self.read_file(name))
+            except OSError as error:
+                # A bad sector is damage like a flipped bit; a failing network is not.
+                if not (self._files.is_local and error.errno == errno.EIO):
+                    raise
+                return True
+
+        return [name for name, bad in zip(names, _parallel(damaged, names)) if bad]
+
+    def check(self) -> list[str]:
+        """Set damaged files aside as `….bad`, so that their rows are scored again; their names."""
+        names = self.damaged()
+        for name in names:
+            self._files.rename(f"{self._folder}/{name}", f"{self._folder}/{name}{BAD}")
+        self._read_names, self._known = set(), IdSet()
+        return names
+
+    def lease(self, unit: str) -> contextlib.AbstractContextManager[bool]:
+        """Claim a unit of work against other processes on this machine: yields whether it is ours.
+
+        The lease ends with its process. It only saves double work: a race costs a second row.
+        """
+        assert re.fullmatch(r"[0-9a-f]{32}", unit), unit
+        return self._files.lease(f"{self._leases}/{unit}")
+
+    def ids_of(self, name: str) -> IdArray:
+        """The pairs of one file. Raises `UserError` where it can't be read as Parquet."""
+        with self._parsed(name) as file:
+            return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
+
+    @contextlib.contextmanager
+    def _parsed(self, name: str) -> Iterator[pq.ParquetFile]:
+        try:
+            with pq.ParquetFile(self._files.open(f"{self._folder}/{name}")) as file:
+                yield file
+        except pa.ArrowInvalid:
+            raise UserError(self._damage(name)) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise UserError(self._damage(name)) from None  # from Arrow, for a page it cannot decode
+
+    def _damage(self, name: str) -> str:
+        return (
+            f"{self._files.root}/{self._folder}/{name}: damaged (its bytes do not match "
+            "its name); `mrpo precompute` sets it aside and scores its rows again"
+        )
+
 
 def checked(table: pa.Table) -> pa.Table:
     """The rows in the schema's order and types.
 
-    Raises `UserError` for a score that is not finite, or missing without a reason, or there
-    beside one. Wrong columns and repeated ids are faults of the caller: `AssertionError`.
+    Raises `UserError` for a score that is not finite, that is missing without a reason, or that
+    comes with one. Wrong columns and repeated ids are faults of the caller: `AssertionError`.
     """
     extra = [name for name in TOKEN_COLUMNS if name in table.column_names]
     schema = SCORE_SCHEMA
@@ -63,7 +217,7 @@ def checked(table: pa.Table) -> pa.Table:
     assert set(table.column_names) == set(schema.names), table.column_names
     table = table.select(schema.names).cast(schema)
     ids = ids_to_numpy(table["pair_id"])
-    assert len(IdIndex(ids).firsts()) == len(ids), "a pair stands twice in one unit"
+    assert len(IdIndex(ids).firsts()) == len(ids), "a unit holds a pair twice"
     missing = table["reason"].is_valid().to_numpy()
     for name in _LOGPS:
         values = table[name].to_numpy()  # null becomes NaN
@@ -102,200 +256,20 @@ def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> 
     )
 
 
-SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
-BAD = ".bad"
-READERS = 8  # files read at a time
-Value = TypeVar("Value")
-
-
-class ScoreFiles:
-    """What the store holds under one identity. Reading lists the folder anew each time."""
-
-    def __init__(self, files: Files, identity: str) -> None:
-        self._files = files
-        self._folder = f"{identity}/scores"
-        self._leases = f"{identity}/leases"
-        self._known = _KnownIds()
-
-    def names(self) -> list[str]:
-        """The score files in the order that decides between two rows for a pair."""
-        return sorted(name for name in self._files.names(self._folder) if is_score_file(name))
-
-    def units(self) -> frozenset[str]:
-        """The units of the files, digests of their pair ids: equal sets are of equal pairs."""
-        return frozenset(name.partition("-")[0] for name in self.names())
-
-    def set_aside(self) -> list[str]:
-        """Names of damaged files that `check` has renamed."""
-        return [name for name in self._files.names(self._folder) if name.endswith(BAD)]
-
-    def num_bytes(self) -> int:
-        sizes = self._files.sizes(self._folder)
-        return sum(size for name, size in sizes.items() if is_score_file(name))
-
-    def num_rows(self) -> int:
-        """Rows by the files' footers; a row written twice by racing writers counts twice."""
-
-        def rows(name: str) -> int:
-            with self._parsed(name) as file:
-                return int(file.metadata.num_rows)
-
-        return sum(_parallel(rows, self.names()))
-
-    def pair_ids(self) -> IdArray:
-        """Every pair with a row, scored or permanently missing, once: [n] of 16 bytes."""
-        parts = _parallel(self.ids_of, self.names())
-        ids = np.concatenate(parts) if parts else np.empty(0, ID_DTYPE)
-        return ids[IdIndex(ids).firsts()]
-
-    def missing(self, ids: IdArray, *, refresh: bool = True) -> np.ndarray:
-        """Which of the pairs have no row yet, [n] bool.
-
-        `refresh` looks for files that appeared since the last call; each is read once.
-        """
-        if refresh:
-            new = [name for name in self.names() if name not in self._known.names]
-            self._known.add(new, _parallel(self.ids_of, new))
-        return ~self._known.contains(ids)
-
-    def add(self, table: pa.Table) -> str:
-        """Keep rows of `SCORE_SCHEMA` for good; returns the file's name.
-
-        Complete and on the disk when this returns; on an error nothing of it is there. Raises
-        `UserError` for a score that is neither finite nor has its reason.
-        """
-        table = checked(table)
-        data = to_bytes(table)
-        name = f"{unit_of(ids_to_numpy(table['pair_id']))}-{digest_of(data)}.parquet"
-        self._files.write(f"{self._folder}/{name}", data)
-        return name
-
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row for each pair, in the order of the files."""
-        wanted = list(SCORE_SCHEMA.names if columns is None else columns)
-        parts = list(self.tables(list(dict.fromkeys(["pair_id", *wanted]))))
-        if not parts:
-            return SCORE_SCHEMA.empty_table().select(wanted)
-        table = pa.concat_tables(parts)
-        firsts = IdIndex(ids_to_numpy(table["pair_id"])).firsts()
-        if len(firsts) < len(table):
-            table = table.take(firsts)
-        return table.select(wanted)
-
-    def tables(
-        self, columns: Sequence[str], names: Sequence[str] | None = None
-    ) -> Iterator[pa.Table]:
-        """The rows of the files (or of those named), each file's digest checked first.
-
-        In the order of `names()`, which decides between two rows. Raises `UserError` at a damaged
-        file.
-        """
-        for name in self.names() if names is None else names:
-            data = self.read_file(name)
-            if not intact(name, data):
-                raise UserError(self._damage(name))
-            yield read_columns(pa.BufferReader(data), columns)
-
-    def read_file(self, name: str) -> bytes:
-        """A score file as it is, unchecked."""
-        return self._files.read(f"{self._folder}/{name}")
-
-    def damaged(self) -> list[str]:
-        """Files whose bytes are not those that their name says; changes nothing."""
-        names = self.names()
-
-        def damaged(name: str) -> bool:
-            try:
-                return not intact(name, self.read_file(name))
-            except OSError as error:
-                # A bad sector is as lost as a flipped bit; a network that fails is no damage.
-                if not (self._files.is_local and error.errno == errno.EIO):
-                    raise
-                return True
-
-        return [name for name, bad in zip(names, _parallel(damaged, names)) if bad]
-
-    def check(self) -> list[str]:
-        """Set damaged files aside as `….bad`, so that their rows are scored again; their names."""
-        names = self.damaged()
-        for name in names:
-            self._files.rename(f"{self._folder}/{name}", f"{self._folder}/{name}{BAD}")
-        self._known = _KnownIds()
-        return names
-
-    def lease(self, unit: str) -> contextlib.AbstractContextManager[bool]:
-        """Claim a unit of work against other processes on this machine: yields whether it is ours.
-
-        Gone with its process. It saves double work and no more: a race costs a second row.
-        """
-        assert re.fullmatch(r"[0-9a-f]{32}", unit), unit
-        return self._files.lease(f"{self._leases}/{unit}")
-
-    def ids_of(self, name: str) -> IdArray:
-        """The pairs of one file. Raises `UserError` where it can't be read as Parquet."""
-        with self._parsed(name) as file:
-            return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
-
-    @contextlib.contextmanager
-    def _parsed(self, name: str) -> Iterator[pq.ParquetFile]:
-        try:
-            with pq.ParquetFile(self._files.open(f"{self._folder}/{name}")) as file:
-                yield file
-        except pa.ArrowInvalid:
-            raise UserError(self._damage(name)) from None
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise UserError(self._damage(name)) from None  # Arrow's, of a page it can't decode
-
-    def _damage(self, name: str) -> str:
-        return (
-            f"{self._files.root}/{self._folder}/{name}: damaged (its bytes are not those of its "
-            "name); `mrpo precompute` sets it aside and scores its rows again"
-        )
-
-
-class _KnownIds:
-    """Ids of the files read so far, in a few indexes of growing size.
-
-    Merging neighbors of like size keeps appending cheap: a worker looks again after every file.
-    """
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-        self._parts: list[IdIndex] = []
-
-    def add(self, names: list[str], ids: list[IdArray]) -> None:
-        if not names:
-            return
-        self.names.update(names)
-        new = np.concatenate(ids)
-        ids.clear()  # millions of ids twice would be the peak of memory
-        while self._parts and len(self._parts[-1]) < 2 * len(new):
-            new = np.concatenate([self._parts.pop().ids(), new])
-        self._parts.append(IdIndex(new))
-
-    def contains(self, ids: IdArray) -> np.ndarray:
-        known = np.zeros(len(ids), dtype=bool)
-        for index in self._parts:
-            known |= index.find(ids) >= 0
-        return known
-
-
 def is_score_file(name: str) -> bool:
     return SCORE_FILE.fullmatch(name) is not None
 
 
 def intact(name: str, data: bytes) -> bool:
-    """Whether a score file's bytes are those that its name says."""
+    """Whether a score file's bytes match the digest in its name."""
     match = SCORE_FILE.fullmatch(name)
     return match is not None and match[1] == digest_of(data)
 
 
 def _parallel(function: Callable[[str], Value], names: list[str]) -> list[Value]:
-    """Reading and hashing release the interpreter's lock, so that threads are enough.
+    """The function of every name, by threads: reading and hashing release the interpreter's lock.
 
-    More of them than cores: what is not in the system's cache, or far away, is waited for.
+    There are more threads than cores, because uncached and remote files have to be waited for.
     """
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(function, names))

@@ -1,13 +1,8 @@
-"""`reference.json`: what an identity's scores come from, and the names it goes by.
+"""The score store: every reference's scores of every pair, computed once and kept.
 
-One record for each name (alias and refs.yaml entry) of an identity. The file carries a digest of
-itself and is read as data only: a damaged or foreign one counts as none.
-
-
-The score store: what every reference said of every pair, computed once and kept for good.
-
-`<store>/<identity>/reference.json` says what the scores come from, `<store>/<identity>/scores/`
-holds them (`store_scores.py`). Identity is what makes the numbers and nothing else, so a pair
+`<store>/<identity>/reference.json` says what determines the scores, under which names they are
+known (alias and refs.yaml entry) and what computed them; `<store>/<identity>/scores/` holds them
+(`scores.py`). An identity is a digest of what determines the numbers and of nothing else, so a pair
 scored for one data set is scored for all. A store is a local path or an fsspec URL.
 
     store = Store("store")
@@ -30,87 +25,11 @@ from ...errors import UserError
 from ..ids import identity_of
 from ..references import ALIAS, ReferenceSpec, check_alias
 from .files import open_files
-from .scores import BAD, SCORE_SCHEMA, ScoreFiles
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceRecord:
-    """One identity under one alias."""
-
-    alias: str
-    entry: Mapping[str, Any]  # ReferenceSpec.entry(): what refs.yaml said
-    inputs: Mapping[str, Any]  # what the identity is a digest of
-    resolved_commit: str | None = None  # of a Hub model
-    runs: tuple[Mapping[str, Any], ...] = ()  # engine, versions, machine, date: kept, not keyed
-    created: str = ""  # when the identity was first recorded, UTC
-    recorded: str = ""  # when it was last recorded under this alias and entry, UTC
-
-    @property
-    def identity(self) -> str:
-        return identity_of(self.inputs)
-
-    @property
-    def imported(self) -> bool:
-        """Whether others computed the scores, and they were brought in by `mrpo store import`."""
-        return "imported" in self.inputs
-
-
-def merged(
-    earlier: Sequence[ReferenceRecord], later: Sequence[ReferenceRecord]
-) -> list[ReferenceRecord]:
-    """All names of one identity with the date each was last recorded, and all runs once."""
-    records = [*earlier, *later]
-    runs: list[Mapping[str, Any]] = []
-    for record in records:
-        runs += [run for run in record.runs if run not in runs]
-    created = min(record.created for record in records)
-    names: dict[str, ReferenceRecord] = {}
-    for record in sorted(records, key=lambda record: record.recorded):
-        names[identity_of([record.alias, record.entry])] = record
-    return [replace(record, runs=tuple(runs), created=created) for record in names.values()]
-
-
-def to_json(records: Sequence[ReferenceRecord]) -> bytes:
-    """The file for all the names of one identity."""
-    first = records[0]
-    content = {
-        "identity": first.identity,
-        "inputs": first.inputs,
-        "resolved_commit": first.resolved_commit,
-        "created": first.created,
-        "names": [
-            {"alias": record.alias, "entry": record.entry, "recorded": record.recorded}
-            for record in records
-        ],
-        "runs": first.runs,
-    }
-    content["digest"] = identity_of(content)
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def from_json(identity: str, data: bytes) -> list[ReferenceRecord]:
-    """The names of an identity; none where the file is damaged or another identity's."""
-    try:
-        content = json.loads(data)
-        digest = content.pop("digest")
-        if digest != identity_of(content):
-            return []
-        shared = {key: content[key] for key in ("inputs", "resolved_commit", "created")}
-        records = [
-            ReferenceRecord(**name, **shared, runs=tuple(content["runs"]))
-            for name in content["names"]
-        ]
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return []
-    if all(record.identity == identity and ALIAS.fullmatch(record.alias) for record in records):
-        return records
-    return []
-
-
-__all__ = ["SCORE_SCHEMA", "NotScored", "ReferenceRecord", "ScoreFiles", "Store", "open_store"]
+from .scores import BAD, ScoreFiles
 
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
+POLICIES = "policies"
 
 
 def open_store(given: str | None) -> Store:
@@ -124,28 +43,46 @@ def open_store(given: str | None) -> Store:
     return Store(root)
 
 
-class NotScored(UserError):
-    """An alias under whose present refs.yaml entry the store has nothing."""
-
-
 class Store:
-    """All references' records and scores under one root. Makes no folder until it writes."""
+    """All references' records and scores under one root. Creates no folder until it writes."""
 
     def __init__(self, root: str | Path) -> None:
         self.files = open_files(root)
         self.root = self.files.root
 
+    @property
+    def policies(self) -> Store:
+        """The scores of trained policies, a store of their own below this one.
+
+        They serve a comparison and its repetition only: `mrpo store gc` may remove them at any
+        time, and the other commands leave them alone.
+        """
+        return Store(f"{self.root}/{POLICIES}")
+
     def scores(self, identity: str) -> ScoreFiles:
+        """The scores under an identity; nothing is read yet."""
         assert IDENTITY.fullmatch(identity), identity
         return ScoreFiles(self.files, identity)
 
     def identities(self) -> list[str]:
+        """All identities that have a folder, sorted."""
         return [name for name in self.files.folders() if IDENTITY.fullmatch(name)]
 
     def references(self) -> list[ReferenceRecord]:
         """Every alias of every identity, the most recently recorded last."""
         records = [record for name in self.identities() for record in self.names_of(name)]
         return sorted(records, key=lambda record: (record.recorded, record.identity))
+
+    def names_of(self, identity: str) -> list[ReferenceRecord]:
+        """The record of an identity, once for each of its names; empty where there is none.
+
+        A damaged record counts as none: `precompute` computes the identity again, and its scores
+        are untouched.
+        """
+        try:
+            return _decoded(identity, self.files.read(f"{identity}/{RECORD}"))
+        except FileNotFoundError:
+            return []
 
     def record(self, record: ReferenceRecord) -> ReferenceRecord:
         """Write or refresh an alias of an identity; returns it with its dates.
@@ -159,22 +96,22 @@ class Store:
         return next(kept for kept in self.merge([new]) if kept.recorded == now)
 
     def merge(self, records: Sequence[ReferenceRecord]) -> list[ReferenceRecord]:
-        """Write the names of one identity, as they are, beside those it has; returns all."""
+        """Add names to those of an identity, unchanged; returns all."""
         identity = records[0].identity
         if self._is_damaged(identity):
             self.files.rename(f"{identity}/{RECORD}", f"{identity}/{RECORD}{BAD}")
         kept = merged(self.names_of(identity), records)
-        self.files.write(f"{identity}/{RECORD}", to_json(kept))
+        self.files.write(f"{identity}/{RECORD}", _encoded(kept))
         return kept
 
     def resolve(
         self, alias: str, specs: Mapping[str, ReferenceSpec] | None = None
     ) -> ReferenceRecord:
-        """The reference that an alias means: never looks at weights.
+        """The reference that an alias means, found without looking at weights.
 
         `alias`: the newest identity recorded under it with an equal refs.yaml entry; imported
         scores where refs.yaml has no such alias. `alias@prefix`: the identity that begins so.
-        Raises `UserError` where none or several fit, `NotScored` where the alias is known.
+        Raises `UserError` where none or several match, `NotScored` where the alias is known.
         """
         name, _, prefix = alias.partition("@")
         check_alias(name)
@@ -201,7 +138,8 @@ class Store:
     def kept_commits(self, spec: ReferenceSpec) -> dict[str, str]:
         """The Hub commits an alias has resolved to: {"model": …, "adapter": …} where recorded.
 
-        They hold until `precompute --update-refs`, so that a moved branch scores nothing anew.
+        They hold until `precompute --update-refs`, so that a branch that moves on does not cause
+        everything to be scored again.
         """
         entry = spec.entry()
         for record in reversed(self.references()):
@@ -210,30 +148,97 @@ class Store:
                 return {key: part["commit"] for key, part in parts if part and "commit" in part}
         return {}
 
-    def _by_prefix(
-        self, alias: str, prefix: str, records: list[ReferenceRecord]
-    ) -> ReferenceRecord:
-        fitting = {r.identity: r for r in records if r.identity.startswith(prefix.lower())}
-        if len(fitting) == 1:
-            return next(iter(fitting.values()))
-        known = ", ".join(sorted({r.identity[:12] for r in records})) or "none"
-        problem = "fits several identities" if fitting else "fits no identity"
-        raise UserError(f"{alias}: {problem} in {self.root}; recorded under it: {known}")
-
     def damaged_records(self) -> list[str]:
-        """Identities whose `reference.json` is there and can't be right; changes nothing."""
+        """Identities whose `reference.json` exists and is invalid; changes nothing."""
         return [name for name in self.identities() if self._is_damaged(name)]
 
     def _is_damaged(self, identity: str) -> bool:
         return RECORD in self.files.names(identity) and not self.names_of(identity)
 
-    def names_of(self, identity: str) -> list[ReferenceRecord]:
-        """The record of an identity, once for each of its names; empty where there is none.
+    def _by_prefix(
+        self, alias: str, prefix: str, records: list[ReferenceRecord]
+    ) -> ReferenceRecord:
+        matching = {r.identity: r for r in records if r.identity.startswith(prefix.lower())}
+        if len(matching) == 1:
+            return next(iter(matching.values()))
+        known = ", ".join(sorted({r.identity[:12] for r in records})) or "none"
+        problem = "matches several identities" if matching else "matches no identity"
+        raise UserError(f"{alias}: {problem} in {self.root}; recorded under it: {known}")
 
-        A damaged one counts as none: `precompute` finds the identity again by computing it, and
-        its scores are untouched.
-        """
-        try:
-            return from_json(identity, self.files.read(f"{identity}/{RECORD}"))
-        except FileNotFoundError:
+
+class NotScored(UserError):
+    """An alias under whose present refs.yaml entry the store has nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceRecord:
+    """One identity under one alias: a name in `reference.json` with what all names share."""
+
+    alias: str
+    entry: Mapping[str, Any]  # ReferenceSpec.entry() at the time of recording
+    inputs: Mapping[str, Any]  # what the identity is a digest of
+    resolved_commit: str | None = None  # of a Hub model
+    runs: tuple[Mapping[str, Any], ...] = ()  # engine, versions, machine, date: kept, not keyed
+    created: str = ""  # when the identity was first recorded, UTC
+    recorded: str = ""  # when it was last recorded under this alias and entry, UTC
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self.inputs)
+
+    @property
+    def imported(self) -> bool:
+        """Whether the scores were computed elsewhere and came in by `mrpo store import`."""
+        return "imported" in self.inputs
+
+
+def merged(
+    earlier: Sequence[ReferenceRecord], later: Sequence[ReferenceRecord]
+) -> list[ReferenceRecord]:
+    """All names of one identity with the date each was last recorded, and all runs once."""
+    records = [*earlier, *later]
+    runs: list[Mapping[str, Any]] = []
+    for record in records:
+        runs += [run for run in record.runs if run not in runs]
+    created = min(record.created for record in records)
+    names: dict[str, ReferenceRecord] = {}
+    for record in sorted(records, key=lambda record: record.recorded):
+        names[identity_of([record.alias, record.entry])] = record
+    return [replace(record, runs=tuple(runs), created=created) for record in names.values()]
+
+
+def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
+    """`reference.json` for all the names of one identity, with a digest of itself."""
+    first = records[0]
+    content = {
+        "identity": first.identity,
+        "inputs": first.inputs,
+        "resolved_commit": first.resolved_commit,
+        "created": first.created,
+        "names": [
+            {"alias": record.alias, "entry": record.entry, "recorded": record.recorded}
+            for record in records
+        ],
+        "runs": first.runs,
+    }
+    content["digest"] = identity_of(content)
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
+    """The names of an identity; none where the file is damaged or another identity's."""
+    try:
+        content = json.loads(data)
+        digest = content.pop("digest")
+        if digest != identity_of(content):
             return []
+        shared = {key: content[key] for key in ("inputs", "resolved_commit", "created")}
+        records = [
+            ReferenceRecord(**name, **shared, runs=tuple(content["runs"]))
+            for name in content["names"]
+        ]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return []
+    if all(record.identity == identity and ALIAS.fullmatch(record.alias) for record in records):
+        return records
+    return []

@@ -1,12 +1,12 @@
 """Which labels deserve a second look, from the references' scores alone: numbers in, ranks out.
 
 A reference's margin per byte, divided by its usual size, is one unit for all references. How much
-each counts is learned from the labels (`train/mathematics/fitted.py`), so that a reference that
-predicts nothing says nothing here. Three questions, each a score by which pairs are ranked:
+each reference counts is learned from the labels (`method/fitted.py`), so that a reference that
+predicts nothing has no influence. Three questions, each a score by which pairs are ranked:
 
 - against:  do the references find the label unlikely?
 - divided:  does one reference clearly prefer the chosen, another clearly the rejected response?
-- length:   does length predict the label where the references, length taken out, do not?
+- length:   does length predict the label where the references, adjusted for length, do not?
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...method.fitted import fit_weights
+from ...method.fitted import fit_weights, logistic_regression
 
 SIGNIFICANT = 3.84  # likelihood ratio (chi-squared, 95 %) at which length predicts labels
-NEWTON_STEPS, RIDGE = 50, 1e-3  # of the regression on length
+RIDGE = 1e-3  # of the regression on length, on the sum over pairs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Suspicion:
 
     units: np.ndarray  # [N, K] margins per byte in their usual size; NaN where missing
     weights: np.ndarray  # [K] of the units in the log-odds of the label, 0 or more
-    label_probability: np.ndarray  # [N] as the references see it; NaN where none scored the pair
+    label_probability: np.ndarray  # [N] by the references; NaN where none scored the pair
     length_probability: np.ndarray  # [N] of the label from length alone
     length_weight: float  # log-odds per log ratio of lengths; 0: length predicts nothing
     against: np.ndarray  # [N] log-odds against the label
@@ -43,7 +43,7 @@ class Suspicion:
 def suspicion(
     byte_margins: np.ndarray, response_bytes: np.ndarray, prompts: np.ndarray
 ) -> Suspicion:
-    """Look at N labels through K references.
+    """Judge N labels by K references.
 
     Args:
         byte_margins: [N, K] nats per byte of chosen minus the same of rejected, NaN where missing.
@@ -56,11 +56,10 @@ def suspicion(
     ratio = np.log(response_bytes[:, 0] / response_bytes[:, 1])
     length_weight = _length_weight(ratio)
     length_logits = length_weight * ratio
-    without = _without_length(units, ratio)
-    rest = _combined(without, _weights(without, prompts))
-    support, objection = _strongest(units), _strongest(-units)
-    divided = np.minimum(support, objection)
-    explained = (length_logits > 0) & (rest < 0)
+    adjusted = _without_length(units, ratio)
+    adjusted_logits = _combined(adjusted, _weights(adjusted, prompts))
+    divided = np.minimum(_strongest(units), _strongest(-units))
+    explained = (length_logits > 0) & (adjusted_logits < 0)
     return Suspicion(
         units=units,
         weights=weights,
@@ -69,12 +68,12 @@ def suspicion(
         length_weight=length_weight,
         against=np.where(logits < 0, -logits, np.nan),
         divided=np.where(divided > 1, divided, np.nan),
-        length=np.where(explained, length_logits - rest, np.nan),
+        length=np.where(explained, length_logits - adjusted_logits, np.nan),
     )
 
 
 def usual_size(margins: np.ndarray) -> np.ndarray:
-    """[K] the median size of a margin, which single far-off pairs do not move; never 0."""
+    """[K] the median absolute margin of each reference, which outliers do not move; never 0."""
     sizes = np.abs(margins)
     with np.errstate(all="ignore"):
         usual = np.nanmedian(np.where(sizes > 0, sizes, np.nan), axis=0)
@@ -103,24 +102,19 @@ def _combined(units: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _length_weight(ratio: np.ndarray) -> float:
-    """Log-odds of the label per log ratio of lengths, by logistic regression without intercept.
+    """Log-odds of the label per log ratio of lengths [N], by logistic regression.
 
-    0 where the likelihood is hardly better than without: then length explains no label.
+    0 where the likelihood is not significantly better than without: length then explains no label.
     """
-    weight = 0.0
-    for _ in range(NEWTON_STEPS):
-        wrong = sigmoid(-weight * ratio)
-        curvature = (ratio**2 * wrong * (1 - wrong)).sum() + RIDGE
-        step = ((ratio * wrong).sum() - RIDGE * weight) / curvature
-        weight += float(np.clip(step, -1, 1))
-        if abs(step) < 1e-9:
-            break
+    ridge = RIDGE / len(ratio)
+    fit = logistic_regression(ratio[:, None], np.ones(len(ratio)), ridge=ridge, non_negative=False)
+    weight = float(fit[0])
     gain = np.log(2) - np.logaddexp(0, -weight * ratio)
     return weight if 2 * gain.sum() > SIGNIFICANT else 0.0
 
 
 def _without_length(units: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-    """[N, K] what is left of the units when the part proportional to the log ratio is taken out."""
+    """[N, K] the units less the part that is proportional to the log ratio of lengths."""
     present = ~np.isnan(units)
     size = np.maximum((present * ratio[:, None] ** 2).sum(axis=0), 1e-12)
     return units - np.nansum(units * ratio[:, None], axis=0) / size * ratio[:, None]

@@ -1,11 +1,11 @@
-"""One run of a comparison: its settings, its folder, and whether it may be taken as it is.
+"""One run of a comparison: its settings, its folder, and whether it is finished.
 
 <output-dir>/cells/mrpo/fraction-0.2/seed-43/     a folder of `mrpo train`, and besides
-    cell.yaml       the settings handed to `mrpo train --config`
-    cell.json       what makes its numbers: settings, pairs, references' identities
-    cell.log        what the commands said
-    evaluate.json   what `mrpo evaluate` measured
-    result.json     seconds; it is there when the run is complete and evaluated
+    cell.yaml         its settings, as `mrpo train --config` reads them
+    cell.json         what makes its numbers: settings, pairs, identities of the references
+    cell.log          what training and evaluation printed
+    evaluation.json   held-out figures of training and of the evaluation
+    result.json       seconds and the policy's identity; there when the run is finished
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from typing import Any
 
 from ...data.shards import PairShards
 from ...errors import UserError
-from ...settings import write_resolved
+from ...files import write_json
+from ...settings import comma_separated, write_resolved
 from ...train.checkpoint import numeric_settings
 from ...train.config import TrainConfig
+from ...train.run_folder import RunFolder
 from ..config import CompareConfig
-from ..results import write_json
 
-CELLS = "cells"
-SETTINGS, INPUTS, LOG, EVALUATION, RESULT = (
-    "cell.yaml", "cell.json", "cell.log", "evaluate.json", "result.json",
-)  # fmt: skip
+CELLS, SETTINGS, INPUTS = "cells", "cell.yaml", "cell.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +41,32 @@ class Cell:
         return f"{self.method}, fraction {self.fraction:g}, seed {self.seed}"
 
     @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "cell.log"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def identity(self) -> str | None:
+        """Of the trained policy's scores in the store; None where the cell is not finished."""
+        try:
+            return json.loads(self.result.read_text(encoding="utf-8")).get("identity")
+        except FileNotFoundError:
+            return None
+
+    @property
     def finished(self) -> bool:
-        return (self.folder / RESULT).is_file()
+        return self.identity is not None
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
-    """Every combination, the small fractions first: what is wrong shows soon."""
+    """Every combination, small fractions first, so that mistakes show early."""
     root = Path(config.output_dir) / CELLS
     return [
         Cell(
@@ -64,24 +82,21 @@ def cells_of(config: CompareConfig) -> list[Cell]:
 
 
 def methods_of(text: str) -> list[str]:
-    """The methods of a comma-separated list, each once."""
-    methods = [method.strip() for method in text.split(",") if method.strip()]
+    """The methods of a comma-separated list; `UserError` for none, and for one given twice."""
+    methods = comma_separated(text, "--methods")
     if not methods:
         raise UserError(f"--methods {text!r} names no method; give some, as dpo:llama,mrpo")
-    for method in methods:
-        if methods.count(method) > 1:
-            raise UserError(f"--methods: {method!r} stands there twice; name each once")
     return methods
 
 
 def fractions_of(text: str) -> list[float]:
-    """The fractions of a comma-separated list, rising; each above 0, none above 1.
+    """The fractions of a comma-separated list, ascending; each above 0 and at most 1.
 
     >>> fractions_of("1, 0.05,0.2")
     [0.05, 0.2, 1.0]
     """
     try:
-        fractions = sorted({float(part) for part in text.split(",") if part.strip()})
+        fractions = sorted({float(part) for part in comma_separated(text)})
     except ValueError:
         fractions = []
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
@@ -90,7 +105,7 @@ def fractions_of(text: str) -> list[float]:
 
 
 def folder_name(method: str) -> str:
-    """A folder's name for a method; neither mark can stand in an alias or a weighting.
+    """A method as a folder's name; aliases and weightings contain neither = nor ~.
 
     >>> folder_name("mrpo:llama/qwen+fitted")
     'mrpo=llama~qwen+fitted'
@@ -99,7 +114,7 @@ def folder_name(method: str) -> str:
 
 
 def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards) -> TrainConfig:
-    """The settings of the cell's `mrpo train`."""
+    """The cell's settings for `mrpo train`."""
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     own: dict[str, Any] = {
         "output_dir": str(cell.folder),
@@ -116,11 +131,11 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
 def inputs_of(
     settings: TrainConfig, pairs: PairShards, identities: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What makes the numbers of a cell, as JSON."""
+    """Everything that determines the numbers of a cell, as JSON."""
     return numeric_settings(settings, pairs) | {"identities of the references": dict(identities)}
 
 
-def refuse_other(cell: Cell, inputs: Mapping[str, Any]) -> None:
+def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
     """Raise `UserError` where the folder has a run of other settings, pairs or scores."""
     path = cell.folder / INPUTS
     if not path.is_file():
@@ -136,7 +151,7 @@ def refuse_other(cell: Cell, inputs: Mapping[str, Any]) -> None:
 
 
 def write_inputs(cell: Cell, settings: TrainConfig, inputs: Mapping[str, Any]) -> None:
-    """Make the cell's folder, with what `mrpo train` is to do in it."""
+    """Make the cell's folder with its settings."""
     try:
         cell.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,22 +1,14 @@
-"""Which method does better, how sure that is, and what follows: numbers in, numbers and words out.
+"""From finished runs to a comparison: accuracies, gains, growth and cost.
 
-Every run answers for the same held-out pairs: right (1) or wrong (0) by a metric. Intervals
-come from a paired bootstrap that draws prompts and, where there are several, seeds; all methods
-see the same draws, so that what makes a pair hard for all of them cancels in a difference. The
-intervals of the gains hold together (Bonferroni), since the best of several is looked for.
-
-`compare.py` trains and evaluates the runs; `verdict.py` puts the outcome into words.
-
-
-From finished runs to a comparison: who is right about which held-out pair, gains, cost.
-
-The scores of every policy are in the store, where `mrpo evaluate` put them, and are judged by the
-same functions (`judgement.py`): a run's accuracy here is the one that evaluate prints.
+Every run gives an answer for the same held-out pairs, right (1) or wrong (0) by a metric, computed
+by the functions of `evaluate.py` from the scores in `store.policies`. Intervals come from a paired
+bootstrap over prompts and, where there are several, seeds (`verdict.py`): all methods share the
+draws, so that what makes a pair hard for all of them cancels in a difference. The intervals of the
+gains hold together (Bonferroni), since the best of several methods is looked for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,11 +16,12 @@ import numpy as np
 
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
-from ...train.logs import read_log
-from ..evaluate import METRICS, Metric, right
+from ...train.run_folder import read_log
+from ..config import Metric
+from ..evaluate import METRICS, right
 from ..intervals import Interval, mean_intervals
 from ..score_table import ScoreTable, load_score_table
-from .cells import EVALUATION, Cell
+from .cells import Cell
 from .results import Comparison, Result, RunResult, ScoringCost
 from .verdict import ComparisonOutcome, Draws, Standing, growth, resample, standing, verdict
 
@@ -60,12 +53,13 @@ class ComparisonPlan:
 
 
 def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Comparison:
-    """Judge the finished cells; at least one must be."""
-    done = [cell for cell in cells if cell.finished]
-    identities = {cell: _identity(cell) for cell in done}
-    policies = [store.names_of(identities[cell])[0] for cell in done]
-    table = load_score_table(plan.pairs, store, [plan.records[0], *policies], split="validation")
-    answers = {cell: right(table, k) for k, cell in enumerate(done, 1)}
+    """Compare the finished cells; at least one must be."""
+    identities = {cell: cell.identity for cell in cells if cell.identity is not None}
+    policies = [store.policies.names_of(identity)[0] for identity in identities.values()]
+    table = load_score_table(
+        plan.pairs, store, plan.records[:1], policies=policies, split="validation"
+    )
+    answers = {cell: right(table, k) for k, cell in enumerate(identities, 1)}
     methods, seeds = list(plan.references), sorted({cell.seed for cell in cells})
     single = [len(plan.references[method]) == 1 for method in methods]
     draws: dict[Metric, Draws] = {}
@@ -99,10 +93,12 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
         base_accuracy=_base_accuracy(table),
         results=_results(plan, methods, standings),
         growth=grown,
-        runs=[_run(cell, identities[cell], answers[cell]) for cell in done],
-        missing=[str(cell) for cell in cells if not cell.finished],
+        runs=[_run(cell, identities[cell], answers[cell]) for cell in identities],
+        missing=[str(cell) for cell in cells if cell not in identities],
         scoring=[_scoring(record) for record in plan.records],
-        verdict=_words(plan, standings, grown, len(table), len(seeds), len(cells) - len(done)),
+        verdict=_words(
+            plan, standings, grown, len(table), len(seeds), len(cells) - len(identities)
+        ),
     )
 
 
@@ -114,13 +110,13 @@ def _words(
     seeds: int,
     missing: int,
 ) -> list[str]:
-    order = [plan.metric, *(one for one in METRICS if one != plan.metric)]
-    words = {one: METRIC_WORDS[one].replace("the base", plan.base) for one in order}
+    order = [plan.metric, *(metric for metric in METRICS if metric != plan.metric)]
+    words = {metric: METRIC_WORDS[metric].replace("the base", plan.base) for metric in order}
     return verdict(
         ComparisonOutcome(
             metrics=list(words.values()),
             fractions=plan.fractions,
-            standings={words[one]: standings[one] for one in order},
+            standings={words[metric]: standings[metric] for metric in order},
             references={m: refs[0] for m, refs in plan.references.items() if len(refs) == 1},
             growth=grown,
             pairs=pairs,
@@ -135,8 +131,8 @@ def _results(
 ) -> list[Result]:
     results = []
     for metric, by_fraction in standings.items():
-        for fraction, found in zip(plan.fractions, by_fraction):
-            gains = {gain.method: gain for gain in found.gains}
+        for fraction, standing_there in zip(plan.fractions, by_fraction):
+            gains = {gain.method: gain for gain in standing_there.gains}
             for method in methods:
                 gain = gains.get(method)
                 results.append(
@@ -144,8 +140,8 @@ def _results(
                         method=method,
                         fraction=fraction,
                         metric=metric,
-                        accuracy=found.accuracy[method],
-                        seed_spread=found.seed_spread[method],
+                        accuracy=standing_there.accuracy[method],
+                        seed_spread=standing_there.seed_spread[method],
                         gain=None if gain is None else gain.gain,
                         over=None if gain is None else gain.over,
                     )
@@ -154,16 +150,11 @@ def _results(
 
 
 def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:
-    """By likelihood alone: against itself the base has no reward."""
+    """By likelihood alone: the base's rewards against itself are all 0."""
     answers = right(table, 0)
     names = [name for name in METRICS if name != "reward"]
     values = np.stack([answers[name] for name in names], axis=1)
     return dict(zip(names, mean_intervals(values, table.prompts)))
-
-
-def _identity(cell: Cell) -> str:
-    content = json.loads((cell.folder / EVALUATION).read_text(encoding="utf-8"))
-    return content["policies"][0]["identity"]
 
 
 def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> RunResult:
@@ -184,14 +175,14 @@ def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> Run
 def training_cost(log: Sequence[Mapping[str, float | None]]) -> tuple[float, float]:
     """(pairs trained on, seconds of optimizer steps) of a run, from the lines of its log."""
     pairs = seconds = 0.0
-    before = 0.0
+    last_step = 0.0
     for line in log:
-        each, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
-        if each is None or rate is None:
+        step_seconds, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
+        if step_seconds is None or rate is None:
             continue
         step = line["step"] or 0.0
-        taken = each * (step - before)
-        pairs, seconds, before = pairs + rate * taken, seconds + taken, step
+        elapsed = step_seconds * (step - last_step)
+        pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
     return pairs, seconds
 
 

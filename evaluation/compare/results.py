@@ -1,6 +1,4 @@
-"""What compare.json holds, and reading it again.
-
-A comparison as text: what `mrpo compare` prints. The sentences come last, next to the prompt."""
+"""What compare.json holds: written, read again, and printed as tables and sentences."""
 
 from __future__ import annotations
 
@@ -10,16 +8,14 @@ from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import UserError
-from ..evaluate import METRICS, Metric
+from ...terminal import table_lines
+from ..config import Metric
+from ..evaluate import HEADS, METRICS
 from ..intervals import Interval
-from ..results import columns
 from .verdict import percent, points
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +33,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """One run: what evaluate says of it, and what training it took."""
+    """One run: its accuracies as `mrpo evaluate` has them, and the cost of its training."""
 
     method: str
     fraction: float
@@ -52,7 +48,7 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringCost:
-    """What stage one took for a reference, once and for all runs; NaN where it was not recorded."""
+    """What scoring a reference cost, once for all runs; NaN where it was not recorded."""
 
     alias: str
     pairs: int
@@ -62,7 +58,7 @@ class ScoringCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """All that compare.json holds."""
+    """A comparison, as compare.json holds it."""
 
     base: str
     pairs: int  # held-out
@@ -81,9 +77,14 @@ class Comparison:
     scoring: list[ScoringCost]
     verdict: list[str]
 
+    @property
+    def exit_code(self) -> int:
+        """1 where a run failed."""
+        return int(bool(self.missing))
+
 
 def read_comparison(path: Path) -> Comparison:
-    """What `mrpo compare` wrote. Raises `UserError` where it is not there or not whole."""
+    """Read compare.json. Raises `UserError` where it is missing, damaged or of another version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["base_accuracy"] = _intervals(content["base_accuracy"])
@@ -101,11 +102,14 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def _result(entry: dict[str, Any]) -> Result:
-    gain = entry.pop("gain")
-    accuracy = Interval(**_known(entry.pop("accuracy")))
-    whole = Interval(**_known(gain)) if gain else None
+    accuracy, gain = Interval(**_known(entry.pop("accuracy"))), entry.pop("gain")
     over = entry.pop("over")
-    return Result(accuracy=accuracy, gain=whole, over=over, **_known(entry))
+    return Result(
+        accuracy=accuracy,
+        gain=Interval(**_known(gain)) if gain else None,
+        over=over,
+        **_known(entry),
+    )
 
 
 def _intervals(entries: Mapping[str, Any]) -> dict[Any, Interval]:
@@ -117,11 +121,8 @@ def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: float("nan") if value is None else value for name, value in entry.items()}
 
 
-HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
-
-
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
-    """Line by line."""
+    """The printed comparison, line by line; the sentences come last."""
     base = comparison.base
     yield ""
     yield (
@@ -132,7 +133,7 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
         yield ""
         if len(comparison.fractions) > 1:
             yield f"trained on {percent(fraction)} of the pairs"
-        yield from columns(accuracy_rows(comparison, fraction))
+        yield from table_lines(accuracy_rows(comparison, fraction))
     yield ""
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
@@ -146,14 +147,14 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
 
 
 def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
-    """Cells of the table at one fraction, the best method by the deciding metric first."""
+    """The table at one fraction, the best method by the deciding metric first."""
     by_method: dict[str, dict[str, Result]] = {}
     for result in comparison.results:
         if result.fraction == fraction:
             by_method.setdefault(result.method, {})[result.metric] = result
     deciding = comparison.metric
-    known = {name: results[deciding].accuracy.value for name, results in by_method.items()}
-    order = sorted(known, key=lambda name: -known[name] if not isnan(known[name]) else 0.0)
+    values = {name: results[deciding].accuracy.value for name, results in by_method.items()}
+    order = sorted(values, key=lambda name: 0.0 if isnan(values[name]) else -values[name])
     rows = [["", *HEADS.values(), "gain", "training", "pairs/s"]]
     base = comparison.base_accuracy
     cells = [base[name].percent() if name in base else "–" for name in METRICS]
@@ -166,14 +167,11 @@ def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
             for run in comparison.runs
             if run.method == method and run.fraction == fraction and run.seconds
         ]
-        cost = (
-            [
-                f"{fmean(r.seconds for r in runs):,.0f} s",
-                f"{fmean(r.pairs_per_second for r in runs):,.1f}",
-            ]
-            if runs
-            else ["", ""]
-        )
+        cost = ["", ""]
+        if runs:
+            seconds = fmean(run.seconds for run in runs)
+            rate = fmean(run.pairs_per_second for run in runs)
+            cost = [f"{seconds:,.0f} s", f"{rate:,.1f}"]
         cells = [results[name].accuracy.percent() for name in METRICS]
         rows.append([method, *cells, points(gain) if gain else "", *cost])
     return rows

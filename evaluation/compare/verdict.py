@@ -1,5 +1,7 @@
-"""What a comparison says, in words: several references or one, which one, how sure that is.
+"""The statistics of a comparison, and the sentences that state them.
 
+Bootstrap over prompts and seeds, gains over the best single reference with intervals that hold
+together, and in words: whether several references beat one, which one, and how sure that is.
 Sentences are chosen by the intervals, never by the values alone. Where the intervals leave a
 question open they say so, and how many held-out pairs would settle it.
 """
@@ -13,17 +15,17 @@ import numpy as np
 
 from ..intervals import CONFIDENCE, Interval, bootstrap_means, interval
 
-MATTERS = 0.01  # share of pairs: a gain that would be worth several references
+MATTERS = 0.01  # the smallest gain, as a share of pairs, that is worth several references
 RESAMPLES = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """What a method with several references has over the best one with a single reference."""
+    """What a method with several references gains over the best one with a single reference."""
 
     method: str
     over: str
-    gain: Interval  # share of pairs; holds together with those of the other methods
+    gain: Interval  # share of pairs; simultaneous over all methods of the standing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,7 @@ class Standing:
     accuracy: dict[str, Interval]  # by method
     seed_spread: dict[str, float]  # standard deviation over seeds; NaN for fewer than two
     best_single: str | None  # None where no method has one reference
-    tied_singles: tuple[str, ...]  # other single references that can't be told from the best
+    tied_singles: tuple[str, ...]  # other single references that may be as good as the best
     gains: tuple[Gain, ...]  # the largest first
 
 
@@ -53,8 +55,8 @@ def resample(
 
     Args:
         right: [N, M, F, S] whether a run is right about a pair: pairs, methods, fractions, seeds;
-            NaN where it has no answer. A run that is missing is NaN throughout, and its method's
-            mean is over the other seeds.
+            NaN where it has no answer. A missing run is NaN throughout; the mean of its method is
+            over the other seeds.
         prompts: [N] integers, equal for equal prompts.
     """
     pairs, *shape = right.shape
@@ -70,15 +72,16 @@ def resample(
 def standing(
     draws: Draws, fraction: int, methods: Sequence[str], single: Sequence[bool]
 ) -> Standing:
-    """The methods at one fraction (its place), `single`: which of them have one reference."""
+    """The methods at one fraction (an index); `single` says which of them have one reference."""
     means, drawn = draws.means[:, fraction], draws.draws[:, :, fraction]
     accuracy = {name: interval(means[m], drawn[:, m]) for m, name in enumerate(methods)}
     spread = {
         name: float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else float("nan")
         for name, values in zip(methods, draws.by_seed[:, fraction])
     }
-    singles = [m for m, one in enumerate(single) if one and np.isfinite(means[m])]
-    several = [m for m, one in enumerate(single) if not one and np.isfinite(means[m])]
+    known = np.flatnonzero(np.isfinite(means)).tolist()
+    singles = [m for m in known if single[m]]
+    several = [m for m in known if not single[m]]
     if not singles:
         return Standing(
             accuracy=accuracy, seed_spread=spread, best_single=None, tied_singles=(), gains=()
@@ -104,26 +107,25 @@ def growth(draws: Draws, method: int, fraction: int, larger: int) -> Interval:
     return interval(draws.means[method, larger] - draws.means[method, fraction], change)
 
 
-def _gain(means: np.ndarray, drawn: np.ndarray, one: int, other: int, together: int) -> Interval:
-    """The difference of two methods, with an interval that holds together with `together` − 1
-    others."""
-    confidence = 1 - (1 - CONFIDENCE) / together
-    return interval(means[one] - means[other], drawn[:, one] - drawn[:, other], confidence)
+def _gain(means: np.ndarray, drawn: np.ndarray, method: int, over: int, count: int) -> Interval:
+    """A method's accuracy minus another's, with one of `count` simultaneous intervals."""
+    confidence = 1 - (1 - CONFIDENCE) / count
+    return interval(means[method] - means[over], drawn[:, method] - drawn[:, over], confidence)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, of what is there; NaN where nothing is."""
+    """Over the last axis, of the finite values; NaN where there are none."""
     known = np.isfinite(values)
-    counts = known.sum(axis=-1)
-    return np.where(known, values, 0.0).sum(axis=-1) / np.where(counts > 0, counts, np.nan)
+    number = known.sum(axis=-1)
+    return np.where(known, values, 0.0).sum(axis=-1) / np.where(number > 0, number, np.nan)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonOutcome:
-    """All that the sentences are about."""
+    """What the sentences are made from."""
 
     metrics: Sequence[str]  # in words, the one that decides first
-    fractions: Sequence[float]  # rising; the last decides
+    fractions: Sequence[float]  # ascending; the last decides
     standings: Mapping[str, Sequence[Standing]]  # by metric, one for each fraction
     references: Mapping[str, str]  # of each method with one reference, the alias
     growth: Mapping[str, Interval]  # of each method, from the last fraction but one to the last
@@ -138,7 +140,7 @@ def verdict(outcome: ComparisonOutcome) -> list[str]:
     final = outcome.standings[deciding][-1]
     lines = [*_answer(final, outcome), *_others_say(outcome), *_by_size(outcome)]
     if outcome.seeds == 1:
-        lines.append("One seed: the intervals know nothing of the spread between runs.")
+        lines.append("One seed: the intervals do not include the spread between runs.")
     if outcome.missing:
         lines.append(
             f"{outcome.missing} runs FAILED and are missing here; run the same command again."
@@ -151,7 +153,7 @@ def verdict(outcome: ComparisonOutcome) -> list[str]:
 
 
 def stance(standing: Standing) -> str:
-    """better, worse or open: whether several references beat the best single one."""
+    """Whether several references beat the best single one: better, worse or open."""
     if any(gain.gain.low > 0 for gain in standing.gains):
         return "better"
     return "worse" if all(gain.gain.high < 0 for gain in standing.gains) else "open"
@@ -171,7 +173,7 @@ def _answer(final: Standing, outcome: ComparisonOutcome) -> list[str]:
     """Whether several references are worth it."""
     if final.best_single is None:
         return [
-            "No method here has a single reference, so what several gain can't be told; "
+            "No method here has a single reference, so the gain of several is unknown; "
             "add dpo:ALIAS for each reference to --methods."
         ]
     name = outcome.references[final.best_single]
@@ -206,13 +208,13 @@ def _which(final: Standing, outcome: ComparisonOutcome) -> str:
     if not final.tied_singles:
         return f"Of single references {name} is clearly the best."
     tied = ", ".join(outcome.references[method] for method in final.tied_singles)
-    return f"Of single references {name} does best, but {tied} can't be told from it."
+    return f"Of single references {name} does best, but {tied} may be as good."
 
 
 def _open(gain: Interval, pairs: int) -> str:
-    """What the interval can't rule out, and what would."""
-    half = (gain.high - gain.low) / 2
-    needed = pairs * (half / MATTERS) ** 2
+    """What the interval can't rule out, and how many pairs would."""
+    half_width = (gain.high - gain.low) / 2
+    needed = pairs * (half_width / MATTERS) ** 2
     return (
         f"A gain of up to {100 * gain.high:.1f} points can't be ruled out; telling a gain of "
         f"{100 * MATTERS:.0f} point from none takes about {_round(needed):,} held-out pairs."
@@ -220,7 +222,7 @@ def _open(gain: Interval, pairs: int) -> str:
 
 
 def _others_say(outcome: ComparisonOutcome) -> list[str]:
-    """The other metrics, where one of them gives another answer."""
+    """The other metrics, where any of them gives another answer."""
     deciding, *others = outcome.metrics
     final = outcome.standings[deciding][-1]
     if not final.gains:
@@ -232,11 +234,11 @@ def _others_say(outcome: ComparisonOutcome) -> list[str]:
     }
     lines = []
     for metric in others:
-        other = outcome.standings[metric][-1]
-        if other.gains and stance(other) != stance(final):
-            first = other.gains[0]
+        standing = outcome.standings[metric][-1]
+        if standing.gains and stance(standing) != stance(final):
+            first = standing.gains[0]
             lines.append(
-                f"Judged by {metric} instead, {answers[stance(other)]}: {first.method} against "
+                f"Judged by {metric} instead, {answers[stance(standing)]}: {first.method} against "
                 f"{first.over} {points(first.gain)}."
             )
     return lines or ["The other metrics give the same answer."] * bool(others)
@@ -258,7 +260,7 @@ def _by_size(outcome: ComparisonOutcome) -> list[str]:
             )
     best = max(outcome.growth, key=lambda name: final.accuracy[name].value)
     change, step = outcome.growth[best], outcome.fractions[-2:]
-    says = "whether more pairs would help is not settled."
+    says = "whether more pairs would help is open."
     if change.low > 0:
         says = "more pairs would help."
     elif change.high < 0:
@@ -280,6 +282,6 @@ def _signed(value: float) -> str:
 
 
 def _round(count: float) -> int:
-    """To two digits, upwards: it is no more than an order of magnitude."""
+    """Up, to two digits: the number is a rough estimate."""
     size = 10 ** max(len(str(int(count))) - 2, 0)
     return int(-(-count // size) * size)

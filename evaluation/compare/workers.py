@@ -1,40 +1,29 @@
-"""Run the cells of a comparison: each a process of its own, as many at once as there is room.
+"""Run the cells of a comparison on worker processes that stay up, one for each device.
 
-A cell is `mrpo train --config cell.yaml` and then `mrpo evaluate`, the very commands a user would
-type; their output is the cell's log. A cell that fails is tried once more, from its last
-checkpoint, unless the user's settings are at fault. The cell's folder is locked while a command
-works in it, by a lock that the command inherits: where this process is killed, a second one finds
-the cell taken until the command has ended.
+A worker (`worker.py`) trains and evaluates one cell after another. A worker that dies costs only
+the cell it was running: a new worker tries that cell once more, from its last checkpoint, and the
+other cells go on. A user's mistake is not tried again. The worker holds a lock on the cell's
+folder, so that two comparisons never run the same cell at once.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
-from typing import IO
 
-from ...train.checkpoint import CHECKPOINTS, MODEL, STATE_FILE
-from ..results import write_json
-from .cells import EVALUATION, LOG, RESULT, SETTINGS, Cell
+from ...precompute.process import Event, WorkerProcess
+from .cells import SETTINGS, Cell
 
+WORKER = "mrpo.evaluation.compare.worker"
 TRIES = 2
-USERS_FAULT = 2  # exit code of a command that its settings keep from working
 TAIL = 4  # lines of the log that explain a failure
-
-Command = Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,156 +32,139 @@ class Failure:
 
     cell: Cell
     reason: str
-    command: str  # that failed, to be run by hand
+    command: str  # to run by hand
 
 
 @dataclass(slots=True)
-class Grid:
-    """All that is needed to run cells, and what came of them."""
+class _Slot:
+    """A device, the worker on it, and the cell that the worker is running."""
 
-    evaluate: Callable[[Cell], Command]  # arguments of `mrpo` for a trained cell
-    prefix: Command  # what starts `mrpo`: Python, or torchrun
-    seats: Sequence[str | None]  # for each cell at once its CUDA_VISIBLE_DEVICES, None: no choice
-    keep_models: bool
-    _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    _stopped: threading.Event = field(default_factory=threading.Event)
+    device: str | None  # its CUDA_VISIBLE_DEVICES; None: there is no choice
+    worker: WorkerProcess | None = None
+    cell: Cell | None = None
+    tries: int = 0
+
+
+@dataclass(slots=True)
+class CellRunner:
+    """Runs cells, as many at once as there are devices."""
+
+    base: str  # the reference that rewards are measured from
+    devices: Sequence[str | None]  # for each worker its CUDA_VISIBLE_DEVICES; None: as it is
+    keep_models: bool = True
+    _queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = field(default_factory=SimpleQueue)
 
     def run(self, cells: Sequence[Cell]) -> list[Failure]:
-        """Finish every cell that is not; returns those that failed. Stops all on an interrupt."""
-        todo = [cell for cell in cells if not cell.finished]
-        free: SimpleQueue[str | None] = SimpleQueue()
-        for seat in self.seats:
-            free.put(seat)
+        """Finish every cell that is not; returns those that failed.
+
+        On an interrupt, SIGTERM included, the workers end as soon as training has saved its
+        checkpoints, and `KeyboardInterrupt` rises.
+        """
+        todo = deque(cell for cell in cells if not cell.finished)
+        total, done = len(todo), 0
         failures: list[Failure] = []
-        with _terminated_as_interrupt(), ThreadPoolExecutor(len(self.seats)) as pool:
-            futures = {pool.submit(self._seated, cell, free): cell for cell in todo}
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    failure = future.result()
-                    failures += [failure] if failure else []
-                    how = f"FAILED: {failure.reason}" if failure else "done"
-                    _say(f"[{done}/{len(todo)}] {futures[future]}: {how}")
-            except BaseException:
-                self._stop()
-                raise
+        slots = [_Slot(device) for device in self.devices]
+        try:
+            with _sigterm_as_interrupt():
+                for slot in slots:
+                    self._next(slot, todo)
+                while any(slot.cell for slot in slots):
+                    worker, event = self._queue.get()
+                    slot = next(slot for slot in slots if slot.worker is worker)
+                    cell, reason = slot.cell, self._hear(slot, event)
+                    if cell is None or reason is None:
+                        continue
+                    done += 1
+                    if reason:
+                        failures.append(Failure(cell, reason, self._by_hand(cell)))
+                    outcome = f"FAILED: {reason}" if reason else "done"
+                    print(f"[{done}/{total}] {cell}: {outcome}", file=sys.stderr, flush=True)
+                    self._next(slot, todo)
+        except KeyboardInterrupt:
+            self._let_save(slots)
+            raise
+        finally:
+            for slot in slots:
+                if slot.worker is not None:
+                    slot.worker.stop()
         return failures
 
-    def _seated(self, cell: Cell, free: SimpleQueue[str | None]) -> Failure | None:
-        seat = free.get()
-        try:
-            return None if self._stopped.is_set() else self._finish(cell, seat)
-        finally:
-            free.put(seat)
+    def _next(self, slot: _Slot, todo: deque[Cell]) -> None:
+        slot.cell, slot.tries = (todo.popleft() if todo else None), 0
+        if slot.cell is not None:
+            self._try(slot, slot.cell)
 
-    def _finish(self, cell: Cell, seat: str | None) -> Failure | None:
-        """Train and evaluate a cell, each at most `TRIES` times."""
-        with _locked(cell.folder) as lock:
-            if lock is None:
-                return Failure(cell, "another process is at work on it", "")
-            started = time.monotonic()
-            failure = None
-            if not (cell.folder / MODEL).is_dir():
-                failure = self._try(
-                    cell, ["train", "--config", str(cell.folder / SETTINGS)], seat, lock
-                )
-            trained = time.monotonic()
-            if failure is None and not (cell.folder / EVALUATION).is_file():
-                failure = self._try(cell, self.evaluate(cell), seat, lock)
-            if failure is None:
-                seconds = {"train": trained - started, "evaluate": time.monotonic() - trained}
-                self._tidy(cell)
-                write_json(cell.folder / RESULT, {"seconds": seconds})
-            return failure
-
-    def _try(self, cell: Cell, command: Command, seat: str | None, lock: int) -> Failure | None:
-        line = [*self.prefix, *command]
-        with (cell.folder / LOG).open("ab") as log:
-            for _ in range(TRIES):
-                log.write(f"$ mrpo {shlex.join(command)}\n".encode())
-                log.flush()
-                code = self._run(line, seat, lock, log)
-                if code == 0:
-                    return None
-                if code == USERS_FAULT or self._stopped.is_set():
-                    break
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        reason = f"{how}; the end of {cell.folder / LOG}: {_tail(cell.folder / LOG)}"
-        return Failure(cell, reason, f"mrpo {shlex.join(command)}")
-
-    def _run(self, line: Command, seat: str | None, lock: int, log: IO[bytes]) -> int:
-        environment = dict(os.environ)
-        if seat is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = seat
-        elif len(self.seats) > 1:
-            threads = max(1, (os.cpu_count() or 1) // len(self.seats))
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
-        process = subprocess.Popen(
-            line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
-        )
-        self._running.add(process)
-        if self._stopped.is_set():
-            process.terminate()
-        code = process.wait()
-        self._running.discard(process)
-        return code
-
-    def _stop(self) -> None:
-        """End all that runs; `mrpo train` saves a checkpoint first."""
-        self._stopped.set()
-        for process in list(self._running):
-            process.terminate()
-
-    def _tidy(self, cell: Cell) -> None:
-        """Free the disk: a finished cell's checkpoints are several times its model, and not needed.
-
-        What they know of the run stays, so that `mrpo train` still takes it for finished and
-        `mrpo evaluate` shows its model the pairs as in training.
-        """
-        if not self.keep_models:
-            shutil.rmtree(cell.folder / MODEL)
-            shutil.rmtree(cell.folder / CHECKPOINTS)
+    def _try(self, slot: _Slot, cell: Cell) -> None:
+        """Send the cell to the slot's worker, a new one where there is none."""
+        slot.tries += 1
+        values = asdict(cell) | {"folder": str(cell.folder)}
+        job = {"cell": values, "base": self.base, "keep_model": self.keep_models}
+        if slot.worker is not None:
+            slot.worker.send(job)
             return
-        for path in (cell.folder / CHECKPOINTS).glob("*/*"):
-            if path.name != STATE_FILE:
-                path.unlink()
+        environment = _environment(slot.device, len(self.devices))
+        # Whatever goes wrong before the worker opens the cell's log stands there too.
+        slot.worker = WorkerProcess(WORKER, job, self._queue, cell.log, environment)
+
+    def _hear(self, slot: _Slot, event: Event | None) -> str | None:
+        """The reason why the slot's cell failed, "" where it is finished, None while it runs."""
+        worker = slot.worker
+        assert worker is not None
+        if event is not None:
+            texts = {"finished": "", "error": event.get("text")}
+            return texts.get(event["event"])
+        slot.worker = None
+        if slot.cell is None:
+            return None
+        if slot.tries < TRIES:
+            self._try(slot, slot.cell)
+            return None
+        return f"{worker.how_it_ended}; the end of {slot.cell.log}: {_tail(slot.cell)}"
+
+    def _let_save(self, slots: Sequence[_Slot]) -> None:
+        """SIGTERM to the workers: `train` saves a checkpoint first. Returns when all have ended."""
+        running = {slot.worker for slot in slots if slot.worker is not None}
+        for worker in running:
+            worker.terminate()
+        while running:
+            worker, event = self._queue.get()
+            if event is None:
+                running.discard(worker)
+        for slot in slots:
+            slot.worker = None
+
+    def _by_hand(self, cell: Cell) -> str:
+        """The command that shows the failure again."""
+        if not cell.run.finished:
+            return f"mrpo train --config {cell.folder / SETTINGS}"
+        return f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {cell.run.evaluation}"
+
+
+def _environment(device: str | None, workers: int) -> Mapping[str, str]:
+    if device is not None:
+        return {"CUDA_VISIBLE_DEVICES": device}
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    return {}
+
+
+def _tail(cell: Cell) -> str:
+    lines = cell.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return " | ".join(line.split("\r")[-1].strip() for line in lines[-TAIL:])
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int | None]:
-    """The folder's lock, for a child to inherit; None where another process has it."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM ends this process as an interrupt would: with its children."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM raises `KeyboardInterrupt` as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # Python handles signals in the main thread alone
         return
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return " | ".join(line.split("\r")[-1].strip() for line in lines[-TAIL:])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

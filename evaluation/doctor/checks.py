@@ -1,16 +1,10 @@
-"""What doctor found wrong with a reference: evidence, likely cause, what to do.
+"""The checks of `mrpo doctor` on stored scores: each looks for one fault.
 
-Faults that a reference's scores show by themselves, each with its evidence and likely cause.
-
-Most faults break how log-probs go with lengths (`lengths.py`), set a reference apart from the
-others (`compared.py`), or make numbers that no model makes. Thresholds stand between what healthy
-references show and what injected faults do (docs/doctor.md has the figures); a fault that no score
-can show needs the probe.
-
-
-Faults that show when a reference's scores are held against the others'.
-
-Part of `checks.py`: copies of another's rows, another's tokens, a likelihood far from the others'.
+A new check is a function here (in `length_checks.py` if it is about lengths) and one entry in the
+lists at the end of this file. Most faults change how log-probs relate to lengths, set a reference
+apart from the others, or produce numbers that no model produces. Thresholds lie between what
+healthy references show and what injected faults do (docs/doctor.md has the figures). A fault that
+no score can show needs the probe (`probe.py`).
 """
 
 from __future__ import annotations
@@ -21,114 +15,219 @@ import numpy as np
 
 from ..figures import ReferenceFigures
 from ..score_table import ReferenceColumns, ScoreTable
-from .findings import Finding
-from .length_checks import FEWEST, check_lengths
+from .findings import FEWEST, Check, Finding, Subject
+from .length_checks import check_means, check_shuffled, check_swapped, check_truncated
 
-ALL_ALIKE = 0.18  # spread of a token's log-prob over its mean: untrained 0.02 to 0.14, trained 0.23
+UNIFORM = 0.18  # spread of a token's log-prob over its mean: untrained 0.02 to 0.14, trained 0.23
+SAME = 0.98  # share of equal rows from which two references are the same
+SAME_TOKENS = 0.95  # share of pairs with equal token counts that two tokenizers don't reach
+GUESSED = 0.9  # of the nats of a blind guess: no model that knows its tokens needs as many
+FAR_WORSE = 2.5  # times the bits per byte of the best reference
+ODD = 0.6  # agreement on hard responses below which a reference stands apart ...
+AGREED = 0.85  # ... where others agree with one another this much
 
 
 def check_scores(
-    table: ScoreTable, figures: list[ReferenceFigures], vocabularies: Mapping[str, int]
+    table: ScoreTable, figures: Sequence[ReferenceFigures], vocabularies: Mapping[str, int]
 ) -> dict[str, list[Finding]]:
-    """What is found, by alias; nothing for a healthy reference.
+    """Run all checks; the findings by alias, none for a healthy reference.
 
     Args:
         figures: of the table's references.
-        vocabularies: the number of tokens of those references of which it is known.
+        vocabularies: by alias the number of tokens, where it is known.
     """
-    scored = [reference.scored.sum() >= FEWEST for reference in table.references]
-    alone = [
-        _found(
-            check_sign(one),
-            check_rounding(one),
-            check_lengths(table, k) or check_uniform(figures, one, k),
-        )
-        if scored[k]
-        else []
-        for k, one in enumerate(table.references)
+    subjects = [
+        Subject(table, figures, k, vocabularies.get(alias)) for k, alias in enumerate(table.aliases)
     ]
-    # What is wrong by itself is no measure for the others.
-    sound = [k for k, faults in enumerate(alone) if scored[k] and not faults]
-    found = {}
-    for k, reference in enumerate(table.references):
-        faults = alone[k] + (_found(check_copies(table, k)) if scored[k] else [])
-        if k in sound:
-            others = [j for j in sound if j != k]
-            vocabulary = vocabularies.get(reference.alias)
-            faults += _found(
-                check_other_tokenizer(table, figures, k, others, vocabulary)
-                or check_likelihood(figures, k, others, vocabulary)
-            )
-            faults += [] if faults else _found(check_difficulty(figures, k, others))
-        found[reference.alias] = faults + _found(check_missing(figures[k]))
-    return found
+    scored = [subject for subject in subjects if subject.reference.scored.sum() >= FEWEST]
+    for subject in scored:
+        _run(BY_ITSELF, subject)
+    # References with a fault of their own are no measure for the others.
+    sound = [subject.k for subject in scored if not subject.findings]
+    for subject in scored:
+        _run(AGAINST_ALL, subject)
+        if subject.k in sound:
+            subject.sound = [k for k in sound if k != subject.k]
+            _run(AGAINST_SOUND, subject)
+    for subject in subjects:
+        _run(COVERAGE, subject)
+    return {subject.reference.alias: subject.findings for subject in subjects}
 
 
-def check_sign(reference: ReferenceColumns) -> Finding | None:
+def check_sign(subject: Subject) -> Finding | None:
     """A log-prob is never above 0."""
+    reference = subject.reference
     share = float((reference.logps[reference.scored] > 1e-6).mean())
     if share < 0.01:
         return None
-    return Finding(
-        "fault",
-        "sign",
-        f"{share:.0%} of its log-probs are above 0",
-        "losses were stored, not log-probs",
-    )
+    evidence = f"{share:.0%} of its log-probs are above 0"
+    return Finding("fault", "sign", evidence, "losses were stored, not log-probs")
 
 
-def check_rounding(reference: ReferenceColumns) -> Finding | None:
-    """Sums of many tokens are all but never numbers of 8 or 11 significant bits."""
-    values = reference.logps[reference.scored].ravel()
+def check_rounding(subject: Subject) -> Finding | None:
+    """Sums over many tokens are hardly ever numbers of 8 or 11 significant bits."""
+    values = subject.reference.logps[subject.reference.scored].ravel()
     values = values[np.abs(values) > 0.01]
     if len(values) < FEWEST:
         return None
-    for name, rounded in (("bfloat16", _to_bfloat16(values)), ("float16", _to_float16(values))):
+    for name, rounded, precision in (
+        ("bfloat16", _to_bfloat16(values), 2**-7),
+        ("float16", _to_float16(values), 2**-10),
+    ):
         share = float((values == rounded).mean())
         if share > 0.9:
-            step = np.abs(np.median(values)) * (2**-10 if name == "float16" else 2**-7)
-            return Finding(
-                "fault",
-                "rounded",
-                f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart",
-                f"sums were stored in {name}",
+            step = np.abs(np.median(values)) * precision
+            evidence = (
+                f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart"
             )
+            return Finding("fault", "rounded", evidence, f"sums were stored in {name}")
     return None
 
 
-def check_uniform(
-    figures: list[ReferenceFigures], reference: ReferenceColumns, k: int
-) -> Finding | None:
+def check_uniform(subject: Subject) -> Finding | None:
     """Every token about as likely as any other."""
+    reference = subject.reference
     known = reference.scored & ~np.isnan(reference.tokens).any(axis=1)
     logps, tokens = reference.logps[known], reference.tokens[known]
     if len(logps) < FEWEST:
         return None
     nats = -logps.sum() / tokens.sum()
     spread = float(np.sqrt(np.mean((logps + nats * tokens) ** 2 / tokens)) / nats)
-    others = [one.chosen_bits_per_byte for j, one in enumerate(figures) if j != k]
-    bits = figures[k].chosen_bits_per_byte
-    if spread > ALL_ALIKE or (others and not bits > 1.1 * min(others)):
+    others = [
+        figures.chosen_bits_per_byte
+        for j, figures in enumerate(subject.all_figures)
+        if j != subject.k
+    ]
+    bits = subject.figures.chosen_bits_per_byte
+    if spread > UNIFORM or (others and not bits > 1.1 * min(others)):
         return None
-    return Finding(
-        "fault",
-        "uniform",
-        f"every token costs about the same, {nats:.1f} nats (spread {spread:.0%})",
-        "random weights: missing or unmatched tensors when the model was loaded",
+    evidence = f"every token costs about the same, {nats:.1f} nats (spread {spread:.0%})"
+    cause = "random weights: missing or unmatched tensors when the model was loaded"
+    return Finding("fault", "uniform", evidence, cause)
+
+
+def check_copies(subject: Subject) -> Finding | None:
+    """Rows whose log-probs equal another reference's to the last bit."""
+    reference = subject.reference
+    for other in subject.others:
+        if other.record.identity == reference.record.identity:
+            continue
+        scored = reference.scored & other.scored
+        equal = scored & (reference.logps == other.logps).all(axis=1)
+        equal &= np.abs(reference.logps).max(axis=1) > 1e-3  # certain responses of any model are 0
+        share = equal.sum() / max(scored.sum(), 1)
+        if share > SAME:
+            evidence = f"{share:.0%} of its scores equal {other.alias}'s"
+            cause = f"the same model as {other.alias}; the second adds nothing"
+            return Finding("suspect", "duplicate", evidence, cause)
+        enough = equal.sum() >= 3 and share > 0.005
+        if enough and _is_the_copy(subject.table, reference, other, equal):
+            evidence = (
+                f"{equal.sum():,} of its rows ({share:.0%}) equal {other.alias}'s to the last bit"
+            )
+            cause = f"rows of {other.alias} were stored under its name"
+            return Finding("fault", "copied", evidence, cause)
+    return None
+
+
+def check_other_tokenizer(subject: Subject) -> Finding | None:
+    """Another reference's token counts, at a likelihood that no model of that tokenizer has.
+
+    Models of one family share a tokenizer, and a small one may need twice the bits of a large one.
+    """
+    reference, nats = subject.reference, subject.figures.nats_per_token
+    for j in subject.sound:
+        other = subject.table.references[j]
+        scored = reference.scored & other.scored
+        if not scored.any():
+            continue
+        same = float((reference.tokens[scored] == other.tokens[scored]).all(axis=1).mean())
+        own, theirs = _bits(subject.figures), _bits(subject.all_figures[j])
+        blind = own > FAR_WORSE * theirs
+        if subject.vocabulary is not None:
+            blind = own > theirs and nats > GUESSED * np.log(subject.vocabulary)
+        if same > SAME_TOKENS and blind:
+            evidence = (
+                f"{same:.0%} of its token counts are {other.alias}'s, at {own:.1f} bits per byte "
+                f"where {other.alias} needs {theirs:.1f}"
+            )
+            cause = f"it was given the token ids of {other.alias}'s tokenizer"
+            return Finding("fault", "tokens", evidence, cause)
+    return None
+
+
+def check_likelihood(subject: Subject) -> Finding | None:
+    """Tokens less likely than a blind guess; bits per byte far above the best reference's."""
+    nats, bits = subject.figures.nats_per_token, _bits(subject.figures)
+    vocabulary = subject.vocabulary
+    if vocabulary is not None and nats > np.log(vocabulary):
+        evidence = (
+            f"a token costs {nats:.1f} nats, more than a guess among its {vocabulary:,} "
+            f"({np.log(vocabulary):.1f})"
+        )
+        cause = "token ids of another tokenizer, or damaged weights"
+        return Finding("fault", "guessing", evidence, cause)
+    best = min((_bits(subject.all_figures[j]) for j in subject.sound), default=np.nan)
+    if bits > FAR_WORSE * best:
+        evidence = f"{bits:.1f} bits per byte, {bits / best:.1f} times the best reference's"
+        cause = "another tokenizer's ids, a wrong template, or a much weaker model"
+        return Finding("suspect", "unlikely", evidence, cause)
+    return None
+
+
+def check_difficulty(subject: Subject) -> Finding | None:
+    """The others agree on which responses are hard for their length, this reference does not.
+
+    Judged only where nothing else was found.
+    """
+    others = [subject.all_figures[j] for j in subject.sound]
+    names = [figures.alias for figures in others]
+    own = max((subject.figures.difficulty[name] for name in names), default=np.nan)
+    among = [
+        figures.difficulty[name] for figures in others for name in names if name != figures.alias
+    ]
+    best = max(among, default=np.nan)
+    if subject.findings or not (own < ODD and best > AGREED):
+        return None
+    evidence = (
+        f"which responses are hard for their length correlates {own:.2f} with any other "
+        f"reference, {best:.2f} among others"
     )
+    cause = "part of the text that was scored is not the response: left padding, another template"
+    return Finding("suspect", "odd", evidence, cause)
 
 
-def check_missing(figure: ReferenceFigures) -> Finding | None:
+def check_missing(subject: Subject) -> Finding | None:
     """More than one pair in twenty without a score."""
-    missing = sum(figure.missing.values())
-    if missing <= 0.05 * (missing + figure.pairs):
+    reasons = subject.figures.missing
+    missing = sum(reasons.values())
+    if missing <= 0.05 * (missing + subject.figures.pairs):
         return None
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in figure.missing.items())
-    return Finding("suspect", "missing", f"lacks a score for {reasons}", "see the reasons")
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    return Finding("suspect", "missing", f"lacks a score for {counts}", "see the reasons")
 
 
-def _found(*findings: Finding | None) -> list[Finding]:
-    return [finding for finding in findings if finding is not None]
+# Of the checks in one group the first finding counts: they explain the same numbers.
+Groups = tuple[tuple[Check, ...], ...]
+
+BY_ITSELF: Groups = (
+    (check_sign,),
+    (check_rounding,),
+    (check_swapped, check_means, check_truncated, check_shuffled, check_uniform),
+)
+AGAINST_ALL: Groups = ((check_copies,),)
+# For references in which no check by itself found anything, against others of the same kind.
+AGAINST_SOUND: Groups = ((check_other_tokenizer, check_likelihood), (check_difficulty,))
+COVERAGE: Groups = ((check_missing,),)  # also for references with too few scores for the rest
+
+
+def _run(groups: Groups, subject: Subject) -> None:
+    """Add to the subject's findings."""
+    for group in groups:
+        findings = (check(subject) for check in group)
+        first = next((finding for finding in findings if finding is not None), None)
+        if first is not None:
+            subject.findings.append(first)
 
 
 def _to_float16(values: np.ndarray) -> np.ndarray:
@@ -137,151 +236,38 @@ def _to_float16(values: np.ndarray) -> np.ndarray:
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Rounded to the 8 significant bits of bfloat16."""
+    """Truncated to the 8 significant bits of bfloat16."""
     bits = values.astype(np.float32).view(np.uint32)
-    kept = (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
-    return kept
-
-
-SAME = 0.98  # share of equal rows from which two references are one
-SAME_TOKENS = 0.95  # share of pairs with equal token counts that two tokenizers don't reach
-GUESSED = 0.9  # of the nats of a blind guess: no model that knows its tokens needs as many
-FAR_WORSE = 2.5  # times the bits per byte of the best reference
-ODD = 0.6  # agreement on hard responses below which a reference stands apart ...
-AGREED = 0.85  # ... where others agree with one another this much
-
-
-def check_copies(table: ScoreTable, k: int) -> Finding | None:
-    """Rows whose log-probs equal another reference's to the last bit."""
-    reference = table.references[k]
-    for other in table.references:
-        if other is reference or other.record.identity == reference.record.identity:
-            continue
-        both = reference.scored & other.scored
-        equal = both & (reference.logps == other.logps).all(axis=1)
-        equal &= np.abs(reference.logps).max(axis=1) > 1e-3  # certain responses of any model are 0
-        share = equal.sum() / max(both.sum(), 1)
-        if share > SAME:
-            return Finding(
-                "suspect",
-                "duplicate",
-                f"{share:.0%} of its scores equal {other.alias}'s",
-                f"the same model as {other.alias}; of the two, one adds nothing",
-            )
-        if equal.sum() >= 3 and share > 0.005 and _is_the_copy(table, reference, other, equal):
-            return Finding(
-                "fault",
-                "copied",
-                f"{equal.sum():,} of its rows ({share:.0%}) equal {other.alias}'s to the last bit",
-                f"rows of {other.alias} were stored under its name",
-            )
-    return None
-
-
-def check_other_tokenizer(
-    table: ScoreTable,
-    figures: list[ReferenceFigures],
-    k: int,
-    others: Sequence[int],
-    vocabulary: int | None,
-) -> Finding | None:
-    """Another reference's token counts, at a likelihood that no model of that tokenizer has.
-
-    Models of one family share a tokenizer, and a small one may need twice the bits of a large one.
-    """
-    reference, nats = table.references[k], figures[k].nats_per_token
-    for j in others:
-        other = table.references[j]
-        both = reference.scored & other.scored
-        if not both.any():
-            continue
-        same = float((reference.tokens[both] == other.tokens[both]).all(axis=1).mean())
-        own, theirs = _bits(figures[k]), _bits(figures[j])
-        blind = own > FAR_WORSE * theirs
-        if vocabulary is not None:
-            blind = own > theirs and nats > GUESSED * np.log(vocabulary)
-        if same > SAME_TOKENS and blind:
-            return Finding(
-                "fault",
-                "tokens",
-                f"{same:.0%} of its token counts are {other.alias}'s, at {own:.1f} bits per byte "
-                f"where {other.alias} needs {theirs:.1f}",
-                f"it was given the token ids of {other.alias}'s tokenizer",
-            )
-    return None
-
-
-def check_likelihood(
-    figures: list[ReferenceFigures], k: int, others: Sequence[int], vocabulary: int | None
-) -> Finding | None:
-    """Tokens less likely than a blind guess; bits per byte far above the best reference's."""
-    nats, bits = figures[k].nats_per_token, _bits(figures[k])
-    if vocabulary is not None and nats > np.log(vocabulary):
-        return Finding(
-            "fault",
-            "guessing",
-            f"a token costs {nats:.1f} nats, more than a guess among its {vocabulary:,} "
-            f"({np.log(vocabulary):.1f})",
-            "token ids of another tokenizer, or damaged weights",
-        )
-    best = min((_bits(figures[j]) for j in others), default=np.nan)
-    if bits > FAR_WORSE * best:
-        return Finding(
-            "suspect",
-            "unlikely",
-            f"{bits:.1f} bits per byte, {bits / best:.1f} times the best reference's",
-            "another tokenizer's ids, a wrong template, or a much weaker model",
-        )
-    return None
-
-
-def check_difficulty(
-    figures: list[ReferenceFigures], k: int, others: Sequence[int]
-) -> Finding | None:
-    """Others agree on which responses are hard for their length, this one does not."""
-    names = [figures[j].alias for j in others]
-    own = max((figures[k].difficulty[name] for name in names), default=np.nan)
-    among = [
-        figures[j].difficulty[name] for j in others for name in names if name != figures[j].alias
-    ]
-    best = max(among, default=np.nan)
-    if not (own < ODD and best > AGREED):
-        return None
-    return Finding(
-        "suspect",
-        "odd",
-        f"which responses are hard for their length correlates {own:.2f} with any other "
-        f"reference, {best:.2f} among others",
-        "part of the text that was scored is not the response: left padding, another template",
-    )
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
 
 
 def _is_the_copy(
     table: ScoreTable, reference: ReferenceColumns, other: ReferenceColumns, equal: np.ndarray
 ) -> bool:
     """Whether the reference, not the other, is out of line on its equal rows; True if unclear."""
-    own, theirs = (_shift(table, one, other, reference, equal) for one in (reference, other))
+    rest = [third for third in table.references if third is not reference and third is not other]
+    third = rest[0] if rest else None
+    own, theirs = (_shift(table, suspect, third, equal) for suspect in (reference, other))
     return not (theirs > 3 and own < theirs)
 
 
 def _shift(
     table: ScoreTable,
-    one: ReferenceColumns,
-    other: ReferenceColumns,
     reference: ReferenceColumns,
+    third: ReferenceColumns | None,
     equal: np.ndarray,
 ) -> float:
-    """How far a reference's nats and tokens on the equal rows differ from its other rows in mean or
-    scatter, in standard errors, measured against a third reference or the bytes."""
-    third = next((r for r in table.references if r is not other and r is not reference), None)
-    scales = [table.response_bytes, table.response_bytes]
-    if third is not None:
-        scales = [-third.logps, third.tokens]
+    """How far a reference's nats and tokens on the equal rows differ from its other rows.
+
+    In mean or scatter, in standard errors, relative to a third reference or to the bytes.
+    """
+    nats, tokens = -reference.logps, reference.tokens
+    scales = [table.response_bytes] * 2 if third is None else [-third.logps, third.tokens]
     shifts = [0.0]
-    for values, scale in (*zip((-one.logps, one.tokens), scales), (-one.logps, one.tokens)):
+    for values, scale in ((nats, scales[0]), (tokens, scales[1]), (nats, tokens)):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.log(values / scale).mean(axis=1)
-        known = one.scored & np.isfinite(ratio)
+        known = reference.scored & np.isfinite(ratio)
         inside, outside = ratio[known & equal], ratio[known & ~equal]
         if min(len(inside), len(outside)) < 3 or min(inside.std(), outside.std()) == 0:
             continue
@@ -292,5 +278,5 @@ def _shift(
     return max(shifts)
 
 
-def _bits(figure: ReferenceFigures) -> float:
-    return (figure.chosen_bits_per_byte + figure.rejected_bits_per_byte) / 2
+def _bits(figures: ReferenceFigures) -> float:
+    return (figures.chosen_bits_per_byte + figures.rejected_bits_per_byte) / 2

@@ -1,11 +1,9 @@
-"""`mrpo doctor`: whether each reference's scores can be trusted, and what it is worth.
+"""`mrpo doctor`: whether each reference's scores can be trusted, and what the reference is worth.
 
-    scores -> figures -> checks (-> probe) -> verdicts -> tables, doctor.json
+    scores -> figures -> checks (-> probe) -> verdicts -> tables on stdout, doctor.json
 
-Everything but the probe works from the store alone; no weights are opened for it.
-
-
-A diagnosis as text: what `mrpo doctor` prints."""
+Everything but the probe works from the store alone; no weights are loaded for it.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +11,37 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from ...data.join import precompute_line
 from ...data.references import ReferenceSpec, load_refs
 from ...data.shards import PairShards
-from ...data.store import NotScored, ReferenceRecord, Store, open_store
+from ...data.store import NotScored, ReferenceRecord, open_store
 from ...errors import UserError
-from ...settings import write_resolved
+from ...files import output_file, write_json
+from ...settings import comma_separated, command, write_resolved
+from ...terminal import Rows, table_lines
 from ..config import DoctorConfig
 from ..figures import UNITS, ReferenceFigures, figures, method_first_loss
-from ..results import Rows, columns, free_path, write_json
 from ..score_table import ScoreTable, load_score_table
 from .checks import check_scores
-from .diagnosis import Advice, Verdict, advise, verdicts
 from .findings import Finding
 from .probe import REFUTED, ProbeReport, probe
+from .verdicts import Advice, Verdict, advise, verdicts
 
-if TYPE_CHECKING:
-    pass
+MARGINS = "summed margins, log pi(chosen) - log pi(rejected)"
+AGREEMENT = "pairs on which two references agree, % (correlation of their margins)"
+DOMINANCE = "pairs that a reference decides alone, %"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """All that doctor found; what doctor.json holds."""
+    """All results of doctor; what doctor.json holds."""
 
-    pairs: int  # looked at
-    of_pairs: int
+    pairs: int  # read
+    of_pairs: int  # of the data set
     references: list[ReferenceFigures]
     findings: dict[str, list[Finding]]
     probes: list[ProbeReport]
@@ -49,96 +49,90 @@ class Diagnosis:
     advice: Advice
     first_loss: float  # of MRPO with all references, where the policy starts at the base
 
+    @property
+    def exit_code(self) -> int:
+        """1 where a reference is broken, else 0."""
+        return int(any(verdict.state == "broken" for verdict in self.verdicts))
 
-def doctor(config: DoctorConfig) -> int:
-    """Print the diagnosis and write it; 1 where a reference is broken, else 0."""
-    out = free_path(config.out)
+
+@command(DoctorConfig)
+def doctor(config: DoctorConfig) -> Diagnosis:
+    """Print the diagnosis and write it to `out`."""
+    out = output_file(config.out, ".json")
     diagnosis = diagnose(config)
     for line in diagnosis_lines(diagnosis):
         print(line)
     write_resolved(config, out.with_suffix(".yaml"))
     write_json(out, diagnosis)
     print(out)
-    return int(any(one.state == "broken" for one in diagnosis.verdicts))
+    return diagnosis
 
 
-def diagnose(config: DoctorConfig) -> Diagnosis:
-    """Read the scores, look for faults, weigh the references."""
+def load_references(config: DoctorConfig) -> ScoreTable:
+    """The scores of the references; `UserError` where one of them has none."""
     pairs, store = PairShards(config.pairs), open_store(config.store)
-    specs = load_refs(config.refs_config)
-    records = _records(config, pairs, store, specs)
+    specs, aliases = load_refs(config.refs_config), comma_separated(config.refs, "--refs")
+    if not aliases:
+        raise UserError(f"--refs {config.refs!r} names no reference")
+    try:
+        records = [store.resolve(alias, specs) for alias in aliases]
+    except NotScored as error:
+        line = precompute_line(pairs, store, aliases, config.refs_config)
+        raise UserError(f"{error}; run: {line}") from None
     table = load_score_table(pairs, store, records, sample=config.sample)
     for reference in table.references:
         if not reference.scored.any():
             line = precompute_line(pairs, store, [reference.alias], config.refs_config)
             raise UserError(f"reference {reference.alias} has no score of these pairs; run: {line}")
+    return table
+
+
+def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis:
+    """Look for faults in the scores and weigh the references; prints nothing.
+
+    Args:
+        table: of `load_references`, where it has been loaded already.
+    """
+    table = table or load_references(config)
+    pairs, store = PairShards(config.pairs), open_store(config.store)
+    specs = load_refs(config.refs_config)
+    known = [_spec_of(reference.record, specs) for reference in table.references]
     numbers = figures(table, config.beta, config.epsilon)
-    found = check_scores(table, numbers, _vocabularies(records, specs))
-    probes = _probes(config, table, specs, pairs, store)
+    findings = check_scores(table, numbers, _vocabularies(known))
+    probes = []
+    for k, spec in enumerate(known if config.probe else []):
+        others = [other for j, other in enumerate(known) if j != k and other is not None]
+        probes.append(probe(table, k, spec, others, pairs, store, config.probe))
     for report in probes:
+        alias = report.alias
         if report.confirms:
-            found[report.alias] = [one for one in found[report.alias] if one.code not in REFUTED]
-        found[report.alias] += report.findings
-    advice = advise(table, numbers, found)
+            findings[alias] = [
+                finding for finding in findings[alias] if finding.code not in REFUTED
+            ]
+        findings[alias] += report.findings
+    advice = advise(table, numbers, findings)
     return Diagnosis(
         pairs=len(table),
         of_pairs=pairs.num_pairs,
         references=numbers,
-        findings=found,
+        findings=findings,
         probes=probes,
-        verdicts=verdicts(numbers, found, advice, store.root),
+        verdicts=verdicts(numbers, findings, advice, store.root),
         advice=advice,
         first_loss=method_first_loss(table.pair_scores(), table.aliases, "mrpo", config.beta),
     )
 
 
-def _records(
-    config: DoctorConfig, pairs: PairShards, store: Store, specs: Mapping[str, ReferenceSpec]
-) -> list[ReferenceRecord]:
-    aliases = [alias.strip() for alias in config.refs.split(",") if alias.strip()]
-    if not aliases or len(set(aliases)) < len(aliases):
-        raise UserError(f"--refs {config.refs!r}: name each reference once, as llama,mistral")
-    try:
-        return [store.resolve(alias, specs) for alias in aliases]
-    except NotScored as error:
-        line = precompute_line(pairs, store, aliases, config.refs_config)
-        raise UserError(f"{error}; run: {line}") from None
-
-
-def _probes(
-    config: DoctorConfig,
-    table: ScoreTable,
-    specs: Mapping[str, ReferenceSpec],
-    pairs: PairShards,
-    store: Store,
-) -> list[ProbeReport]:
-    """A probe of each reference, one after the other; none without --probe."""
-    if not config.probe:
-        return []
-    known = [_spec_of(reference.record, specs) for reference in table.references]
-    reports = []
-    for k, spec in enumerate(known):
-        others = [other for j, other in enumerate(known) if j != k and other is not None]
-        reports.append(probe(table, k, spec, others, pairs, store, config.probe))
-    return reports
-
-
 def _spec_of(record: ReferenceRecord, specs: Mapping[str, ReferenceSpec]) -> ReferenceSpec | None:
-    """The entry of refs.yaml under which the scores were made, where it is still there."""
+    """The entry of refs.yaml with which the scores were made, if it is still there."""
     spec = specs.get(record.alias)
     return spec if spec is not None and spec.entry() == record.entry else None
 
 
-def _vocabularies(
-    records: Sequence[ReferenceRecord], specs: Mapping[str, ReferenceSpec]
-) -> dict[str, int]:
+def _vocabularies(specs: Sequence[ReferenceSpec | None]) -> dict[str, int]:
     """Tokens of each reference's vocabulary, where its configuration is on this machine."""
-    sizes = {}
-    for record in records:
-        spec = _spec_of(record, specs)
-        if spec is not None and (size := _vocabulary(spec)):
-            sizes[record.alias] = size
-    return sizes
+    sizes = {spec.alias: _vocabulary(spec) for spec in specs if spec is not None}
+    return {alias: size for alias, size in sizes.items() if size}
 
 
 def _vocabulary(spec: ReferenceSpec) -> int | None:
@@ -152,23 +146,22 @@ def _vocabulary(spec: ReferenceSpec) -> int | None:
 
 
 def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
-    """Line by line; the verdicts come last, where they are read first."""
+    """The diagnosis as text. The verdicts come last, next to the prompt."""
     references, advice = diagnosis.references, diagnosis.advice
-    of = f" of {diagnosis.of_pairs:,}" if diagnosis.of_pairs > diagnosis.pairs else ""
-    yield f"{diagnosis.pairs:,}{of} pairs, {len(references)} references, base {references[0].alias}"
-    yield from _table("", _likelihood(references))
-    yield from _table("summed margins, log pi(chosen) - log pi(rejected)", _margins(references))
+    total = f" of {diagnosis.of_pairs:,}" if diagnosis.of_pairs > diagnosis.pairs else ""
+    base = references[0].alias
+    yield f"{diagnosis.pairs:,}{total} pairs, {len(references)} references, base {base}"
+    tables = {"": likelihood_rows(references), MARGINS: margin_rows(references)}
     if len(references) > 1:
-        yield from _table(
-            "pairs on which two references agree, % (correlation of their margins)",
-            _agreement(references),
-        )
-        yield from _table("pairs that a reference decides alone, %", _dominance(references))
+        tables |= {AGREEMENT: _agreement(references), DOMINANCE: _dominance(references)}
+    for title, rows in tables.items():
+        yield from ["", title] if title else [""]
+        yield from table_lines(rows)
     if diagnosis.probes:
         yield ""
-        yield from map(_probe, diagnosis.probes)
+        yield from map(_probe_line, diagnosis.probes)
     yield ""
-    width = max(len(one.alias) for one in references)
+    width = max(len(reference.alias) for reference in references)
     for verdict in diagnosis.verdicts:
         state = verdict.state.upper() if verdict.state == "broken" else verdict.state
         yield f"{verdict.alias:<{width}}  {state:<7}  {verdict.reason}"
@@ -183,83 +176,71 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"first loss  {diagnosis.first_loss:.3f} for mrpo with all of them; DPO's is 0.693"
 
 
-def _table(title: str, rows: Rows) -> Iterator[str]:
-    yield ""
-    if title:
-        yield title
-    yield from columns(rows)
-
-
-def _likelihood(references: Sequence[ReferenceFigures]) -> Rows:
-    heads = ["pairs", "bits/byte chosen", "rejected", "nats/token"]
+def likelihood_rows(references: Sequence[ReferenceFigures]) -> Rows:
+    """How likely the responses are, and how often the chosen one is the likelier."""
     accuracies = [f"accuracy {unit}, %" for unit in UNITS.values()]
-    rows = [["reference", *heads, *accuracies]]
-    for one in references:
-        bits = (one.chosen_bits_per_byte, one.rejected_bits_per_byte, one.nats_per_token)
-        rows.append(
-            [
-                one.alias,
-                f"{one.pairs:,}",
-                *(f"{value:.2f}" for value in bits),
-                *(one.accuracy[unit].percent() for unit in UNITS),
-            ]
-        )
-    return rows
+    heading = ["reference", "pairs", "bits/byte chosen", "rejected", "nats/token", *accuracies]
+    rows = [
+        [
+            reference.alias,
+            f"{reference.pairs:,}",
+            f"{reference.chosen_bits_per_byte:.2f}",
+            f"{reference.rejected_bits_per_byte:.2f}",
+            f"{reference.nats_per_token:.2f}",
+            *(reference.accuracy[unit].percent() for unit in UNITS),
+        ]
+        for reference in references
+    ]
+    return [heading, *rows]
 
 
-def _margins(references: Sequence[ReferenceFigures]) -> Rows:
-    heads = ["mean", "scale", "by length", "CTRO moves", "per byte", "first loss"]
-    rows = [["reference", *heads, "end of turn", "boundary", "missing"]]
-    for one in references:
-        shares = (one.length_bias, one.saturation["none"], one.saturation["byte"])
-        missing = ", ".join(f"{count:,} {reason}" for reason, count in one.missing.items())
-        rows.append(
-            [
-                one.alias,
-                f"{one.margin:.1f}",
-                f"{one.margin_scale:.1f}",
-                *map(_percent, shares),
-                f"{one.first_loss:.3f}",
-                _percent(one.end_of_turn),
-                _percent(one.boundary),
-                missing or "none",
-            ]
-        )
-    return rows
+def margin_rows(references: Sequence[ReferenceFigures]) -> Rows:
+    """The summed margins, what moves them, and what is missing."""
+    heading = ["reference", "mean", "scale", "by length", "CTRO moves", "per byte", "first loss"]
+    rows = [
+        [
+            reference.alias,
+            f"{reference.margin:.1f}",
+            f"{reference.margin_scale:.1f}",
+            _percent(reference.length_bias),
+            _percent(reference.saturation["none"]),
+            _percent(reference.saturation["byte"]),
+            f"{reference.first_loss:.3f}",
+            _percent(reference.end_of_turn),
+            _percent(reference.boundary),
+            ", ".join(f"{count:,} {reason}" for reason, count in reference.missing.items())
+            or "none",
+        ]
+        for reference in references
+    ]
+    return [[*heading, "end of turn", "boundary", "missing"], *rows]
 
 
 def _agreement(references: Sequence[ReferenceFigures]) -> Rows:
-    names = [one.alias for one in references]
-    rows = [["", *names]]
-    for one in references:
-        cells = [
-            "–"
-            if name == one.alias
-            else f"{100 * one.agreement[name]:.0f} ({one.correlation[name]:.2f})"
-            for name in names
-        ]
-        rows.append([one.alias, *cells])
+    rows = [["", *(reference.alias for reference in references)]]
+    for reference in references:
+        cells = {
+            name: f"{100 * share:.0f} ({reference.correlation[name]:.2f})"
+            for name, share in reference.agreement.items()
+        }
+        rows.append([reference.alias, *(cells.get(name, "–") for name in rows[0][1:])])
     return rows
 
 
 def _dominance(references: Sequence[ReferenceFigures]) -> Rows:
-    kinds = list(references[0].dominance)
-    rows = [["weights of ARWC", *kinds]]
-    return [
-        *rows,
-        *(
-            [one.alias, *(f"{100 * one.dominance[kind]:.0f}" for kind in kinds)]
-            for one in references
-        ),
+    rows = [
+        [reference.alias, *(f"{100 * share:.0f}" for share in reference.dominance.values())]
+        for reference in references
     ]
+    return [["weights of ARWC", *references[0].dominance], *rows]
 
 
-def _probe(report: ProbeReport) -> str:
+def _probe_line(report: ProbeReport) -> str:
     if report.skipped is not None:
         return f"probe  {report.alias}: none, {report.skipped}"
     return (
-        f"probe  {report.alias}: {report.agree} of {report.responses} responses score the same in "
-        f"the plain way, {report.difference:.1e} nats per token off"
+        f"probe  {report.alias}: {report.agree} of {report.responses} responses score the same "
+        f"again, {report.difference:.1e} nats per token off"
     )
 
 

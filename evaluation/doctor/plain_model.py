@@ -1,8 +1,8 @@
-"""Scoring the plain way: one sequence at a time, transformers' own forward, all of the logits.
+"""An independent way to score: one sequence at a time, transformers' own forward, all logits.
 
 Shares no code with stage one but the date that templates are shown: prompt and whole conversation
 go through `apply_chat_template`, each is tokenized by an ordinary call, and the response begins
-where the two lists of ids part. Slow, and meant for a few pairs (`probe.py`).
+where the two lists of ids differ. Slow, and meant for a few pairs (`probe.py`).
 """
 
 from __future__ import annotations
@@ -84,18 +84,18 @@ class PlainModel:
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
         targets = ids[0, 1:, None]
         parts = [
-            rows.float().log_softmax(-1).gather(1, wanted)[:, 0].double().cpu()
-            for rows, wanted in zip(logits.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
+            rows.float().log_softmax(-1).gather(1, target)[:, 0].double().cpu()
+            for rows, target in zip(logits.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
         ]
         return TokenLogps(sequence, np.concatenate([[np.nan], torch.cat(parts).numpy()]))
 
-    def takes(self, sequence: PlainSequence) -> bool:
+    def accepts(self, sequence: PlainSequence) -> bool:
         """Whether every id has an embedding."""
         return max(sequence.token_ids) < self.model.get_input_embeddings().num_embeddings
 
 
 class PlainTokenizer:
-    """A tokenizer with its chat template, or another one, as transformers uses them."""
+    """A tokenizer with its own chat template or another one, as transformers uses them."""
 
     def __init__(
         self,
@@ -121,23 +121,25 @@ class PlainTokenizer:
         return self.text(str(pair.prompt), str(turns))
 
     def text(self, prompt: str, response: str, ended: bool = True) -> PlainSequence:
-        """Text with the special tokens that the tokenizer puts around it, EOS behind."""
+        """Text with the special tokens that the tokenizer adds, and EOS at the end."""
         ids: list[int] = self.tokenizer(prompt + response).input_ids
         before: list[int] = self.tokenizer(prompt).input_ids
         eos = self.tokenizer.eos_token_id
         if ended and eos is not None and ids[-1] != eos:
             ids = [*ids, eos]
-        start = max(1, _common(before, ids))
+        start = max(1, _common_prefix(before, ids))
         return PlainSequence(ids, start, len(ids) - (ids[-1] == eos))
 
     def _chat(self, pair: Pair, turns: Turns, template: str | None) -> PlainSequence:
         assert isinstance(pair.prompt, list)
         assert isinstance(turns, list)
         variables = {"tools": pair.tools, **self.kwargs, **(pair.chat_template_kwargs or {})}
-        before = self._ids(self._show(pair.prompt, template, variables, add_generation_prompt=True))
-        text = self._show([*pair.prompt, *turns], template, variables)
+        before = self._ids(
+            self._rendered(pair.prompt, template, variables, add_generation_prompt=True)
+        )
+        text = self._rendered([*pair.prompt, *turns], template, variables)
         ids = self._ids(text)
-        start = max(1, _common(before, ids))
+        start = max(1, _common_prefix(before, ids))
         end = self._end_of_turn(ids, start)
         if end is not None:
             return PlainSequence(ids[: end + 1], start, end)
@@ -146,12 +148,12 @@ class PlainTokenizer:
         ids = self._ids(text[: text.rfind(content) + len(content)]) if content in text else ids
         return PlainSequence(ids, start, len(ids))
 
-    def _show(
+    def _rendered(
         self,
         messages: Sequence[Message],
         template: str | None,
         variables: Mapping[str, Any],
-        **how: Any,
+        **options: Any,
     ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
@@ -159,7 +161,7 @@ class PlainTokenizer:
                 chat_template=template,
                 tokenize=False,
                 strftime_now=TODAY.strftime,
-                **how,
+                **options,
                 **variables,
             )
         )
@@ -179,11 +181,7 @@ class PlainTokenizer:
         return first
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    count = 0
-    for a, b in zip(one, other):
-        if a != b:
-            break
-        count += 1
-    return count
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of ids that both lists begin with."""
+    pairs = enumerate(zip(first, second))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))

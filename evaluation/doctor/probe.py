@@ -1,13 +1,14 @@
-"""`mrpo doctor --probe N`: a few stored scores held against the same pairs scored the plain way.
+"""`mrpo doctor --probe N`: N pairs of each reference scored again in an independent way.
 
-    pairs of all lengths -> plain_scoring -> agree? -> else: which mistake gives the stored numbers?
+    pairs of all lengths -> plain_model.py -> agree? -> else: which mistake gives the stored scores?
 
 The probe needs the weights that were scored: a reference whose weights are elsewhere, have changed
-or were never here is skipped, and the reason is told.
+or were never here is skipped, and the output says why.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ...data.pairs import Pair
+from ...data.pairs import Pair, Turns
 from ...data.references import ReferenceSpec
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
@@ -24,32 +25,36 @@ from ...precompute.identity import ResolvedReference, resolve_reference
 from ..score_table import ReferenceColumns, ScoreTable, pairs_at
 from .findings import Finding
 from .mistakes import (
-    Probed,
+    REFUSED,
+    ProbedResponse,
     Tolerance,
-    check_template,
-    known_mistake,
+    mistaken_numbers,
     mistaken_rendering,
     unexplained,
 )
 from .plain_model import PlainModel, PlainTokenizer
 
-LONGEST = 4096  # tokens of a sequence beyond which full logits are no small thing
-# What can't be where stored and recomputed scores agree, however much the numbers look like it.
+LONGEST = 4096  # tokens of a sequence beyond which full logits take much memory
+# Findings that equal recomputed scores rule out, however much the numbers look like them.
 REFUTED = {"sign", "swapped", "means", "truncated", "shuffled", "tokens", "unlikely", "odd"}
 AGREE = 0.95  # share of responses whose stored and recomputed scores must be the same
-OTHER_TOKENS = 0.25  # share whose counts may differ: the plain way cuts some tokens elsewhere
+OTHER_TOKENS = 0.25  # share whose counts may differ: the plain way splits some texts differently
+
+MARKER = re.compile(r"<\|[^|<>\s]+\|>|<[a-z_]+_of_[a-z_]+>|\[/?[A-Z_]{3,}\]")
+BETTER = 0.05  # share of the nats per byte that the right template saves at least
+CONSISTENTLY = 0.75  # share of the responses on which it does
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """What the probe of one reference says."""
+    """The result of probing one reference."""
 
     alias: str
     skipped: str | None = None  # why there was no probe
     responses: int = 0  # scored again
     agree: int = 0  # of them with the stored score
     difference: float = float("nan")  # mean |stored − recomputed|, nats per token
-    other_tokens: int = 0  # responses whose stored token counts are others
+    other_tokens: int = 0  # responses whose stored token counts differ
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -67,14 +72,14 @@ def probe(
     store: Store,
     count: int,
 ) -> ProbeReport:
-    """Score `count` pairs of the table's k-th reference again, and say how they compare.
+    """Score `count` pairs of the table's k-th reference again, and compare.
 
     Args:
         spec: the reference's entry in refs.yaml; None for imported scores.
-        others: the other references, whose tokenizers and templates may have been taken for its.
+        others: the other references, whose tokenizer or template may have been used by mistake.
     """
     reference = table.references[k]
-    resolved = _weights_at_hand(reference.record, spec, store)
+    resolved = _resolve(reference.record, spec, store)
     if isinstance(resolved, str):
         return ProbeReport(reference.alias, skipped=resolved)
     rows = choose(reference, count)
@@ -95,32 +100,32 @@ def probe(
     )
     exact = resolved.dtype == "float32" and "autocast" not in reference.record.inputs
     tolerance = Tolerance.of(exact)
-    probed = _probed(model, tokenizer, pairs_at(pairs, table.places[rows]), reference, rows)
-    agree = sum(one.agrees(tolerance) for one in probed)
-    other_tokens = sum(not one.same_tokens(one.score) for one in probed)
-    off = [abs(one.stored - one.score.logp) / one.score.tokens for one in probed]
-    if agree < AGREE * len(probed) or other_tokens > OTHER_TOKENS * len(probed):
+    texts = pairs_at(pairs, table.places[rows])
+    responses = _score_again(model, tokenizer, texts, reference, rows)
+    agree = sum(response.agrees(tolerance) for response in responses)
+    other_tokens = sum(not response.same_tokens(response.score) for response in responses)
+    if agree < AGREE * len(responses) or other_tokens > OTHER_TOKENS * len(responses):
         finding: Finding | None = (
-            known_mistake(probed, tolerance)
-            or mistaken_rendering(model, tokenizer, probed, others, tolerance)
-            or unexplained(probed, tolerance)
+            mistaken_numbers(responses, tolerance)
+            or mistaken_rendering(model, tokenizer, responses, others, tolerance)
+            or unexplained(responses, tolerance)
         )
     else:
-        finding = check_template(model, tokenizer, probed)
+        finding = check_template(model, tokenizer, responses)
     return ProbeReport(
         alias=reference.alias,
-        responses=len(probed),
+        responses=len(responses),
         agree=agree,
-        difference=float(np.mean(off)),
+        difference=float(np.mean([response.difference for response in responses])),
         other_tokens=other_tokens,
         findings=[] if finding is None else [finding],
     )
 
 
 def choose(reference: ReferenceColumns, count: int) -> np.ndarray:
-    """Rows of scored pairs from the shortest to the longest; none across a token boundary.
+    """Rows of scored pairs from the shortest to the longest, without tokens across the boundary.
 
-    Where a token stands across the boundary, the plain way and ours may part by a token.
+    Where a token spans prompt and response, the plain tokenizer may count one token more or less.
     """
     lengths = np.nan_to_num(reference.prompt_tokens) + reference.tokens.max(axis=1)
     lengths = np.where(np.isnan(lengths), -reference.logps.min(axis=1), lengths)  # imported
@@ -130,7 +135,36 @@ def choose(reference: ReferenceColumns, count: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
 
 
-def _weights_at_hand(
+def check_template(
+    model: PlainModel, tokenizer: PlainTokenizer, responses: Sequence[ProbedResponse]
+) -> Finding | None:
+    """Scores are as refs.yaml asks, but refs.yaml shows the model a text that it does not know.
+
+    That is a chat template from elsewhere, or plain text for a model that has a template.
+    """
+    own = tokenizer.tokenizer.chat_template
+    if not isinstance(own, str) or tokenizer.template == own:
+        return None
+    chat = responses[0].pair.is_chat
+    if chat and tokenizer.template is None:
+        return None
+    if chat and (markers := _split_markers(tokenizer, own)):
+        evidence = (
+            f"its chat template writes {markers[0]!r}, which its tokenizer splits into pieces, "
+            "where the model's own has tokens"
+        )
+        cause = "chat_template in refs.yaml is another family's"
+        return Finding("fault", "template", evidence, cause, "probe")
+    saved = [_saved(model, tokenizer, response, own) for response in responses]
+    if np.mean(saved) < BETTER or np.mean([share > 0 for share in saved]) < CONSISTENTLY:
+        return None
+    setting = "chat_template in refs.yaml" if chat else "pairs as plain text"
+    evidence = f"with the model's own chat template responses cost {np.mean(saved):.0%} fewer nats"
+    cause = f"{setting}: not what the model was trained on"
+    return Finding("suspect", "template", evidence, cause, "probe")
+
+
+def _resolve(
     record: ReferenceRecord, spec: ReferenceSpec | None, store: Store
 ) -> ResolvedReference | str:
     """The reference as it would be scored today, or why it can't be."""
@@ -142,37 +176,76 @@ def _weights_at_hand(
         resolved = resolve_reference(spec, store.kept_commits(spec))
     except UserError as error:
         return str(error)
-    same = {key: value for key, value in record.inputs.items() if key != "autocast"}
-    if same != resolved.inputs:
-        changed = sorted(
-            key for key in {*same, *resolved.inputs} if same.get(key) != resolved.inputs.get(key)
-        )
+    stored = {key: value for key, value in record.inputs.items() if key != "autocast"}
+    if stored != resolved.inputs:
+        keys = sorted({*stored, *resolved.inputs})
+        changed = [key for key in keys if stored.get(key) != resolved.inputs.get(key)]
         return f"its {', '.join(changed)} changed since it was scored"
     return resolved
 
 
-def _probed(
+def _score_again(
     model: PlainModel,
     tokenizer: PlainTokenizer,
     texts: Sequence[Pair],
     reference: ReferenceColumns,
     rows: np.ndarray,
-) -> list[Probed]:
+) -> list[ProbedResponse]:
     """Both responses of every pair, one after the other."""
-    probed = []
+    responses = []
     bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
     for pair, row in zip(bar, rows):
         scores = [model.score(tokenizer.sequence(pair, branch)) for branch in (0, 1)]
         for branch in (0, 1):
-            probed.append(
-                Probed(
+            responses.append(
+                ProbedResponse(
                     pair=pair,
                     branch=branch,
                     stored=float(reference.logps[row, branch]),
                     stored_tokens=float(reference.tokens[row, branch]),
                     stored_prompt_tokens=float(reference.prompt_tokens[row]),
                     score=scores[branch],
-                    other=scores[1 - branch],
+                    other_score=scores[1 - branch],
                 )
             )
-    return probed
+    return responses
+
+
+def _split_markers(tokenizer: PlainTokenizer, own: str) -> list[str]:
+    """Control markers that the template in force writes and the tokenizer has no token for; none
+    where it has no tokens for the own template's markers either."""
+
+    def split(template: str | None) -> list[str]:
+        markers = dict.fromkeys(MARKER.findall(template or ""))
+        return [
+            marker
+            for marker in markers
+            if len(tokenizer.tokenizer(marker, add_special_tokens=False).input_ids) > 2
+        ]
+
+    return [] if split(own) else split(tokenizer.template)
+
+
+def _saved(
+    model: PlainModel, tokenizer: PlainTokenizer, response: ProbedResponse, own: str
+) -> float:
+    """Share of the content's nats that the model's own template saves; 0 where it can't be used."""
+    pair = response.pair if response.pair.is_chat else _as_chat(response.pair)
+    try:
+        score = model.score(tokenizer.sequence(pair, response.branch, own))
+    except REFUSED:
+        return 0.0
+    return 1 - score.content_logp / response.score.content_logp
+
+
+def _as_chat(pair: Pair) -> Pair:
+    """A text pair as one user and one assistant message."""
+
+    def message(role: str, text: Turns) -> list[dict[str, str]]:
+        return [{"role": role, "content": str(text).strip()}]
+
+    return Pair(
+        message("user", pair.prompt),
+        message("assistant", pair.chosen),
+        message("assistant", pair.rejected),
+    )

@@ -1,28 +1,35 @@
-"""Charts as plain data: what the report draws (`svg.py`) and writes as JSON is the same object.
+"""Charts as plain data, and their drawing as inline SVG.
 
-    Lines    curves over a common x, with a band of uncertainty where there is one
+    Lines    curves over a common x, with intervals where there are some
     Ranges   values with intervals, one row each: accuracies, gains, weights
-    Heatmap     a table of shares as shades: agreement
+    Heatmap  a table of shares as shades: agreement
 
-Numbers that are not finite become null in JSON (`results.py`) and leave a gap in the drawing.
-
-
-Charts (`charts.py`) as inline SVG: no script, no font, no request, colors from the page's CSS.
-
-Drawings are 400 units wide, so that their text stays readable on a phone, and take light or dark
-from the classes that `report.html` styles: `axis`, `grid`, `rule`, `c0` to `c7`. Built as an
-element tree, which escapes every text. A point's numbers are its tooltip.
+The page and its JSON hold the same objects; numbers that are not finite are null in JSON and a gap
+in the drawing. The SVG is written here and not by matplotlib, whose output would have to be
+rewritten for what the page needs: colors from its CSS (light and dark), tooltips, text as text.
+Drawings are 400 units wide, so that their text stays readable on a phone; `page.html` styles the
+classes `axis`, `grid`, `rule`, `c0` to `c7`. An element tree escapes every text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree as ET
 
 from ..intervals import Interval
+
+WIDTH, HEIGHT = 400, 250
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 42
+ROW = 36  # height of a row of ranges: its name above its interval
+LABELS, HEAD = 90, 30  # of a heatmap: width of the row names, height of the column names
+COLORS = 8
+MOST_MARKED = 25  # points of a curve that still get a marker each
+APART = 4.0  # between curves with intervals, which would cover one another
+
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,28 +115,26 @@ class Section:
 
 
 def thinned(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
-    """A curve as means of neighbors, at most so many; x as the neighbors' last."""
+    """A curve as means of neighbors, at most `points` of them, each at its last neighbor's x."""
     size = max(math.ceil(len(x) / points), 1)
-    groups = [range(start, min(start + size, len(x))) for start in range(0, len(x), size)]
-    means = [[y[at] for at in group if math.isfinite(y[at])] for group in groups]
-    kept = [(x[group[-1]], sum(v) / len(v)) for group, v in zip(groups, means) if v]
-    return [one for one, _ in kept], [other for _, other in kept]
-
-
-WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 42
-ROW = 36  # height of a row of ranges: its name above its interval
-COLORS = 8
-MOST_MARKED = 25  # points of a curve that still get a marker each
-APART = 4.0  # between curves with intervals, which would lie upon each other
-
-Scale = Callable[[float], float]
+    last, means = [], []
+    for start in range(0, len(x), size):
+        group = slice(start, start + size)
+        if known := _known(y[group]):
+            last.append(x[group][-1])
+            means.append(sum(known) / len(known))
+    return last, means
 
 
 def to_svg(chart: Chart) -> str:
     """The drawing, without its title and legend, which the page sets as text."""
-    draw = {Lines: _lines, Ranges: _ranges, Heatmap: _grid}[type(chart)]
-    return ET.tostring(draw(chart), encoding="unicode")  # type: ignore[operator]
+    if isinstance(chart, Lines):
+        drawing = _lines(chart)
+    elif isinstance(chart, Ranges):
+        drawing = _ranges(chart)
+    else:
+        drawing = _heatmap(chart)
+    return ET.tostring(drawing, encoding="unicode")
 
 
 def legend(chart: Chart) -> list[tuple[str, str]]:
@@ -179,20 +184,16 @@ def _lines(chart: Lines) -> ET.Element:
 def _curve(
     svg: ET.Element, curve: Curve, x: Scale, y: Scale, color: str, percent: bool, apart: float
 ) -> None:
-    points = [
-        (x(one) + apart, y(value), one, value)
-        for one, value in zip(curve.x, curve.y)
-        if math.isfinite(value)
-    ]
-    for one, low, high in zip(curve.x, curve.low, curve.high):
+    for at, low, high in zip(curve.x, curve.low, curve.high):
         if math.isfinite(low) and math.isfinite(high):
-            _line(svg, x(one) + apart, y(low), x(one) + apart, y(high), f"whisker {color}")
+            _line(svg, x(at) + apart, y(low), x(at) + apart, y(high), f"whisker {color}")
+    points = [(at, value) for at, value in zip(curve.x, curve.y) if math.isfinite(value)]
     if len(points) > 1:
-        path = "M" + "L".join(f"{across:.1f} {up:.1f}" for across, up, _, _ in points)
-        ET.SubElement(svg, "path", {"d": path, "class": f"curve {color}"})
-    for across, up, one, value in points if len(points) <= MOST_MARKED else ():
-        tip = f"{curve.name}: {_number(value, percent)} at {_number(one)}"
-        _dot(svg, across, up, color, tip)
+        path = "L".join(f"{x(at) + apart:.1f} {y(value):.1f}" for at, value in points)
+        ET.SubElement(svg, "path", {"d": f"M{path}", "class": f"curve {color}"})
+    for at, value in points if len(points) <= MOST_MARKED else ():
+        tip = f"{curve.name}: {_number(value, percent)} at {_number(at)}"
+        _dot(svg, x(at) + apart, y(value), color, tip)
 
 
 def _ranges(chart: Ranges) -> ET.Element:
@@ -226,32 +227,26 @@ def _ranges(chart: Ranges) -> ET.Element:
     return svg
 
 
-def _grid(chart: Heatmap) -> ET.Element:
-    size = min((WIDTH - 90) / max(len(chart.columns), 1), 64.0)
-    height = 30 + size * 0.62 * len(chart.rows) + 6
-    svg = _svg(chart.title, height)
-    for at, name in enumerate(chart.columns):
-        _text(svg, 90 + size * (at + 0.5), 20, _short(name, size), "tick", tip=name)
+def _heatmap(chart: Heatmap) -> ET.Element:
+    width = min((WIDTH - LABELS) / max(len(chart.columns), 1), 64.0)
+    height = width * 0.62
+    svg = _svg(chart.title, HEAD + height * len(chart.rows) + 6)
+    for column, name in enumerate(chart.columns):
+        _text(svg, LABELS + width * (column + 0.5), 20, _short(name, width), "tick", tip=name)
     for row, name in enumerate(chart.rows):
-        top = 30 + size * 0.62 * row
-        _text(svg, 84, top + size * 0.31 + 4, _short(name, 84), "name", anchor="end", tip=name)
+        top = HEAD + height * row
+        baseline = top + height / 2 + 4
+        _text(svg, LABELS - 6, baseline, _short(name, 84), "name", anchor="end", tip=name)
         for column, value in enumerate(chart.values[row]):
             if not math.isfinite(value):
                 continue
             shade = min(max((value - chart.floor) / (1 - chart.floor), 0.0), 1.0)
-            cell = {
-                "x": f"{90 + size * column + 1:.1f}",
-                "y": f"{top + 1:.1f}",
-                "width": f"{size - 2:.1f}",
-                "height": f"{size * 0.62 - 2:.1f}",
-                "rx": "3",
-                "class": "cell",
-                "fill-opacity": f"{0.08 + 0.52 * shade:.3f}",
-            }
-            ET.SubElement(svg, "rect", cell)
-            middle = 90 + size * (column + 0.5), top + size * 0.31 + 4
+            left = LABELS + width * column
+            cell = {"x": left + 1, "y": top + 1, "width": width - 2, "height": height - 2}
+            look = {"rx": "3", "class": "cell", "fill-opacity": f"{0.08 + 0.52 * shade:.3f}"}
+            ET.SubElement(svg, "rect", _units(cell) | look)
             tip = f"{name}, {chart.columns[column]}: {_number(value, True)}"
-            _text(svg, *middle, f"{100 * value:.0f}", "value", tip=tip)
+            _text(svg, left + width / 2, baseline, f"{100 * value:.0f}", "value", tip=tip)
     return svg
 
 
@@ -259,11 +254,8 @@ def _grid(chart: Heatmap) -> ET.Element:
 
 
 def _svg(title: str, height: float) -> ET.Element:
-    svg = ET.Element(
-        "svg",
-        {"viewBox": f"0 0 {WIDTH} {height:.0f}", "role": "img", "aria-label": title},
-    )
-    return svg
+    view = f"0 0 {WIDTH} {height:.0f}"
+    return ET.Element("svg", {"viewBox": view, "role": "img", "aria-label": title})
 
 
 def _nothing(svg: ET.Element) -> ET.Element:
@@ -272,13 +264,14 @@ def _nothing(svg: ET.Element) -> ET.Element:
 
 
 def _line(svg: ET.Element, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-    ends = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-    ET.SubElement(svg, "line", {name: f"{v:.1f}" for name, v in ends.items()} | {"class": kind})
+    ends = _units({"x1": x1, "y1": y1, "x2": x2, "y2": y2})
+    ET.SubElement(svg, "line", ends | {"class": kind})
 
 
 def _dot(svg: ET.Element, x: float, y: float, color: str, tip: str, radius: float = 3.0) -> None:
-    where = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{radius}", "class": f"dot {color}"}
-    ET.SubElement(ET.SubElement(svg, "circle", where), "title").text = tip
+    look = {"r": f"{radius}", "class": f"dot {color}"}
+    circle = ET.SubElement(svg, "circle", _units({"cx": x, "cy": y}) | look)
+    ET.SubElement(circle, "title").text = tip
 
 
 def _text(
@@ -291,13 +284,17 @@ def _text(
     turn: bool = False,
     tip: str = "",
 ) -> None:
-    where = {"x": f"{x:.1f}", "y": f"{y:.1f}", "class": kind, "text-anchor": anchor}
+    look = {"class": kind, "text-anchor": anchor}
     if turn:
-        where["transform"] = f"rotate(-90 {x:.1f} {y:.1f})"
-    element = ET.SubElement(svg, "text", where)
+        look["transform"] = f"rotate(-90 {x:.1f} {y:.1f})"
+    element = ET.SubElement(svg, "text", _units({"x": x, "y": y}) | look)
     element.text = text
     if tip:
         ET.SubElement(element, "title").text = tip
+
+
+def _units(values: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.1f}" for name, value in values.items()}
 
 
 def _y_axis(svg: ET.Element, marks: Sequence[float], y: Scale, percent: bool) -> None:
@@ -365,7 +362,7 @@ def _short(text: str, width: float) -> str:
 
 
 def _names(chart: Lines | Ranges) -> list[str]:
-    """What is told apart by color, each once."""
+    """What colors distinguish, without repeats."""
     if isinstance(chart, Lines):
         return [curve.name for curve in chart.curves]
     return list(dict.fromkeys(row.group for row in chart.rows))

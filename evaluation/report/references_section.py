@@ -1,4 +1,4 @@
-"""The report on the references: what doctor says, agreement, margins, weights, saturation."""
+"""The report's section on the references: verdicts, agreement, margins, weights, saturation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...method.normalization import NORMALIZATIONS
 from ...method.weightings import arwc_weights
-from ..doctor.doctor import Diagnosis
+from ..config import DoctorConfig, ReportConfig
+from ..doctor.doctor import (
+    MARGINS,
+    Diagnosis,
+    diagnose,
+    likelihood_rows,
+    load_references,
+    margin_rows,
+)
 from ..figures import UNITS, agreement, saturation
 from ..intervals import Interval
 from ..score_table import ScoreTable, margins
@@ -20,63 +27,42 @@ SHOWN = (0.005, 0.995)  # quantiles between which margins are drawn
 QUARTILES = (0.5, 0.25, 0.75)
 
 
-def references_section(table: ScoreTable, diagnosis: Diagnosis) -> Section:
-    """Everything that scores alone can show."""
-    charts: list[Chart] = [
+def references_section(config: ReportConfig) -> list[Section]:
+    """Everything that scores alone can show. Raises `UserError` where there are no scores."""
+    assert config.refs is not None
+    assert config.pairs is not None
+    assert config.refs_config is not None
+    doctor = DoctorConfig(
+        refs=config.refs, pairs=config.pairs, refs_config=config.refs_config, store=config.store
+    )
+    table = load_references(doctor)
+    diagnosis = diagnose(doctor, table)
+    advice, references = diagnosis.advice, diagnosis.references
+    words = [f"Train with --normalize {advice.normalize}: {advice.reason}."]
+    if advice.drop:
+        words.append(f"May add nothing, the fitted weight reaches 0: {', '.join(advice.drop)}.")
+    verdicts = [("reference", "verdict", "why", "what to do")]
+    verdicts += [(v.alias, v.state, v.reason, v.suggestion) for v in diagnosis.verdicts]
+    charts = [
         _accuracy(diagnosis),
         _agreement(table, diagnosis),
         _margins(table),
         *_weights(table, diagnosis),
         _saturation(table),
     ]
-    return Section(
-        title="References",
-        words=_advice(diagnosis),
-        tables=[_verdicts(diagnosis), _numbers(diagnosis)],
-        charts=charts,
-    )
-
-
-def _advice(diagnosis: Diagnosis) -> list[str]:
-    advice = diagnosis.advice
-    lines = [f"Train with --normalize {advice.normalize}: {advice.reason}."]
-    if advice.drop:
-        lines.append(f"May add nothing, its fitted weight reaches 0: {', '.join(advice.drop)}.")
-    return lines
-
-
-def _verdicts(diagnosis: Diagnosis) -> Table:
-    heading = ("reference", "verdict", "why", "what to do")
-    lines = [(one.alias, one.state, one.reason, one.suggestion) for one in diagnosis.verdicts]
-    return Table(title="What doctor says", rows=[heading, *lines])
-
-
-def _numbers(diagnosis: Diagnosis) -> Table:
-    heading = (
-        "reference", "pairs", "missing", "bits per byte, chosen", "rejected", "mean margin, nats",
-        "its spread", "length explains",
-    )  # fmt: skip
-    lines = [
-        (
-            one.alias,
-            f"{one.pairs:,}",
-            f"{sum(one.missing.values()):,}",
-            f"{one.chosen_bits_per_byte:.2f}",
-            f"{one.rejected_bits_per_byte:.2f}",
-            f"{one.margin:.1f}",
-            f"{one.margin_scale:.1f}",
-            f"{one.length_bias:.0%}",
-        )
-        for one in diagnosis.references
+    tables = [
+        Table(title="What doctor says", rows=verdicts),
+        Table(title="Likelihood and accuracy", rows=likelihood_rows(references)),
+        Table(title=MARGINS.capitalize(), rows=margin_rows(references)),
     ]
-    return Table(title="In numbers", rows=[heading, *lines])
+    return [Section(title="References", words=words, tables=tables, charts=charts)]
 
 
 def _accuracy(diagnosis: Diagnosis) -> Ranges:
     rows = [
-        Range(name=f"{one.alias}, {UNITS[unit]}", value=one.accuracy[unit], group=UNITS[unit])
-        for one in diagnosis.references
-        for unit in NORMALIZATIONS
+        Range(name=f"{reference.alias}, {words}", value=reference.accuracy[unit], group=words)
+        for reference in diagnosis.references
+        for unit, words in UNITS.items()
     ]
     return Ranges(
         title="How often a reference prefers the chosen response",
@@ -90,9 +76,9 @@ def _accuracy(diagnosis: Diagnosis) -> Ranges:
 
 def _agreement(table: ScoreTable, diagnosis: Diagnosis) -> Heatmap:
     values = [
-        [agreement(one, other) for other in table.references]
-        + [diagnosis.references[row].accuracy["none"].value]
-        for row, one in enumerate(table.references)
+        [agreement(reference, other) for other in table.references]
+        + [figures.accuracy["none"].value]
+        for reference, figures in zip(table.references, diagnosis.references)
     ]
     return Heatmap(
         title="On how many pairs two references prefer the same response, in percent",
@@ -129,44 +115,36 @@ def _margins(table: ScoreTable) -> Lines:
 def _weights(table: ScoreTable, diagnosis: Diagnosis) -> list[Chart]:
     scores = table.pair_scores()
     weights = arwc_weights(scores.ref_chosen_logps, scores.ref_rejected_logps)
-    adaptive = [
-        Range(name=alias, value=Interval(*_quantiles(column)), group=alias)
-        for alias, column in zip(table.aliases, weights.T)
-    ]
-    charts: list[Chart] = [
-        Ranges(
-            title="Adaptive weights (ARWC): median pair and the middle half of the pairs",
-            x_label="weight",
-            rows=adaptive,
-            rule=1 / len(table.aliases),
-            note="The line is the uniform weight.",
-        )
-    ]
-    if diagnosis.advice.weights:
-        learned = [
+    adaptive = Ranges(
+        title="Adaptive weights (ARWC): median pair and the middle half of the pairs",
+        x_label="weight",
+        rows=[
+            Range(name=alias, value=Interval(*_quartiles(column)), group=alias)
+            for alias, column in zip(table.aliases, weights.T)
+        ],
+        rule=1 / len(table.aliases),
+        note="The line is the uniform weight.",
+    )
+    fitted = Ranges(
+        title="Weights that predict the labels best (fitted)",
+        x_label="weight, with intervals that hold together at 95 %",
+        rows=[
             Range(name=alias, value=value, group=alias)
             for alias, value in diagnosis.advice.weights.items()
-        ]
-        charts.append(
-            Ranges(
-                title="Weights that predict the labels best (fitted)",
-                x_label="weight, with intervals that hold together at 95 %",
-                rows=learned,
-                palette=table.aliases,
-                rule=0.0,
-                note="A reference whose interval reaches 0 may be dropped.",
-            )
-        )
-    return charts
+        ],
+        palette=table.aliases,
+        rule=0.0,
+        note="A reference whose interval reaches 0 may be dropped.",
+    )
+    return [adaptive, fitted] if fitted.rows else [adaptive]
 
 
 def _saturation(table: ScoreTable) -> Lines:
     scores = table.pair_scores()
     shares = np.array([saturation(scores, epsilon, "none") for epsilon in EPSILONS])
     curves = [
-        Curve(name=alias, x=EPSILONS, y=shares[:, k].tolist())
-        for k, alias in enumerate(table.aliases)
-        if k > 0
+        Curve(name=alias, x=EPSILONS, y=column.tolist())
+        for alias, column in zip(table.aliases[1:], shares.T[1:])
     ]
     return Lines(
         title=f"Responses that clipping (CTRO) moves to its bound around {table.aliases[0]}",
@@ -181,9 +159,7 @@ def _saturation(table: ScoreTable) -> Lines:
     )
 
 
-def _quantiles(values: np.ndarray) -> Sequence[float]:
-    """Median, first and third quartile of what is known."""
+def _quartiles(values: np.ndarray) -> Sequence[float]:
+    """Median, first and third quartile of the known values."""
     known = values[np.isfinite(values)]
-    if len(known) == 0:
-        return [float("nan")] * 3
-    return [float(value) for value in np.quantile(known, QUARTILES)]
+    return np.quantile(known, QUARTILES).tolist() if len(known) else [float("nan")] * 3

@@ -1,47 +1,71 @@
-"""Sections to one self-contained HTML page: no script, no request, every text escaped.
+"""`mrpo report`: references, runs and comparisons on one page, and the same figures as JSON.
 
-The template is `report.html` beside this file; its policy for content forbids a browser to load
-or run anything.
+    settings of the folders -> sections (tables, charts) -> report.html, report.json
 
-
-`mrpo report`: references, runs and comparisons on one page, and the same figures as JSON.
-
-folders, store -> sections (report_compare, report_runs, report_references) -> page.py -> HTML
-                                                                           -> JSON
+The page (`page.html`) is self-contained: no script, no request, every text escaped; its content
+policy forbids a browser to load or run anything. A new section is a function from settings to
+sections in a file of its own, and one line in `SECTIONS`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError
+from ...files import output_file, write_json, write_text
 from ...method.grammar import aliases_of
-from ...settings import build, write_resolved
+from ...settings import build, comma_separated, command, write_resolved
 from ...train.config import TrainConfig
-from ...train.logs import read_log
+from ...train.run_folder import RunFolder
 from ..audit.audit import REASONS
 from ..compare.cells import methods_of
-from ..compare.compare import RESULT, SETTINGS, aliases_over
-from ..compare.results import read_comparison
-from ..config import CompareConfig, DoctorConfig, ReportConfig
-from ..doctor.doctor import diagnose
-from ..policies import RESOLVED
-from ..results import write_json
-from ..score_table import load_score_table
+from ..compare.compare import SETTINGS, aliases_over
+from ..config import CompareConfig, ReportConfig
 from .charts import Chart, Section, Table, legend, to_svg
 from .references_section import references_section
-from .runs_section import Log, compare_section, logs_by_method, training_section
+from .runs_section import comparison_sections, training_section
 
+PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@command(ReportConfig)
+def report(config: ReportConfig) -> Path:
+    """Write the page and the figures; returns the page's path."""
+    folders = [Path(folder) for folder in comma_separated(config.folders)]
+    out = output_file(config.out or (folders[0] if folders else Path()) / PAGE, ".html")
+    settings = with_defaults(config, folders)
+    facts = [("made from", ", ".join(map(str, folders)))] if folders else []
+    facts += [
+        ("references", ", ".join(comma_separated(settings.refs))),
+        ("pairs", str(settings.pairs)),
+        ("store", open_store(settings.store).root),
+    ]
+    sections: list[Section] = []
+    for make in SECTIONS:
+        try:
+            sections += make(settings)
+        except UserError as error:
+            if make is not references_section or config.refs:
+                raise
+            facts.append(("left out", f"the references: {error}"))
+            print(f"WARNING: the page leaves out the references: {error}")
+    title = f"{', '.join(folder.name for folder in folders) or settings.refs}: mrpo report"
+    write_text(out, to_html(title, facts, sections))
+    figures = out.with_suffix(".json")
+    write_json(figures, {"title": title, "facts": facts, "sections": sections})
+    write_resolved(config, out.with_suffix(".yaml"))
+    print(f"figures    {figures}")
+    print(out)
+    return out
 
 
 def to_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
@@ -59,92 +83,28 @@ def to_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sec
     )
 
 
-def _drawing(chart: Chart) -> Markup:
-    return Markup(to_svg(chart))  # an element tree has escaped its texts
-
-
-PAGE = "report.html"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportInputs:
-    """The references that a page is about, and where their scores are."""
-
-    refs: str
-    pairs: str
-    refs_config: str
-    store: str | None
-
-
-def report(config: ReportConfig) -> Path:
-    """Write the page and the figures; returns the page's path."""
-    folders = [Path(part.strip()) for part in (config.folders or "").split(",") if part.strip()]
-    out = _out(config, folders)
-    scores = _scores(config, folders)
-    sections, logs = _comparisons(folders)
-    if logs:
-        sections.append(training_section(logs))
-    facts = [("made from", ", ".join(map(str, folders)))] if folders else []
-    facts += [
-        ("references", ", ".join(scores.refs.split(","))),
-        ("pairs", scores.pairs),
-        ("store", open_store(scores.store).root),
-    ]
-    try:
-        sections.append(_references(scores))
-    except UserError as error:
-        if config.refs:
-            raise
-        facts.append(("left out", f"the references: {error}"))
-        print(f"WARNING: the page leaves out the references: {error}")
-    if config.audit:
-        sections.append(_audit(Path(config.audit)))
-    title = f"{', '.join(folder.name for folder in folders) or scores.refs}: mrpo report"
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(to_html(title, facts, sections), encoding="utf-8")
-    partial.rename(out)
-    write_json(out.with_suffix(".json"), {"title": title, "facts": facts, "sections": sections})
-    write_resolved(config, out.with_suffix(".yaml"))
-    print(f"figures    {out.with_suffix('.json')}")
-    print(out)
-    return out
-
-
-def _comparisons(folders: Sequence[Path]) -> tuple[list[Section], dict[str, list[Log]]]:
-    """A section for each comparison, and the logs to draw: of its methods, and of single runs."""
-    sections: list[Section] = []
-    logs: dict[str, list[Log]] = {}
-    for folder in folders:
-        if (folder / SETTINGS).is_file():
-            comparison = read_comparison(folder / RESULT)
-            sections.append(compare_section(comparison))
-            for method, runs in logs_by_method(comparison, folder).items():
-                logs.setdefault(method, []).extend(runs)
-        else:
-            logs.setdefault(folder.resolve().name, []).append(read_log(folder))
-    return sections, logs
-
-
-def _references(scores: ReportInputs) -> Section:
-    doctor = DoctorConfig(
-        refs=scores.refs, pairs=scores.pairs, refs_config=scores.refs_config, store=scores.store
-    )
-    diagnosis = diagnose(doctor)
-    pairs, store = PairShards(scores.pairs), open_store(scores.store)
-    records = [store.names_of(one.identity)[0] for one in diagnosis.references]
-    return references_section(
-        load_score_table(pairs, store, records, sample=doctor.sample), diagnosis
+def with_defaults(config: ReportConfig, folders: Sequence[Path]) -> ReportConfig:
+    """What the user did not give is taken from the first folder."""
+    run = _settings(folders[0]) if folders else TrainConfig(output_dir="")
+    return dataclasses.replace(
+        config,
+        refs=config.refs or ",".join(_aliases(run)),
+        pairs=config.pairs or run.pairs or "pairs",
+        refs_config=config.refs_config or run.refs_config,
+        store=config.store or run.store,
     )
 
 
-def _audit(table: Path) -> Section:
-    """What audit wrote beside its table."""
-    path = table.with_suffix(".json")
+def audit_section(config: ReportConfig) -> list[Section]:
+    """The figures that `mrpo audit` wrote beside its table; none without --audit."""
+    if config.audit is None:
+        return []
+    path = Path(config.audit).with_suffix(".json")
     try:
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
-            f"--audit {table}: {path} is not there or damaged; run `mrpo audit`"
+            f"--audit {config.audit}: {path} is missing or damaged; run `mrpo audit`"
         ) from None
     rows = [("source", "pairs", *REASONS)]
     rows += [
@@ -152,48 +112,37 @@ def _audit(table: Path) -> Section:
         for name, counts in figures["sources"].items()
     ]
     note = f"Counted as against the label: below {figures['unlikely_below']:.0%} by the references."
-    return Section(
-        title="Labels to look at", tables=[Table(title="Pairs by source", rows=rows, note=note)]
-    )
+    table = Table(title="Pairs by source", rows=rows, note=note)
+    return [Section(title="Labels to look at", tables=[table])]
 
 
-def _scores(config: ReportConfig, folders: Sequence[Path]) -> ReportInputs:
-    """As given, else as the first folder's run had them."""
-    first = _settings(folders[0]) if folders else None
-    if first is None:
-        return ReportInputs(
-            refs=config.refs or "",
-            pairs=config.pairs or "pairs",
-            refs_config=config.refs_config or "configs/refs.yaml",
-            store=config.store,
-        )
-    return ReportInputs(
-        refs=config.refs or ",".join(_aliases(first)),
-        pairs=config.pairs or first.pairs or "pairs",
-        refs_config=config.refs_config or first.refs_config,
-        store=config.store or first.store,
-    )
+# In the order of the page. Each takes the settings with their defaults filled in.
+SECTIONS: tuple[Callable[[ReportConfig], list[Section]], ...] = (
+    comparison_sections,
+    training_section,
+    references_section,
+    audit_section,
+)
+
+
+def _drawing(chart: Chart) -> Markup:
+    return Markup(to_svg(chart))  # an element tree has escaped its texts
 
 
 def _settings(folder: Path) -> TrainConfig:
     """Of a comparison or a run; `UserError` where the folder is neither."""
-    for name, kind in ((SETTINGS, CompareConfig), (RESOLVED, TrainConfig)):
-        if (folder / name).is_file():
-            return build(kind, {}, str(folder / name))
+    comparison, run = folder / SETTINGS, RunFolder(folder).settings
+    if comparison.is_file():
+        return build(CompareConfig, {}, str(comparison))
+    if run.is_file():
+        return build(TrainConfig, {}, str(run))
     raise UserError(
-        f"{folder}: neither a comparison ({SETTINGS}) nor a run ({RESOLVED}); name folders that "
-        "`mrpo compare` or `mrpo train` made"
+        f"{folder}: neither a comparison ({comparison.name}) nor a run ({run.name}); name folders "
+        "that `mrpo compare` or `mrpo train` made"
     )
 
 
-def _aliases(settings: TrainConfig) -> list[str]:
-    if isinstance(settings, CompareConfig):
-        return aliases_over(settings.refs, methods_of(settings.methods))
-    return aliases_of(settings.refs, settings.method)
-
-
-def _out(config: ReportConfig, folders: Sequence[Path]) -> Path:
-    out = Path(config.out) if config.out else (folders[0] if folders else Path()) / PAGE
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: {out.parent} is no folder; make it, or name another")
-    return out
+def _aliases(run: TrainConfig) -> list[str]:
+    if isinstance(run, CompareConfig):
+        return aliases_over(run.refs, methods_of(run.methods))
+    return aliases_of(run.refs, run.method)

@@ -1,47 +1,106 @@
-"""The report on training: curves from `log.jsonl`, one a run or the mean of a method's seeds.
+"""The report's sections on runs: what a comparison concludes, and curves of training.
 
-The report on a comparison: what follows, the table, gains, learning curves, training curves."""
+Curves come from `log.jsonl`: of each single run, and of each method of a comparison the mean over
+its seeds.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
-from ...train.logs import read_log
-from ..compare.results import Comparison, Result, accuracy_rows
+from ...settings import comma_separated
+from ...train.run_folder import read_log
+from ..compare.compare import RESULT, SETTINGS
+from ..compare.results import Comparison, Result, accuracy_rows, read_comparison
 from ..compare.verdict import percent
+from ..config import ReportConfig
 from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table, thinned
 
-POINTS = 60  # of a curve; what a run logged more is averaged
+POINTS = 60  # of a curve; longer logs are averaged down to these
 CURVES = {
     "loss": ("Loss", "nats"),
     "rewards/accuracies": ("Training pairs whose chosen response has the higher reward", "share"),
     "rewards/margins": ("Reward margin of training pairs", "reward"),
-    "eval_rewards/accuracies": ("The same of held-out pairs", "share"),
+    "eval_rewards/accuracies": (
+        "Held-out pairs whose chosen response has the higher reward",
+        "share",
+    ),
 }
+WEIGHT, CLIPPED = "refs/weight/", "refs/clipped/"  # of a log's keys; an alias follows
 
 Log = Sequence[Mapping[str, float | None]]
 
 
-def training_section(groups: Mapping[str, Sequence[Log]]) -> Section:
-    """Curves of named groups of runs; a group's curve is the mean over its runs."""
-    charts = []
-    for name, (title, unit) in CURVES.items():
-        curves = [_curve(label, logs, name) for label, logs in groups.items()]
-        chart = Lines(
-            title=title,
-            x_label="optimizer step",
-            y_label=unit,
-            curves=[curve for curve in curves if curve.x],
-            percent=unit == "share",
-            rule=0.5 if unit == "share" else None,
-            note="Rewards and losses are each method's own: against its own references.",
-        )
-        if any(len(curve.x) > 1 for curve in chart.curves):
-            charts.append(chart)
-    tables = [_weights(groups)]
-    return Section(title="Training", tables=tables, charts=charts)
+def comparison_sections(config: ReportConfig) -> list[Section]:
+    """Everything in the compare.json of each comparison."""
+    return [_comparison(comparison) for comparison in _comparisons(config).values()]
+
+
+def training_section(config: ReportConfig) -> list[Section]:
+    """Curves of all runs; none where there is no run."""
+    comparisons = _comparisons(config)
+    logs: dict[str, list[Log]] = {}
+    for folder in _folders(config):
+        if folder in comparisons:
+            for method, runs in logs_by_method(comparisons[folder], folder).items():
+                logs.setdefault(method, []).extend(runs)
+        else:
+            logs.setdefault(folder.resolve().name, []).append(read_log(folder))
+    charts = [
+        chart
+        for name, (title, unit) in CURVES.items()
+        if (chart := _training_chart(logs, name, title, unit)) is not None
+    ]
+    return [Section(title="Training", tables=[_weights(logs)], charts=charts)] if logs else []
+
+
+def logs_by_method(comparison: Comparison, root: Path) -> dict[str, list[Log]]:
+    """The logs of each method's runs on the largest fraction.
+
+    Folders are looked up below the comparison's own, wherever it has been moved.
+    """
+    logs: dict[str, list[Log]] = {}
+    for run in comparison.runs:
+        if run.fraction == comparison.fractions[-1]:
+            folder = root.joinpath(*Path(run.folder).parts[-4:])
+            logs.setdefault(run.method, []).append(read_log(folder))
+    return logs
+
+
+def _folders(config: ReportConfig) -> list[Path]:
+    return [Path(folder) for folder in comma_separated(config.folders)]
+
+
+def _comparisons(config: ReportConfig) -> dict[Path, Comparison]:
+    return {
+        folder: read_comparison(folder / RESULT)
+        for folder in _folders(config)
+        if (folder / SETTINGS).is_file()
+    }
+
+
+# Training
+
+
+def _training_chart(
+    logs: Mapping[str, Sequence[Log]], name: str, title: str, unit: str
+) -> Lines | None:
+    """A logged value over the steps, a curve for each group of runs; None without any curve."""
+    curves = [_curve(label, runs, name) for label, runs in logs.items()]
+    if all(len(curve.x) < 2 for curve in curves):
+        return None
+    return Lines(
+        title=title,
+        x_label="optimizer step",
+        y_label=unit,
+        curves=[curve for curve in curves if curve.x],
+        percent=unit == "share",
+        rule=0.5 if unit == "share" else None,
+        note="Rewards and losses are each method's own, relative to its own references.",
+    )
 
 
 def _curve(label: str, logs: Sequence[Log], name: str) -> Curve:
@@ -53,67 +112,56 @@ def _curve(label: str, logs: Sequence[Log], name: str) -> Curve:
             if value is not None and math.isfinite(value):
                 values.setdefault(float(line["step"] or 0), []).append(value)
     steps = sorted(values)
-    x, y = thinned(steps, [sum(values[at]) / len(values[at]) for at in steps], POINTS)
+    x, y = thinned(steps, [fmean(values[step]) for step in steps], POINTS)
     return Curve(name=label, x=x, y=y)
 
 
-def _weights(groups: Mapping[str, Sequence[Log]]) -> Table:
-    """How much each reference counted in training, and how often it was clipped: means."""
+def _weights(logs: Mapping[str, Sequence[Log]]) -> Table:
+    """Each reference's weight in training, and how often it was clipped: means."""
     rows = [("run", "reference", "mean weight", "clipped")]
-    for label, logs in groups.items():
-        names = dict.fromkeys(
-            key.removeprefix("refs/weight/")
-            for log in logs
-            for line in log
-            for key in line
-            if key.startswith("refs/weight/")
-        )
-        for name in names:
-            weight = _mean(logs, f"refs/weight/{name}")
-            clipped = _mean(logs, f"refs/clipped/{name}")
+    for label, runs in logs.items():
+        lines = [line for log in runs for line in log]
+        keys = dict.fromkeys(key for line in lines for key in line if key.startswith(WEIGHT))
+        for name in (key.removeprefix(WEIGHT) for key in keys):
+            clipped = _mean(lines, CLIPPED + name)
             shown = "" if math.isnan(clipped) else f"{clipped:.0%}"
-            rows.append((label, name, f"{weight:.3f}", shown))
-    return Table(title="What each reference counted", rows=rows)
+            rows.append((label, name, f"{_mean(lines, WEIGHT + name):.3f}", shown))
+    return Table(title="Weight of each reference", rows=rows)
 
 
-def _mean(logs: Sequence[Log], name: str) -> float:
-    values = [value for log in logs for line in log if (value := line.get(name)) is not None]
-    return sum(values) / len(values) if values else float("nan")
+def _mean(lines: Log, name: str) -> float:
+    values = [value for line in lines if (value := line.get(name)) is not None]
+    return fmean(values) if values else float("nan")
 
 
-ONE, SEVERAL = "one reference", "several references"
+# Comparison
 
 
-def compare_section(comparison: Comparison) -> Section:
-    """Everything in compare.json."""
+def _comparison(comparison: Comparison) -> Section:
     tables = [
         Table(
             title=f"Accuracy in %, trained on {percent(fraction)} of the pairs",
-            rows=[["method", *rows[0][1:]], *rows[1:]],
+            rows=[["method", *heading[1:]], *rows],
             note=f"{comparison.pairs:,} held-out pairs of {comparison.prompts:,} prompts, "
             f"{len(comparison.seeds)} seeds, with 95 % intervals over both; rewards measured from "
             f"{comparison.base}. Gains over the best single reference hold together at 95 %.",
         )
         for fraction in reversed(comparison.fractions)
-        for rows in [accuracy_rows(comparison, fraction)]
+        for heading, *rows in [accuracy_rows(comparison, fraction)]
     ]
-    charts = [_accuracies(comparison), *_gains(comparison), *_learning(comparison)]
-    tables.append(_scoring(comparison))
+    costs = [
+        (cost.alias, f"{cost.pairs:,}", f"{cost.tokens:,}", f"{cost.seconds:,.0f}")
+        for cost in comparison.scoring
+        if not math.isnan(cost.seconds)
+    ]
+    heading = ("reference", "pairs", "tokens", "seconds")
+    tables.append(Table(title="Scoring, paid once for all runs", rows=[heading, *costs]))
+    charts: list[Chart] = [
+        _accuracies(comparison),
+        *_gains(comparison),
+        *_learning(comparison),
+    ]
     return Section(title="Comparison", words=comparison.verdict, tables=tables, charts=charts)
-
-
-def logs_by_method(comparison: Comparison, root: Path) -> dict[str, list[Log]]:
-    """The logs of each method's runs on the largest fraction.
-
-    Folders are found below the comparison's own, wherever it has been moved.
-    """
-    largest = comparison.fractions[-1]
-    logs: dict[str, list[Log]] = {}
-    for run in comparison.runs:
-        if run.fraction == largest:
-            folder = root.joinpath(*Path(run.folder).parts[-4:])
-            logs.setdefault(run.method, []).append(read_log(folder))
-    return logs
 
 
 def _final(comparison: Comparison) -> list[Result]:
@@ -127,53 +175,50 @@ def _final(comparison: Comparison) -> list[Result]:
 
 
 def _accuracies(comparison: Comparison) -> Ranges:
-    rows = [
-        Range(
-            name=result.method,
-            value=result.accuracy,
-            group=ONE if len(comparison.references[result.method]) == 1 else SEVERAL,
-        )
-        for result in _final(comparison)
-    ]
+    def group(method: str) -> str:
+        single = len(comparison.references[method]) == 1
+        return "one reference" if single else "several references"
+
     return Ranges(
-        title=f"Held-out accuracy by {_yardstick(comparison)}",
+        title=f"Held-out accuracy by {_metric(comparison)}",
         x_label="share of pairs, with 95 % intervals",
-        rows=rows,
+        rows=[
+            Range(name=result.method, value=result.accuracy, group=group(result.method))
+            for result in _final(comparison)
+        ],
         percent=True,
         note="Methods saw the same pairs: whether one beats another is in the gains, not in "
         "whether these intervals overlap.",
     )
 
 
-def _gains(comparison: Comparison) -> list[Chart]:
-    gains = [result for result in _final(comparison) if result.gain is not None]
-    rows = [
-        Range(name=f"{result.method} over {result.over}", value=result.gain)
-        for result in gains
-        if result.gain is not None
-    ]
+def _gains(comparison: Comparison) -> list[Ranges]:
     chart = Ranges(
         title="Gain of several references over the best one",
         x_label="share of pairs, with intervals that hold together at 95 %",
-        rows=rows,
+        rows=[
+            Range(name=f"{result.method} over {result.over}", value=result.gain)
+            for result in _final(comparison)
+            if result.gain is not None
+        ],
         percent=True,
         rule=0.0,
         note="An interval right of the line: several references are worth it here.",
     )
-    return [chart] if rows else []
+    return [chart] if chart.rows else []
 
 
-def _learning(comparison: Comparison) -> list[Chart]:
+def _learning(comparison: Comparison) -> list[Lines]:
     if len(comparison.fractions) < 2:
         return []
     curves = []
     for method in comparison.methods:
-        results = {
+        by_fraction = {
             result.fraction: result.accuracy
             for result in comparison.results
             if result.method == method and result.metric == comparison.metric
         }
-        values = [results[fraction] for fraction in comparison.fractions]
+        values = [by_fraction[fraction] for fraction in comparison.fractions]
         curves.append(
             Curve(
                 name=method,
@@ -191,21 +236,10 @@ def _learning(comparison: Comparison) -> list[Chart]:
             curves=curves,
             log_x=True,
             percent=True,
-            note=f"By {_yardstick(comparison)}, mean of {len(comparison.seeds)} seeds.",
+            note=f"By {_metric(comparison)}, mean of {len(comparison.seeds)} seeds.",
         )
     ]
 
 
-def _scoring(comparison: Comparison) -> Table:
-    heading = ("reference", "pairs", "tokens", "seconds")
-    lines = [
-        (one.alias, f"{one.pairs:,}", f"{one.tokens:,}", f"{one.seconds:,.0f}")
-        for one in comparison.scoring
-        if one.seconds == one.seconds
-    ]
-    return Table(title="ScoringCost, paid once for all runs", rows=[heading, *lines])
-
-
-def _yardstick(comparison: Comparison) -> str:
-    words = comparison.metrics[comparison.metric]
-    return words.replace("the base", comparison.base)
+def _metric(comparison: Comparison) -> str:
+    return comparison.metrics[comparison.metric].replace("the base", comparison.base)

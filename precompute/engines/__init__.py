@@ -1,20 +1,27 @@
-"""Token ids in, token log-probs out: transformers, vLLM, a vLLM server."""
+"""The engines: token ids in, token log-probs out.
+
+A new engine is a module here with a class that fits `protocol.Engine`, and its line in `ENGINES`.
+Standard library only until `load_engine` is called.
+"""
 
 from __future__ import annotations
 
-from .protocol import Engine, EngineName, EngineSettings
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .protocol import Engine, EngineSettings
+
+EngineName = str  # a key of ENGINES
+ENGINES: dict[EngineName, str] = {  # module and class
+    "hf": "hf:HfEngine",  # transformers
+    "vllm": "vllm:VllmEngine",  # a vLLM engine of its own
+    "server": "server:ServerEngine",  # a running vLLM server
+}
 
 
 def load_engine(name: EngineName, settings: EngineSettings) -> Engine:
-    """Load the reference into the named engine. Heavy imports happen here."""
-    if name == "hf":
-        from .hf import HfEngine
-
-        return HfEngine(settings)
-    if name == "vllm":
-        from .vllm import VllmEngine
-
-        return VllmEngine(settings)
-    from .server import ServerEngine
-
-    return ServerEngine(settings)
+    """Load a reference into the named engine, importing what it needs."""
+    module, class_name = ENGINES[name].split(":")
+    engine: Engine = getattr(import_module(f".{module}", __name__), class_name)(settings)
+    return engine

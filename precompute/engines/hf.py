@@ -1,8 +1,8 @@
-"""Engine hf: transformers on a GPU or the CPU, the prompt of a pair computed once in a packed row.
+"""Engine hf: transformers on a GPU or a CPU, the prompt of a pair computed once in a packed row.
 
 Rows are filled up to a token budget; the head runs on response positions only, in chunks
-(`model/`). Architectures that can't share a row run one response a row. Out of memory halves the
-budget and goes on.
+(`model/`). Architectures that can't share a row run one response per row. When a GPU runs out of
+memory the budget is halved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...model.logps import SequenceLogps, split_by_sequence
 from ...model.packing import Batch
 from .protocol import EngineSettings, PairTokenLogps, Progress, adapter_folder
 
-# Tokens of a row. A CPU is as fast at 1,000 as at 8,000; a GPU wants its rows filled.
+# Tokens of a row. A CPU is as fast with 1,000 as with 8,000; a GPU is faster with more.
 ROW_TOKENS = {"cpu": 1536, "cuda": 16384}
 
 
@@ -36,24 +36,24 @@ class HfEngine:
     def __init__(self, settings: EngineSettings) -> None:
         if settings.quantization is not None:
             raise UserError(
-                f"reference {settings.alias}: quantization {settings.quantization!r} is vLLM's; "
+                f"reference {settings.alias}: quantization {settings.quantization!r} needs vLLM; "
                 "use --engine vllm or server, or a model that is stored quantized"
             )
-        self._kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._autocast = settings.autocast
-        self.max_tokens = settings.max_tokens or ROW_TOKENS[self._kind]
+        self.max_tokens = settings.max_tokens or ROW_TOKENS[self._device]
         model = load_model(
             settings.model,
             revision=settings.revision,
             dtype=settings.dtype,
-            device=self._kind,
+            device=self._device,
             adapter=None if settings.adapter is None else adapter_folder(settings),
         )
         self._scorer = SequenceLogps(model).eval()
 
     @property
     def facts(self) -> dict[str, Any]:
-        cuda = self._kind == "cuda"
+        cuda = self._device == "cuda"
         return {
             "engine": "hf",
             "transformers": transformers.__version__,
@@ -69,25 +69,27 @@ class HfEngine:
         scored: dict[int, PairTokenLogps] = {}
         rows = self._plan(pairs, range(len(pairs)))
         # The next row is packed while the GPU computes this one; only `_collect` waits for it.
-        under_way: tuple[list[int], Batch, Tensor] | None = None
-        while rows or under_way:
+        in_flight: tuple[list[int], Batch, Tensor] | None = None
+        while rows or in_flight:
             launched = None
             if rows:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     launched = (rows[0], *self._launch([pairs[i] for i in rows[0]]))
                     del rows[0]
-            if under_way is not None:
-                scored |= _collect(*under_way)
-                progress(len(under_way[0]))
+            if in_flight is not None:
+                scored |= _collect(*in_flight)
+                progress(len(in_flight[0]))
             elif launched is None:
-                # Nothing else holds memory now, so the row itself is too long.
+                # No other row holds memory now, so this one is too long.
                 self._halve(rows[0])
                 rows = self._plan(pairs, [i for i in range(len(pairs)) if i not in scored])
-            under_way = launched
+            in_flight = launched
         return [scored[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         del self._scorer
+        if self._device == "cuda":
+            _free_memory()
 
     def _plan(self, pairs: Sequence[RenderedPair], indices: Sequence[int]) -> list[list[int]]:
         rows = self._scorer.plan([pairs[i] for i in indices], self.max_tokens)
@@ -95,24 +97,28 @@ class HfEngine:
 
     @torch.inference_mode()
     def _launch(self, pairs: Sequence[RenderedPair]) -> tuple[Batch, Tensor]:
-        batch = self._scorer.collate(pairs, self._kind)
-        with torch.autocast(self._kind, torch.bfloat16, enabled=self._autocast):
+        batch = self._scorer.collate(pairs, self._device)
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
             return batch, self._scorer(batch)
 
     def _halve(self, row: list[int]) -> None:
-        """Make room after an out-of-memory; a pair that does not even fit alone is the end."""
+        """Halve the budget; raises `UserError` where the row is a single pair already."""
         if len(row) == 1:
             raise UserError(
                 f"one pair does not fit into the memory of {self.facts['device']}; use a larger "
                 "device, --engine vllm, or leave long pairs out with --max-model-len"
             )
         self.max_tokens //= 2
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(f"out of memory: rows of {self.max_tokens} tokens from here on", file=sys.stderr)
+        _free_memory()
+        print(f"out of memory: rows of {self.max_tokens} tokens from now on", file=sys.stderr)
 
 
 def _collect(row: list[int], batch: Batch, logps: Tensor) -> dict[int, PairTokenLogps]:
-    """The finished row's log-probs by index of the pair; waits for the device."""
+    """A row's log-probs by index of the pair; waits for the device."""
     parts = [part.numpy() for part in split_by_sequence(logps.cpu(), batch)]
     return {index: PairTokenLogps(*parts[2 * i : 2 * i + 2]) for i, index in enumerate(row)}
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """The one protocol behind which every engine scores: token ids in, token log-probs out.
 
 An engine holds one loaded reference. `hf.py` runs transformers, `vllm.py` a vLLM engine of its
-own, `server.py` asks a running vLLM server; `requests.py` is what the two vLLM ways share. All
-give the same rows.
+own, `server.py` asks a running vLLM server; `requests.py` is what the latter two share. All give
+the same log-probs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair
 
-EngineName = Literal["hf", "vllm", "server"]
 Logps = np.ndarray[Any, np.dtype[np.float32]]
 Progress = Callable[[int], None]  # called with the pairs finished since the last call
 
@@ -32,7 +31,7 @@ class PairTokenLogps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What an engine loads and how it runs; plain values, so that it travels as JSON."""
+    """What an engine loads and how it runs; plain values, to be sent as JSON."""
 
     alias: str
     model: str  # a folder or a Hub id
@@ -50,9 +49,8 @@ class EngineSettings:
     share_prompts: bool = True  # False only to measure what sharing gains
     server: str | None = None  # engine server: its URL
     concurrency: int = 32  # engine server: requests under way at once
-    probes: Mapping[str, list[int]] = field(
-        default_factory=dict
-    )  # texts as the tokenizer sees them
+    # engine server: token ids by text, which the server's tokenizer must give too
+    probes: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -69,17 +67,10 @@ class Engine(Protocol):
     def score(
         self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
     ) -> list[PairTokenLogps]:
-        """The log-probs of every pair, in the given order.
-
-        Raises `OutOfMemory` where a smaller batch in a fresh process would help.
-        """
+        """The log-probs of every pair, in the given order."""
 
     def close(self) -> None:
-        """Free what the engine holds outside this process."""
-
-
-class OutOfMemory(RuntimeError):
-    """The device has no room for a batch; the engine must be loaded again with a smaller one."""
+        """Free the devices, connections and processes that the engine holds."""
 
 
 def adapter_folder(settings: EngineSettings) -> Path:

@@ -1,16 +1,17 @@
-"""How a pair becomes requests to vLLM, and the rows that come back a pair again.
+"""A pair as requests to vLLM, and their log-probs as a pair's again.
 
 vLLM gives the log-prob of token i from the row of token i - 1, and computes no row of a token that
-it finds in its prefix cache. The rejected response follows the chosen one and finds the blocks of
-their common tokens there, so that the prompt is computed once:
+it finds in its prefix cache. The rejected response is sent after the chosen one and finds the
+blocks of their common tokens there, so that the prompt is computed once:
 
     chosen     p p p p p p p p | a b c d e
     rejected   p p p p p p p p | a b f g       common: up to b
                [ cached blocks    ]  ^ first: log-probs of a and b are those of the chosen response
 
-The cache must end before the row that predicts the token at `first`, else that row is missing
-(the V2 runner leaves it out, the V1 runner returns uninitialized memory). Blocks are whole, so
-this fails only where the common tokens end with a block; such a request does not read the cache.
+The cached blocks must end before the row that predicts the token at `first`, else that row is
+missing (the V2 runner leaves it out, the V1 runner returns uninitialized memory). Since blocks are
+whole, this fails only where the common tokens end with a block; such a request does not read the
+cache.
 """
 
 from __future__ import annotations
@@ -66,17 +67,13 @@ def plan_requests(pairs: Sequence[RenderedPair], block: int) -> list[Request]:
 
 
 def scored_pair(pair: RenderedPair, chosen: Logps, rejected: Logps | None) -> PairTokenLogps:
-    """The pair's log-probs from its requests'; what both begin with comes from the chosen one."""
-    wanted = len(pair.rejected.token_ids) - pair.rejected.start
+    """A pair's log-probs from its requests; for common tokens they are the chosen response's."""
+    count = len(pair.rejected.token_ids) - pair.rejected.start
     own = np.empty(0, np.float32) if rejected is None else rejected
-    return PairTokenLogps(chosen, np.concatenate([chosen[: wanted - len(own)], own]))
+    return PairTokenLogps(chosen, np.concatenate([chosen[: count - len(own)], own]))
 
 
-def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for a, b in zip(one, other):
-        if a != b:
-            break
-        count += 1
-    return count
+def common_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """How many first tokens two sequences share."""
+    differences = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
+    return next(differences, min(len(chosen), len(rejected)))

@@ -1,10 +1,11 @@
-"""Engine server: a vLLM server that is already running, asked for prompt log-probs over HTTP.
+"""Engine server: prompt log-probs over HTTP from a vLLM server that is already running.
 
 `/v1/completions` takes token ids and gives every row's `prompt_logprobs`; it never reads the prefix
 cache for them. Started with `--enable-scale-out` on the V2 model runner (a GPU's default), a
 server also scores given ids on the responses' rows alone, at `/inference/v1/generate`; there the
-prompt is computed once per pair, and scores whose rows the cache swallowed are left out and asked
-for again. Each pair has a cache salt of its own: no other traffic decides what it finds cached.
+prompt is computed once per pair. Scores whose rows came from the cache are missing from the answer
+and requested again. Each pair has a cache salt of its own, so that no other traffic decides what
+it finds cached.
 
 Before anything is scored, the server must show that it serves the model named in refs.yaml, with
 its tokenizer.
@@ -14,22 +15,25 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.client
 import io
-import json
 import os
 import secrets
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+)
 
 from ...errors import UserError
 from .protocol import EngineSettings, Logps, PairTokenLogps, Progress
@@ -38,26 +42,38 @@ from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair
 
-BLOCK = 8  # every block size of vLLM is a multiple of it, and the server does not tell its own
+BLOCK = 8  # every block size of vLLM is a multiple of it; the server does not report its own
 ATTEMPTS = 8
-FIRST_WAIT = 0.5  # seconds before the second attempt, doubled for each one after
-TIMEOUT = 600.0  # seconds for one request, its time in the server's queue included
+FIRST_WAIT = 0.5  # seconds before the second attempt, doubled before each further one
+TIMEOUT = 600.0  # seconds for an answer, its time in the server's queue included
 CLAMPED = -9999.0  # JSON has no infinity: the server writes this for it
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 SHARING, PLAIN = "/inference/v1/generate", "/v1/completions"
 
 
+class _Unavailable(Exception):
+    """The server is up but gave no answer: a status code of `RETRIED`, or no JSON."""
+
+
 class ServerEngine:
-    """A reference behind a vLLM server's URL. `$VLLM_API_KEY` is sent where it is set."""
+    """A reference behind a vLLM server's URL. `$VLLM_API_KEY` is sent where it is set.
+
+    Raises `UserError` where the server stays away, refuses a request, or serves another model.
+    """
 
     def __init__(self, settings: EngineSettings) -> None:
         assert settings.server is not None
         self._settings = settings
         self._url = settings.server.rstrip("/").removesuffix("/v1")
+        key = os.environ.get("VLLM_API_KEY")
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=TIMEOUT,
+            limits=httpx.Limits(max_connections=None),
+        )
         self._served = self._find_model()
-        self.limit: int | None = (
-            int(self._served["max_model_len"]) - 1
-        )  # it must have room for an answer
+        # One token less than the server takes: it wants room for an answer.
+        self.limit: int | None = int(self._served["max_model_len"]) - 1
         self._check_tokenizer()
         self._version = self._call("/version").get("version")
         self._route = SHARING if settings.share_prompts and self._scores_given_ids() else PLAIN
@@ -91,7 +107,7 @@ class ServerEngine:
         return [scored[index] for index in range(len(pairs))]
 
     def close(self) -> None:
-        return None
+        self._client.close()
 
     def _score(self, pair: RenderedPair, plan: Sequence[Request]) -> PairTokenLogps:
         """One pair, the rejected response after the chosen one, whose blocks it shares."""
@@ -110,13 +126,13 @@ class ServerEngine:
         body = {"prompt": request.token_ids, "max_tokens": 1, "prompt_logprobs": 0}
         rows = self._call(PLAIN, self._addressed(body, salt))["choices"][0]["prompt_logprobs"]
         assert len(rows) == len(request.token_ids)
-        wanted = zip(rows[request.first :], request.token_ids[request.first :])
-        logps = np.array([row[str(token)]["logprob"] for row, token in wanted], dtype=np.float32)
+        scored = zip(rows[request.first :], request.token_ids[request.first :])
+        logps = np.array([row[str(token)]["logprob"] for row, token in scored], dtype=np.float32)
         logps[logps <= CLAMPED] = -np.inf
         return logps
 
     def _given_ids(self, request: Request, salt: str) -> Logps | None:
-        """The log-probs by the sharing route; None where the cache swallowed a row of them."""
+        """The log-probs by the sharing route; None where the cache left out one of their rows."""
         sampling = {
             "max_tokens": 1,
             "detokenize": False,
@@ -147,14 +163,14 @@ class ServerEngine:
     def _find_model(self) -> dict[str, Any]:
         """The served model or adapter that refs.yaml names."""
         models = self._call("/v1/models")["data"]
-        wanted = self._settings.adapter or self._settings.model
+        named = self._settings.adapter or self._settings.model
         for model in models:
-            if any(_same(str(model.get(key)), wanted) for key in ("id", "root")):
+            if any(_same(str(model.get(key)), named) for key in ("id", "root")):
                 base = next((m for m in models if m["id"] == model.get("parent")), model)
                 return {**model, "max_model_len": base["max_model_len"]}
         served = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
         raise UserError(
-            f"reference {self._settings.alias}: {self._url} serves {served}, not {wanted}; start "
+            f"reference {self._settings.alias}: {self._url} serves {served}, not {named}; start "
             "the server with that model, or correct --server or refs.yaml"
         )
 
@@ -169,38 +185,54 @@ class ServerEngine:
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer to a GET, or to a POST of `body`; tries again with growing pauses."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return self._call_once(path, body)
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.read()[:300].decode(errors='replace')}"
-                if error.code not in RETRIED:
-                    raise UserError(f"{self._url}{path} answers {reason}") from None
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = str(error) or type(error).__name__
-            wait = FIRST_WAIT * 2**attempt
-            if attempt < ATTEMPTS - 1:
-                print(f"{path}: {reason}; again in {wait:g} s", file=sys.stderr, flush=True)
-                time.sleep(wait)
-        raise UserError(
-            f"{self._url}{path} failed {ATTEMPTS} times, last with: {reason}; is the server up?"
+        retrying = Retrying(
+            retry=retry_if_exception_type((_Unavailable, httpx.RequestError)),
+            wait=wait_exponential(FIRST_WAIT),
+            stop=stop_after_attempt(ATTEMPTS),
+            before_sleep=lambda state: _report_retry(path, state),
+            reraise=True,
         )
+        try:
+            return retrying(self._call_once, path, body)
+        except (_Unavailable, httpx.RequestError) as error:
+            raise UserError(
+                f"{self._url}{path} failed {ATTEMPTS} times, last with: {_one_line(error)}; is the "
+                "server up?"
+            ) from None
 
     def _call_once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            content = json.load(answer)
+        method = "GET" if body is None else "POST"
+        try:
+            answer = self._client.request(method, self._url + path, json=body)
+        except httpx.InvalidURL as error:
+            raise UserError(f"--server {self._url}: not a URL ({error})") from None
+        reason = f"{answer.status_code} {answer.text[:300]}"
+        if answer.status_code in RETRIED:
+            raise _Unavailable(reason)
+        if not answer.is_success:
+            raise UserError(f"{self._url}{path} answers {' '.join(reason.split())}")
+        try:
+            content = answer.json()
+        except ValueError:
+            raise _Unavailable(f"no JSON: {answer.text[:300]}") from None
         assert isinstance(content, dict), content
         return content
 
 
-def _same(served: str, wanted: str) -> bool:
-    """Whether two names mean one model: equal, or paths to one folder."""
-    folders = Path(served), Path(wanted)
+def _report_retry(path: str, state: RetryCallState) -> None:
+    assert state.outcome is not None
+    assert state.next_action is not None
+    reason, pause = _one_line(state.outcome.exception()), state.next_action.sleep
+    print(f"{path}: {reason}; again in {pause:g} s", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _same(served: str, named: str) -> bool:
+    """Whether two names mean the same model: equal, or paths to the same folder."""
+    folders = Path(served), Path(named)
     if all(folder.is_dir() for folder in folders):
         return folders[0].resolve() == folders[1].resolve()
-    return served == wanted
+    return served == named

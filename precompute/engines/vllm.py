@@ -1,10 +1,10 @@
 """Engine vllm: prompt log-probs from a vLLM engine of its own, the prompt computed once per pair.
 
-Two routes, chosen when the engine is up. The V2 model runner scores given token ids on the rows
-of the responses alone (`prompt_logprob_token_ids`); the V1 runner, which CPUs and some models
-still need, returns every row of the prompt (`prompt_logprobs`). What a request found in the prefix
-cache is checked for each output: rows that were needed and not computed are asked for again,
-past the cache. `requests.py` explains why that is rare.
+There are two routes, chosen when the engine is up. The V2 model runner scores given token ids on
+the rows of the responses alone (`prompt_logprob_token_ids`); the V1 runner, which CPUs and some
+models still need, returns every row of the prompt (`prompt_logprobs`). Each output is checked for
+what it found in the prefix cache: rows that were needed and not computed are requested again
+without the cache. `requests.py` explains why that is rare.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from ...errors import UserError
 from ..identity import ADAPTER_CONFIG
 from .protocol import EngineSettings, Logps, PairTokenLogps, Progress, adapter_folder
-from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
+from .requests import Request, plan_requests, scored_pair
 
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair
@@ -56,7 +56,7 @@ class VllmEngine:
         self._max_tokens = int(config.scheduler_config.max_num_batched_tokens)
         self._requests = 0
         self.cached_tokens = self.asked_again = 0  # of the last `score`, for tests and benchmarks
-        # It must have room for an answer.
+        # One token less than vLLM takes: it wants room for an answer.
         self.limit: int | None = int(config.model_config.max_model_len) - 1
 
     @property
@@ -96,10 +96,11 @@ class VllmEngine:
                 parts[request.pair][request.branch] = logps
                 unfinished[request.pair] -= 1
                 progress(int(unfinished[request.pair] == 0))
-        return [
-            scored_pair(pair, _given(part[CHOSEN]), part[REJECTED])
-            for pair, part in zip(pairs, parts)
-        ]
+        scored = []
+        for pair, (chosen, rejected) in zip(pairs, parts):
+            assert chosen is not None
+            scored.append(scored_pair(pair, chosen, rejected))
+        return scored
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
@@ -153,12 +154,12 @@ class VllmEngine:
 
 
 def _prepare_process(on_gpu: bool) -> None:
-    """What vLLM takes from the environment; a value of the user's own stays."""
-    # One token more than the longest sequence: vLLM wants room for the answer, which is not used.
+    """Set what vLLM reads from the environment, where the user has not."""
+    # For the token that `max_model_len` has beyond the longest sequence, room for an unused answer.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not on_gpu:
-        # One process loads in half the time, and compiling its one kernel takes 25 s for nothing.
+        # One process loads in half the time; compiling its one kernel takes 25 s and gains nothing.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         import torch._dynamo.config
@@ -178,7 +179,7 @@ def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
         "revision": settings.revision,
         "dtype": settings.dtype,
         "quantization": settings.quantization,
-        "skip_tokenizer_init": True,  # it is given token ids, and asked for none
+        "skip_tokenizer_init": True,  # token ids in, none out
         "generation_config": "vllm",
         "max_model_len": min(settings.longest + 1, _exact_length(config)),
         "max_num_batched_tokens": max_tokens,
@@ -186,12 +187,12 @@ def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "disable_log_stats": False,  # they say which requests were preempted
+        "disable_log_stats": False,  # they tell which requests were preempted
     }
     if not settings.share_prompts:
         arguments["enable_prefix_caching"] = False
     if on_gpu:
-        # Graphs serve decoding, and there is none.
+        # Graphs are for decoding, and there is none.
         arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
     else:
         arguments |= {"enforce_eager": True, "block_size": 32}
@@ -199,10 +200,10 @@ def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
 
 
 def _exact_length(config: Any) -> float:
-    """Tokens up to which vLLM computes what the model's own code does.
+    """Tokens up to which vLLM computes the same as the model's own code.
 
-    Under LongRoPE it takes the long factors for every sequence as soon as one may be long, where
-    the model takes them for long sequences only; longer ones are for engine hf.
+    With LongRoPE it uses the long factors for every sequence as soon as one may be long, where the
+    model uses them for long sequences only; longer sequences are for engine hf.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -213,9 +214,9 @@ def _exact_length(config: Any) -> float:
 
 
 def _lora_arguments(alias: str, folder: Path) -> dict[str, Any]:
-    """Room for the adapter, and only its own modules given one.
+    """Room for the adapter, in the modules that it has.
 
-    vLLM wraps the head with every other module by default, and a wrapped head counts on one row a
+    By default vLLM wraps every module, the head too, and a wrapped head expects one row per
     request: prompt log-probs then fail on a CPU.
     """
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
@@ -224,8 +225,8 @@ def _lora_arguments(alias: str, folder: Path) -> dict[str, Any]:
         names = {name.partition(".lora_")[0].rpartition(".")[2] for name in weights.keys()}  # noqa: SIM118
     if rank > LORA_RANKS[-1] or names & {"lm_head", "embed_tokens"}:
         raise UserError(
-            f"reference {alias}: vLLM takes no adapter on head or embeddings and none of a rank "
-            f"above {LORA_RANKS[-1]}; use --engine hf"
+            f"reference {alias}: vLLM takes no adapter on head or embeddings, and no rank above "
+            f"{LORA_RANKS[-1]}; use --engine hf"
         )
     return {
         "enable_lora": True,
@@ -238,8 +239,3 @@ def _device_name() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.get_device_name())
-
-
-def _given(logps: Logps | None) -> Logps:
-    assert logps is not None
-    return logps

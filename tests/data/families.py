@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mrpo.data.pairs import Pair
 from mrpo.data.rendering import Refusal, RenderedPair, Renderer
-from mrpo.data.rendering.tokenizer import with_offsets
+from mrpo.data.rendering.renderer import with_offsets
 from mrpo.tests.data import family_templates as templates
 
 CORPUS = [

@@ -48,7 +48,9 @@ def all_pairs(shards: PairShards) -> list[Pair]:
 
 
 def all_ids(shards: PairShards) -> list[bytes]:
-    return [bytes(one) for number in range(len(shards.names)) for one in shards.pair_ids(number)]
+    return [
+        bytes(pair_id) for number in range(len(shards.names)) for pair_id in shards.pair_ids(number)
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -82,7 +84,7 @@ def to_csv(path: Path, rows: list[Row]) -> Path:
         writer.writerow(rows[0])
         for row in rows:
             cells = row.values()
-            writer.writerow([one if isinstance(one, str) else json.dumps(one) for one in cells])
+            writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
     return out
 
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mrpo.data.formats import Columns, PairReader, Unusable, split_common_text
-from mrpo.data.messages import Broken
+from mrpo.data.formats import Broken, Columns, PairReader, Unusable, split_common_text
 from mrpo.data.pairs import Pair
 
 Messages = list[dict[str, Any]]
@@ -200,7 +199,7 @@ def test_unusable_rows_say_why(values: dict[str, Any], reason: str) -> None:
         (row([{"role": "user", "content": 3}], "a", "b"), r"content' must be text, not int"),
         (
             row([{"role": "user", "content": [{"type": "image"}]}], "a", "b"),
-            r"'prompt\[0\].content\[0\]' is no text part",
+            r"'prompt\[0\].content\[0\]' is not a text part",
         ),
         (row("q", "a", "b") | {"tools": "[oops"}, "'tools' is text but not JSON"),
         (row("q", "a", "b") | {"tools": {"name": "t"}}, "'tools' must be a list of objects"),

@@ -54,7 +54,7 @@ def test_every_row_gets_its_own_scores_whatever_the_order_and_the_files(
     assert (joined.names, joined.rows, joined.num_pairs) == (pairs.names, [30, 30, 10], 70)
     for shard, places in enumerate((order[:30], order[30:60], order[60:])):
         table = joined.table(shard)
-        assert table["pair_id"].to_pylist() == [one.tobytes() for one in ids[places]]
+        assert table["pair_id"].to_pylist() == [pair_id.tobytes() for pair_id in ids[places]]
         expected = -1000.0 * np.arange(3)[None] - places[:, None]
         np.testing.assert_array_equal(matrix(table, "ref_chosen_logps"), expected)
         np.testing.assert_array_equal(matrix(table, "ref_rejected_logps"), expected - 0.5)
@@ -89,7 +89,7 @@ def test_of_two_rows_the_join_takes_the_one_that_every_reader_takes(
     joined = join(FakeShards(ids, 2), store, [record], tmp_path / "scores")  # type: ignore[arg-type]
     kept = dict(zip(*scores.read(["pair_id", "chosen_logp"]).to_pydict().values()))
     assert matrix(joined.table(0), "ref_chosen_logps")[:, 0].tolist() == [
-        kept[one.tobytes()] for one in ids
+        kept[pair_id.tobytes()] for pair_id in ids
     ]
 
 

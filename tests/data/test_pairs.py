@@ -65,7 +65,7 @@ def test_where_a_pair_comes_from_does_not_change_its_id_and_its_content_does() -
         Pair(user("q"), assistant("a"), assistant("b"), tools=[{"name": "t"}]),
         Pair(user("q"), assistant("a"), assistant("b"), chat_template_kwargs={"x": 1}),
     ]
-    assert len({pair.id, *(other.id for other in others)}) == 1 + len(others)
+    assert len({pair.id, *(variant.id for variant in others)}) == 1 + len(others)
 
 
 def test_unicode_is_not_normalized() -> None:

@@ -60,7 +60,7 @@ def test_ids_and_splits_depend_on_nothing_but_the_pair(order: list[int], shard_p
         first = run(write(root / "a.jsonl", rows), root / "a", validation_fraction=0.4)
         shuffled = write(root / "b.jsonl", [rows[i] for i in order])
         second = run(shuffled, root / "b", validation_fraction=0.4, shard_pairs=shard_pairs)
-        splits = [{pair.id: pair.split for pair in all_pairs(one)} for one in (first, second)]
+        splits = [{pair.id: pair.split for pair in all_pairs(shards)} for shards in (first, second)]
         assert splits[0] == splits[1]
 
 
@@ -68,12 +68,12 @@ def test_ids_and_splits_depend_on_nothing_but_the_pair(order: list[int], shard_p
 def test_the_implicit_and_the_explicit_prompt_are_the_same_pair(tmp_path: Path, chat: bool) -> None:
     if chat:
         explicit = chat_row("q", "a", "b")
-        both = {name: explicit["prompt"] + explicit[name] for name in ("chosen", "rejected")}
+        row = {name: explicit["prompt"] + explicit[name] for name in ("chosen", "rejected")}
     else:
         explicit = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
-        both = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+        row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     first = run(write(tmp_path / "a.jsonl", [explicit]), tmp_path / "a")
-    assert all_ids(run(write(tmp_path / "b.jsonl", [both]), tmp_path / "b")) == all_ids(first)
+    assert all_ids(run(write(tmp_path / "b.jsonl", [row]), tmp_path / "b")) == all_ids(first)
 
 
 # What stays when data grows
@@ -131,8 +131,8 @@ def test_a_prompt_never_stands_on_both_sides(tmp_path: Path) -> None:
 
 
 @given(WORDS, st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_fraction_only_adds_prompts(prompt: str, one: float, other: float) -> None:
-    smaller, larger = sorted((one, other))
+def test_a_larger_fraction_only_adds_prompts(prompt: str, first: float, second: float) -> None:
+    smaller, larger = sorted((first, second))
     for chosen in (is_validation, in_fraction):
         assert chosen(prompt, larger) or not chosen(prompt, smaller)
         assert not chosen(prompt, 0)
@@ -158,8 +158,8 @@ def test_duplicates_are_dropped_and_counted_and_the_order_kept(
     monkeypatch.setattr(prepare_module, "BATCH_ROWS", 3)
     rows = text_rows(6)
     source = write(tmp_path / "a.jsonl", [rows[0], rows[1], rows[0], *rows, rows[2] | {"x": 1}])
-    other = write(tmp_path / "b.jsonl", [rows[5], *text_rows(2, 50)])
-    shards = run(f"{source},{other}", tmp_path / "pairs")
+    second = write(tmp_path / "b.jsonl", [rows[5], *text_rows(2, 50)])
+    shards = run(f"{source},{second}", tmp_path / "pairs")
     assert [pair.prompt for pair in all_pairs(shards)] == [
         row["prompt"] for row in rows + text_rows(2, 50)
     ]
@@ -196,7 +196,7 @@ def test_more_than_five_percent_unusable_needs_a_flag(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"6 of 100 rows \(6\.0%\) cannot be used \(empty_response 5, responses_equal 1; "
-        r"the first is .*x\.jsonl, line 11\); more than 5% needs --allow-dropped",
+        r"the first: .*x\.jsonl, line 11\); more than 5% needs --allow-dropped",
     ):
         run(source, tmp_path / "x")
     assert contents(tmp_path) == before

@@ -82,8 +82,8 @@ FAULTS: list[tuple[Callable[[Path], dict[str, Any]], str]] = [
     (no_rows, r"rows\.jsonl: there are no rows; at least one pair is needed"),
     (second_source_missing, r"gone\.csv: no such file"),
     (mixed_kinds, r"rows\.jsonl, line 31 holds messages, but the first pair .* text"),
-    (bad_fraction, r"--validation-fraction 1\.0 must be at least 0 and below 1"),
-    (bad_shard, r"--shard-pairs 0 must be between 1 and"),
+    (bad_fraction, r"--validation-fraction is 1\.0; it must be below 1"),
+    (bad_shard, r"--shard-pairs is 0; it must be between 1 and"),
 ]
 
 

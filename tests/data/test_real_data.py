@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mrpo.data.config import PrepareConfig
-from mrpo.data.messages import parse_dialogue
+from mrpo.data.formats import parse_dialogue
 from mrpo.data.pairs import Pair
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
@@ -52,10 +52,10 @@ def prompts(pairs: list[Pair]) -> list[str]:
 
 def most_sides(pairs: list[Pair]) -> int:
     """The largest number of splits that any one prompt stands in."""
-    found: dict[str, set[str]] = {}
+    splits: dict[str, set[str]] = {}
     for prompt, pair in zip(prompts(pairs), pairs):
-        found.setdefault(prompt, set()).add(pair.split)
-    return max(map(len, found.values()))
+        splits.setdefault(prompt, set()).add(pair.split)
+    return max(map(len, splits.values()))
 
 
 def test_hh_rlhf_becomes_messages(shared_data: Path, tmp_path: Path) -> None:

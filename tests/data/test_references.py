@@ -92,6 +92,39 @@ def test_a_mistake_is_one_line_with_file_and_key(tmp_path: Path, text: str, mess
     assert "secret" not in line
 
 
+def test_a_working_folder_without_refs_yaml_has_the_packaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list(load_refs("configs/refs.yaml")) == ["llama", "mistral", "qwen"]
+    (tmp_path / "configs").mkdir()
+    refs(tmp_path / "configs", "mine: org/name")
+    assert list(load_refs("configs/refs.yaml")) == ["mine"]
+    with pytest.raises(UserError, match="--refs-config"):
+        load_refs("other/refs.yaml")
+
+
+def test_a_mapping_is_read_as_a_file_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    path = refs(
+        tmp_path, "a: org/name\nb: {model: tiny, dtype: float16, chat_template: chat.jinja}"
+    )
+    specs = load_refs(
+        {
+            "a": "org/name",
+            "b": {"model": "tiny", "dtype": "float16", "chat_template": "chat.jinja"},
+        }
+    )
+    assert specs == load_refs(path)
+    assert specs["b"].model_folder == tmp_path.resolve() / "tiny"
+    with pytest.raises(UserError, match=r"^references: a: needs a 'model'"):
+        load_refs({"a": {}})
+
+
 def test_a_missing_file_says_which_flag_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--refs-config"):
         load_refs(tmp_path / "none.yaml")
@@ -102,7 +135,7 @@ def test_selection_keeps_the_order_given_and_refuses_what_is_not_there(tmp_path:
     assert [spec.alias for spec in select_refs(specs, "c, a")] == ["c", "a"]
     with pytest.raises(UserError, match="unknown reference 'd'; known: a, b, c"):
         select_refs(specs, "a,d")
-    with pytest.raises(UserError, match="'a' stands there twice"):
+    with pytest.raises(UserError, match="'a' is given twice"):
         select_refs(specs, "a,b,a")
     with pytest.raises(UserError, match="names no reference"):
         select_refs(specs, " , ")

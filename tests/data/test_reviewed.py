@@ -27,7 +27,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ids(source: Path, tmp_path: Path) -> list[str]:
-    return [one.hex() for one in all_ids(run(source, tmp_path / "before"))]
+    return [pair_id.hex() for pair_id in all_ids(run(source, tmp_path / "before"))]
 
 
 def test_excluded_pairs_go_flipped_ones_turn_round_all_others_stay(
@@ -60,7 +60,7 @@ def test_a_table_without_decisions_means_all_of_its_rows(
     table = tmp_path / "ids.csv"
     table.write_text("pair_id\n" + "\n".join(ids[:2]) + "\n")
     after = all_ids(run(source, tmp_path / "after", exclude=str(table)))
-    assert [one.hex() for one in after] == ids[2:]
+    assert [pair_id.hex() for pair_id in after] == ids[2:]
 
 
 def test_an_unknown_id_is_reported_and_changes_nothing(
@@ -74,29 +74,29 @@ def test_an_unknown_id_is_reported_and_changes_nothing(
 
 
 def test_a_flipped_pair_is_left_out_by_its_new_id_too(source: Path, tmp_path: Path) -> None:
-    ids = [one.hex() for one in all_ids(run(source, tmp_path / "before"))]
+    ids = [pair_id.hex() for pair_id in all_ids(run(source, tmp_path / "before"))]
     first = reviewed(tmp_path / "first.csv", [(ids[5], "flip")])
     turned = all_ids(run(source, tmp_path / "once", flip=str(first)))[5].hex()
     second = reviewed(tmp_path / "second.csv", [(turned, "exclude")])
     shards = run(source, tmp_path / "twice", flip=str(first), exclude=str(second))
-    assert [one.hex() for one in all_ids(shards)] == ids[:5] + ids[6:]
+    assert [pair_id.hex() for pair_id in all_ids(shards)] == ids[:5] + ids[6:]
 
 
 def test_a_pair_turned_into_another_of_the_data_counts_once(tmp_path: Path) -> None:
     rows = text_rows(3)
     rows.append(rows[0] | {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]})
     source = write(tmp_path / "rows.jsonl", rows)
-    ids = [one.hex() for one in all_ids(run(source, tmp_path / "before"))]
+    ids = [pair_id.hex() for pair_id in all_ids(run(source, tmp_path / "before"))]
     table = reviewed(tmp_path / "audit.csv", [(ids[3], "flip")])
     shards = run(source, tmp_path / "after", flip=str(table))
-    assert [one.hex() for one in all_ids(shards)] == ids[:3]
+    assert [pair_id.hex() for pair_id in all_ids(shards)] == ids[:3]
     assert shards.manifest["duplicates"] == 1
 
 
 def test_excluded_pairs_are_no_unusable_rows(
     source: Path, ids: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = reviewed(tmp_path / "audit.csv", [(one, "exclude") for one in ids[:20]])
+    table = reviewed(tmp_path / "audit.csv", [(pair_id, "exclude") for pair_id in ids[:20]])
     shards = run(source, tmp_path / "after", exclude=str(table), strict=True)
     assert shards.num_pairs == 10
     assert shards.manifest["dropped"] == {}
@@ -127,5 +127,5 @@ def test_both_decisions_for_one_pair_are_refused(
 ) -> None:
     first = reviewed(tmp_path / "first.csv", [(ids[0], "exclude")])
     second = reviewed(tmp_path / "second.csv", [(ids[0], "flip")])
-    with pytest.raises(UserError, match="decide for one"):
+    with pytest.raises(UserError, match="keep one of the two decisions"):
         run(source, tmp_path / "after", exclude=str(first), flip=str(second))

@@ -63,7 +63,7 @@ def test_pairs_come_back_as_they_were(pairs: list[Pair], shard_pairs: int) -> No
         shards = write(Path(folder), pairs, shard_pairs)
         numbers = range(len(shards.names))
         assert [pair for number in numbers for pair in shards.pairs(number)] == pairs
-        ids = [bytes(one) for number in numbers for one in shards.pair_ids(number)]
+        ids = [bytes(pair_id) for number in numbers for pair_id in shards.pair_ids(number)]
         assert ids == [pair.id for pair in pairs]
         assert shards.num_pairs == len(pairs)
         assert shards.kind == ("messages" if pairs[0].is_chat else "text")

@@ -108,7 +108,7 @@ def test_a_hub_data_set_is_read_by_split_and_configuration(
     (source,) = open_sources("hub/name:test")
     assert source.name == "hub/name"
     with pytest.raises(
-        UserError, match=r"hub/name:dev cannot be had from the Hub: .*Unknown split"
+        UserError, match=r"hub/name:dev cannot be loaded from the Hub: .*Unknown split"
     ):
         rows("hub/name:dev")
     with pytest.raises(UserError, match="column 'right' is missing; there are prompt, chosen"):
@@ -116,7 +116,9 @@ def test_a_hub_data_set_is_read_by_split_and_configuration(
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^no-one/nothing:train cannot be had from the Hub: .+$"):
+    with pytest.raises(
+        UserError, match=r"^no-one/nothing:train cannot be loaded from the Hub: .+$"
+    ):
         rows("no-one/nothing:train")
 
 
@@ -132,12 +134,12 @@ def test_names_of_sources(tmp_path: Path) -> None:
     ("given", "message"),
     [
         ("", "names nothing"),
-        ("a.jsonl,,b.jsonl", "names nothing"),
+        (" , ", "names nothing"),
         ("missing.jsonl", r"missing\.jsonl: no such file; .* org/name:split"),
         ("org/name", "no such file; .* org/name:split"),
         ("folder", "folder is a folder; name its files"),
-        ("notes.txt", r"notes\.txt: no kind of file known here; it must end in \.jsonl"),
-        ("table.parquet.gz", "no kind of file known here"),
+        ("notes.txt", r"notes\.txt: unknown kind of file; it must end in \.jsonl"),
+        ("table.parquet.gz", "unknown kind of file"),
     ],
 )
 def test_what_can_be_no_source(
@@ -169,7 +171,7 @@ def test_what_can_be_no_source(
             b"prompt,chosen\nq,a\n",
             "column 'rejected' is missing; there are prompt, chosen",
         ),
-        ("x.csv", b"chosen,rejected,chosen\nq,a,b\n", "column 'chosen' stands there 2 times"),
+        ("x.csv", b"chosen,rejected,chosen\nq,a,b\n", "column 'chosen' occurs 2 times"),
         ("x.csv", b"", "column 'chosen' is missing; there are none"),
         ("x.parquet", b"PAR1 or not", "cannot be read as Parquet"),
     ],

@@ -12,17 +12,19 @@ import yaml
 
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
-from mrpo.data.store import ReferenceRecord
+from mrpo.data.store import ReferenceRecord, Store
 from mrpo.errors import UserError
 from mrpo.evaluation.config import EvaluateConfig
 from mrpo.evaluation.evaluate import evaluate, policy_figures, right
 from mrpo.evaluation.policies import run_names
-from mrpo.evaluation.score_table import ReferenceColumns, ScoreTable
+from mrpo.evaluation.score_table import ReferenceColumns, ScoreTable, pairs_at
+from mrpo.files import to_json
 from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.run import precompute
-from mrpo.tests.evaluation.scored_pairs import chat
+from mrpo.tests.evaluation.scored_pairs import chat, prepared
 from mrpo.train.config import TrainConfig
 from mrpo.train.run import train
+from mrpo.train.run_folder import read_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def trained(
         "refs_config": str(folder / "refs.yaml"),
         "store": str(folder / "store"),
     }
-    assert precompute(PrecomputeConfig(**shared, engine="hf")) == 0
+    assert precompute(PrecomputeConfig(**shared, engine="hf")).exit_code == 0
     for name, more in {"full": {}, "lora": {"lora_rank": 4}}.items():
         config = TrainConfig(
             output_dir=str(folder / "runs" / name),
@@ -57,14 +59,15 @@ def trained(
             **shared,
             **more,
         )
-        assert train(config) == 0
+        assert train(config).exit_code == 0
     return shared | {"folder": folder}
 
 
-def evaluated(trained: dict[str, Any], out: Path, **settings: Any) -> dict[str, Any]:
-    evaluate(EvaluateConfig(out=str(out), **settings))
-    content = json.loads(out.read_text(encoding="utf-8"))
-    assert isinstance(content, dict)
+def evaluated(out: Path, **settings: Any) -> dict[str, Any]:
+    """What `evaluate` writes, which is also what it returns."""
+    returned = evaluate(out=str(out), **settings)
+    content = read_evaluation(out)
+    assert content == to_json(returned)
     return content
 
 
@@ -72,11 +75,10 @@ def test_reward_accuracy_is_the_one_that_train_ended_with(
     trained: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runs = [trained["folder"] / "runs" / name for name in ("full", "lora")]
-    listed = ",".join(map(str, runs))
-    content = evaluated(trained, tmp_path / "evaluate.json", runs=listed)
+    content = evaluated(tmp_path / "evaluation.json", runs=runs)
     assert content["base"]["name"] == "llama"
     for run, policy in zip(runs, content["policies"]):
-        final = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        final = read_evaluation(run / "evaluation.json")["training"]["figures"]
         assert policy["name"] == run.name
         overall = policy["overall"]
         assert overall["pairs"] == final["eval_pairs"]
@@ -86,13 +88,35 @@ def test_reward_accuracy_is_the_one_that_train_ended_with(
         margin = final["eval_rewards/margins"] / 0.1  # beta
         assert overall["reward_margin"]["value"] == pytest.approx(margin, abs=1e-4)
         sources = policy["by_source"]
-        assert sum(one["pairs"] for one in sources.values()) == overall["pairs"]
-    assert capfd.readouterr().out.splitlines()[-1] == str(tmp_path / "evaluate.json")
-    assert (tmp_path / "evaluate.yaml").is_file()
+        assert sum(figures["pairs"] for figures in sources.values()) == overall["pairs"]
+    assert capfd.readouterr().out.splitlines()[-1] == str(tmp_path / "evaluation.json")
+    assert (tmp_path / "evaluation.yaml").is_file()
 
-    again = evaluated(trained, tmp_path / "again.json", runs=listed)
-    assert again == content
-    assert "0 to score" in capfd.readouterr().err
+
+def test_policies_are_scored_once_and_apart_from_the_references(
+    trained: dict[str, Any], tmp_path: Path
+) -> None:
+    run, store = trained["folder"] / "runs" / "full", Store(trained["store"])
+    content = evaluated(tmp_path / "first.json", runs=run)
+    identity = content["policies"][0]["identity"]
+    assert {record.alias for record in store.references()} == {"llama"}
+    assert identity in store.policies.identities()
+    assert not list(Path(store.root).rglob("refs.yaml"))
+    files = score_files(store)
+    assert evaluated(tmp_path / "again.json", runs=run) == content
+    assert score_files(store) == files
+
+
+def test_evaluation_leaves_what_training_wrote(trained: dict[str, Any]) -> None:
+    run = trained["folder"] / "runs" / "full"
+    before = read_evaluation(run / "evaluation.json")
+    assert before.keys() == {"training"}
+    returned = evaluate(runs=str(run), out=str(run / "evaluation.json"))
+    assert read_evaluation(run / "evaluation.json") == before | to_json(returned)
+
+
+def score_files(store: Store) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path(store.root).rglob("*.parquet")}
 
 
 def test_the_base_itself_has_no_rewards_and_its_stored_likelihoods(
@@ -100,14 +124,13 @@ def test_the_base_itself_has_no_rewards_and_its_stored_likelihoods(
 ) -> None:
     given = {name: trained[name] for name in ("pairs", "refs_config", "store")}
     content = evaluated(
-        trained,
-        tmp_path / "evaluate.json",
+        tmp_path / "evaluation.json",
         policies=str(tiny_references["llama"]),
         base="llama",
         **given,
     )
     policy = content["policies"][0]
-    assert policy["identity"] == content["base"]["identity"]  # not scored again
+    assert policy["identity"] == content["base"]["identity"]
     assert policy["overall"]["reward_margin"]["value"] == 0
     assert policy["overall"]["accuracy"]["sum"] == content["base"]["overall"]["accuracy"]["sum"]
 
@@ -122,7 +145,7 @@ def test_runs_are_named_by_what_tells_their_paths_apart() -> None:
     assert run_names([]) == []
 
 
-def test_yardsticks_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     """Three pairs; the policy's chosen log-probs −4, −6, −6, rejected −8, −5, −9.
 
     Summed it is right about 1 and 3. Per token, with 2 and 8 tokens in pair 1: −2 against −1,
@@ -146,10 +169,19 @@ def test_yardsticks_by_hand() -> None:
         "token": [0.0, 0.0, 1.0],
         "byte": [0.0, 1.0, 1.0],  # −4 : −2, −3 : −5, −3 : −9
     }
-    found = policy_figures(table, 1, "policy")
-    assert found.overall.margin.value == pytest.approx(2.0)
-    assert found.overall.reward_margin.value == pytest.approx(1 / 3)
-    assert [found.by_source[name].pairs for name in "ab"] == [2, 1]
+    figures = policy_figures(table, 1, "policy")
+    assert figures.overall.margin.value == pytest.approx(2.0)
+    assert figures.overall.reward_margin.value == pytest.approx(1 / 3)
+    assert [figures.by_source[name].pairs for name in "ab"] == [2, 1]
+
+
+def test_pairs_come_in_the_order_of_their_places(tmp_path: Path) -> None:
+    rows = [chat(f"Question {n}?", f"Yes {n}.", f"No {n}.") for n in range(7)]
+    pairs = prepared(tmp_path, rows, shard_pairs=3).pairs
+    places = np.array([[2, 0], [0, 1], [2, 0], [1, 2]])
+    questions = [pair.prompt[0]["content"] for pair in pairs_at(pairs, places)]
+    assert questions == [f"Question {n}?" for n in (6, 1, 6, 5)]
+    assert pairs_at(pairs, places[:0]) == []
 
 
 @pytest.mark.parametrize(
@@ -158,6 +190,7 @@ def test_yardsticks_by_hand() -> None:
         ({}, "nothing to evaluate"),
         ({"runs": "nowhere"}, "no train.yaml there"),
         ({"policies": "org/name"}, "--base is missing"),
+        ({"policies": "https://user:secret@host/name", "base": "llama"}, "one of them is a URL"),
         ({"policies": "org/name", "out": "table.csv"}, "results are JSON"),
     ],
 )
@@ -168,6 +201,7 @@ def test_mistakes_are_one_line(
     with pytest.raises(UserError, match=message) as error:
         evaluate(EvaluateConfig(**settings))
     assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def stored(logps: Any, tokens: Any) -> ReferenceColumns:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrpo.errors import UserError
-from mrpo.method.fitted import FOLDS, RIDGE, fit_weights
+from mrpo.method.fitted import FOLDS, RIDGE, fit_weights, logistic_regression
 
 SIMULATIONS = 100
 
@@ -72,6 +72,24 @@ def test_the_fit_is_the_minimum_of_the_penalized_loss_over_weights_of_0_or_more(
     np.testing.assert_allclose(fit.weights, w / w.sum())
 
 
+def test_a_sample_of_weight_two_is_a_sample_given_twice_and_coefficients_may_be_negative() -> None:
+    margins, _ = simulate(3, [0.08, -0.05], pairs=300)
+    features, counts = margins / 10, np.arange(300) % 3
+    w = logistic_regression(features, counts, ridge=0.01, non_negative=False)
+    assert w[0] > 0 > w[1]
+    repeated = np.repeat(features, counts, axis=0)
+    again = logistic_regression(repeated, np.ones(len(repeated)), ridge=0.01, non_negative=False)
+    np.testing.assert_allclose(w, again, atol=1e-8)
+    gradient = -(repeated / (1 + np.exp(repeated @ w))[:, None]).mean(axis=0) + 0.01 * w
+    np.testing.assert_allclose(gradient, 0, atol=1e-8)
+    bounded = logistic_regression(features, counts, ridge=0.01, non_negative=True)
+    assert bounded[1] == 0
+    assert logistic_regression(features, 0 * counts, ridge=0.01, non_negative=True).tolist() == [
+        0,
+        0,
+    ]
+
+
 def test_no_pair_of_training_has_seen_its_own_label() -> None:
     """Turning the labels of one fold's prompts round changes every fold's weights but its own."""
     margins, prompts = simulate(1, [0.1, 0.05, 0.02], pairs=600, per_prompt=2)
@@ -88,12 +106,12 @@ def test_no_pair_of_training_has_seen_its_own_label() -> None:
 
 def test_it_is_deterministic_and_does_not_depend_on_the_unit_of_the_log_probs() -> None:
     margins, prompts = simulate(2, [0.1, 0.05, 0.0])
-    one, two = (fit_weights(margins, prompts, bootstrap=20) for _ in range(2))
-    for a, b in ((one.weights, two.weights), (one.intervals, two.intervals)):
+    first, second = (fit_weights(margins, prompts, bootstrap=20) for _ in range(2))
+    for a, b in ((first.weights, second.weights), (first.intervals, second.intervals)):
         np.testing.assert_array_equal(a, b)
     per_byte = fit_weights(margins / 300, prompts)
-    np.testing.assert_allclose(per_byte.weights, one.weights, atol=1e-7)
-    np.testing.assert_allclose(per_byte.coefficients, one.coefficients * 300, rtol=1e-5)
+    np.testing.assert_allclose(per_byte.weights, first.weights, atol=1e-7)
+    np.testing.assert_allclose(per_byte.coefficients, first.coefficients * 300, rtol=1e-5)
 
 
 def test_pairs_that_a_reference_is_missing_from_are_left_out() -> None:
@@ -117,8 +135,8 @@ def test_separable_data_end_with_finite_weights() -> None:
     assert np.isfinite(fit.coefficients).all()
     assert (fit.weights > 0.3).all()
     assert fit.weights.sum() == pytest.approx(1)
-    one = fit_weights(margins[:, :1], np.arange(300))
-    assert one.weights.tolist() == [1.0]
+    alone = fit_weights(margins[:, :1], np.arange(300))
+    assert alone.weights.tolist() == [1.0]
 
 
 @pytest.mark.filterwarnings("error")

@@ -147,15 +147,15 @@ def test_clipping_keeps_every_reference_within_epsilon_of_the_base(
 ) -> None:
     fixed = ctro_clip(case.chosen, case.rejected, epsilon, adaptive=False)
     adaptive = ctro_clip(case.chosen, case.rejected, epsilon)
-    for raw, one, other in zip((case.chosen, case.rejected), fixed, adaptive):
+    for raw, equal, split in zip((case.chosen, case.rejected), fixed, adaptive):
         base = raw[:, :1]
-        np.testing.assert_array_equal(one[:, :1], base)
-        np.testing.assert_array_equal(other[:, :1], base)
+        np.testing.assert_array_equal(equal[:, :1], base)
+        np.testing.assert_array_equal(split[:, :1], base)
         slack = 1e-12 * np.abs(base)
-        assert (np.abs(one - base) <= epsilon * np.abs(base) + slack).all()
-        assert (np.abs(other - base) <= epsilon * np.abs(base) + slack).all()
+        assert (np.abs(equal - base) <= epsilon * np.abs(base) + slack).all()
+        assert (np.abs(split - base) <= epsilon * np.abs(base) + slack).all()
         inside = np.abs(raw - base) <= epsilon * np.abs(base) - slack
-        np.testing.assert_array_equal(one[inside], raw[inside])
+        np.testing.assert_array_equal(equal[inside], raw[inside])
 
 
 @PROPERTY
@@ -168,8 +168,8 @@ def test_the_two_epsilons_share_one_in_proportion_to_the_mean_log_probs(
     close(eps_w + eps_l, np.full_like(eps_w, epsilon))
     close(eps_w * b_l, eps_l * b_w)
     silent = np.zeros_like(case.chosen)
-    for half in adaptive_epsilon(silent, silent, epsilon):
-        np.testing.assert_array_equal(half, np.full(len(eps_w), epsilon / 2))
+    for part in adaptive_epsilon(silent, silent, epsilon):
+        np.testing.assert_array_equal(part, np.full(len(eps_w), epsilon / 2))
 
 
 @PROPERTY

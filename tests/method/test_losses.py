@@ -133,25 +133,31 @@ def test_the_loss_has_the_dtype_of_the_policy_and_one_number_a_pair() -> None:
 
 
 BAD = [
-    (lambda one: preference_loss(one, one, one, one, 0.1, "dpo"), "loss type 'dpo' is unknown"),
     (
-        lambda one: preference_loss(one, one, one, one, 0.1, "hinge", 0.1),
+        lambda logps: preference_loss(logps, logps, logps, logps, 0.1, "dpo"),
+        "loss type 'dpo' is unknown",
+    ),
+    (
+        lambda logps: preference_loss(logps, logps, logps, logps, 0.1, "hinge", 0.1),
         "label smoothing 0.1 does not go with loss type hinge",
     ),
     (
-        lambda one: preference_loss(one, one, one, one, 0.1, "robust", 0.5),
+        lambda logps: preference_loss(logps, logps, logps, logps, 0.1, "robust", 0.5),
         "label smoothing is 0.5; as a chance of a wrong label it must be 0 or more and below 0.5",
     ),
     (
-        lambda one: virtual_reference(one[:, None], [1.0], "mean"),
+        lambda logps: virtual_reference(logps[:, None], [1.0], "mean"),
         "reference kind 'mean' is unknown",
     ),
     (
-        lambda one: virtual_reference(one[:, None], [0.5, 0.5]),
+        lambda logps: virtual_reference(logps[:, None], [0.5, 0.5]),
         "weights of shape (2,) do not go with log-probs of shape (1, 1)",
     ),
-    (lambda one: ctro_clip(one[:, None], one[:, None], -0.1), "epsilon is -0.1; it must be 0"),
-    (lambda one: ctro_clip(one[:, None], one[:, None], float("nan")), "epsilon is nan"),
+    (
+        lambda logps: ctro_clip(logps[:, None], logps[:, None], -0.1),
+        "epsilon is -0.1; it must be 0",
+    ),
+    (lambda logps: ctro_clip(logps[:, None], logps[:, None], float("nan")), "epsilon is nan"),
 ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import mrpo
 from mrpo import (
     arwc_weights,
     ctro_clip,
@@ -18,6 +19,7 @@ from mrpo import (
     virtual_reference,
 )
 from mrpo.errors import UserError
+from mrpo.method import losses
 from mrpo.method.fitted import fit_weights
 from mrpo.method.grammar import named_references, parse_method
 from mrpo.method.losses import sft_loss
@@ -177,6 +179,21 @@ def test_every_kind_and_weighting_is_what_the_public_functions_give(
         np.testing.assert_allclose(got, virtual_reference(logps, alpha, kind), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"), [("mrpo", "preference_loss"), ("multi-dpo", "multi_dpo_loss")]
+)
+def test_training_calls_the_loss_that_the_package_offers(
+    monkeypatch: pytest.MonkeyPatch, text: str, name: str
+) -> None:
+    function = getattr(mrpo, name)
+    assert getattr(losses, name) is function
+    monkeypatch.setattr(losses, name, lambda *args: 2 * function(*args))
+    scores, method = make_scores(), parse_method(text, ALIASES)
+    doubled = loss_of(method, scores)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(doubled, 2 * loss_of(method, scores))
+
+
 def test_multi_dpo_is_the_public_function() -> None:
     scores = make_scores()
     logps, tokens = policy()
@@ -186,10 +203,10 @@ def test_multi_dpo_is_the_public_function() -> None:
         refs = scores.ref_chosen_logps, scores.ref_rejected_logps
         alpha = arwc_weights(*refs) if "arwc" in text else [1, 1, 1]
         expected = multi_dpo_loss(*(p.numpy() for p in logps), *refs, np.asarray(alpha), beta=0.2)
-        losses = method.loss(*logps, targets, *tokens)
-        np.testing.assert_allclose(losses.loss.numpy(), expected, rtol=1e-5)
-        margins = ((refs[0] - refs[1]) * targets.weights).sum(1)
-        rewards = losses.chosen_rewards - losses.rejected_rewards
+        result = method.loss(*logps, targets, *tokens)
+        np.testing.assert_allclose(result.loss.numpy(), expected, rtol=1e-5)
+        margins = ((refs[0] - refs[1]) * targets.weights.numpy()).sum(1)
+        rewards = result.chosen_rewards - result.rejected_rewards
         mean = 0.2 * ((logps[0] - logps[1]).numpy() - margins)
         np.testing.assert_allclose(rewards.numpy(), mean, atol=1e-4)
 
@@ -265,10 +282,10 @@ def test_a_missing_reference_drops_out_of_its_pair_and_a_missing_base_drops_the_
     targets = method.targets(scores)
     assert targets.weights[3, 1] == 0
     assert targets.weights[3].sum() == pytest.approx(1)
-    assert np.isnan(targets.clipped[3, 1])
-    losses = loss_of(method, scores)
-    assert np.isnan(losses[5])
-    assert np.isfinite(losses[usable]).all()
+    assert targets.clipped[3, 1].isnan()
+    loss = loss_of(method, scores)
+    assert np.isnan(loss[5])
+    assert np.isfinite(loss[usable]).all()
 
 
 def test_a_pair_whose_weights_are_all_on_missing_references_is_not_usable() -> None:
@@ -294,12 +311,12 @@ def test_rewards_are_beta_times_the_log_ratio_and_carry_no_gradient() -> None:
     logps[0].requires_grad_()
     method = parse_method("mrpo", ALIASES, beta=0.3)
     targets = method.targets(scores)
-    losses = method.loss(*logps, targets, *tokens)
-    expected = 0.3 * (logps[0].detach().numpy() - targets.virtual_chosen_logps)
-    np.testing.assert_allclose(losses.chosen_rewards.numpy(), expected, rtol=1e-5)
-    assert losses.loss.requires_grad
-    assert not losses.chosen_rewards.requires_grad
-    assert not losses.rejected_rewards.requires_grad
+    result = method.loss(*logps, targets, *tokens)
+    expected = 0.3 * (logps[0].detach() - targets.virtual_chosen_logps).numpy()
+    np.testing.assert_allclose(result.chosen_rewards.numpy(), expected, rtol=1e-5)
+    assert result.loss.requires_grad
+    assert not result.chosen_rewards.requires_grad
+    assert not result.rejected_rewards.requires_grad
 
 
 def test_all_that_a_step_needs_is_in_the_targets() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mrpo.errors import UserError
-from mrpo.method.normalization import beta_warning, normalize_logps
+from mrpo.method.arrays import normalize_logps
+from mrpo.method.grammar import beta_warning
 
 
 def test_references_divide_by_their_own_tokens_or_by_the_bytes_of_the_response() -> None:

@@ -130,10 +130,10 @@ def test_losses_and_gradients_are_finite_at_ten_thousand_nats(loss_type: str) ->
         other = torch.tensor([rejected], requires_grad=True)
         refs = torch.tensor([[-1.0, -10_000.0]])
         virtual = virtual_reference(refs, [0.5, 0.5])
-        one = preference_loss(policy, other, virtual, virtual, 0.5, loss_type)
-        two = multi_dpo_loss(policy, other, refs, refs.flip(1), [0.5, 0.5], 0.5, loss_type)
-        (one + two).sum().backward()
-        for tensor in (one, two, policy.grad, other.grad):
+        single = preference_loss(policy, other, virtual, virtual, 0.5, loss_type)
+        several = multi_dpo_loss(policy, other, refs, refs.flip(1), [0.5, 0.5], 0.5, loss_type)
+        (single + several).sum().backward()
+        for tensor in (single, several, policy.grad, other.grad):
             assert torch.isfinite(tensor).all()
 
 

@@ -43,10 +43,11 @@ def main() -> None:
         fully_shard(sharded, mesh=mesh, mp_policy=policy)
         batch = sharded.collate(pairs, "cpu")
         sum_by_sequence(sharded(batch), batch).sum().backward()
-        wanted = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
         for name, parameter in sharded.named_parameters():
-            got = 2 * parameter.grad.full_tensor()
-            assert (got - wanted[name]).norm() <= tolerance * wanted[name].norm(), (precision, name)
+            gradient = 2 * parameter.grad.full_tensor()
+            distance = (gradient - expected[name]).norm()
+            assert distance <= tolerance * expected[name].norm(), (precision, name)
     destroy_process_group()
 
 

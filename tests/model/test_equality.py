@@ -120,12 +120,12 @@ def compare(
     assert abs(loss - expected) <= tolerance * abs(expected)
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in packed.named_parameters():
-        wanted = gradients[name]
-        if wanted is None:
+        gradient = gradients[name]
+        if gradient is None:
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
-            assert (parameter.grad - wanted).norm() <= tolerance * wanted.norm(), name
+            assert (parameter.grad - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 def one_at_a_time(lm: nn.Module, pairs: list[RenderedPair]) -> Tensor:
@@ -147,6 +147,8 @@ def in_packed_rows(logps: SequenceLogps, pairs: list[RenderedPair]) -> Tensor:
         batch = logps.collate([pairs[index] for index in row], "cpu")
         assert batch.spans is not None
         assert len(batch.spans) == len(row)
-        sums = torch.stack([part.sum() for part in logps(batch).split(batch.counts)]).view(-1, 2)
+        sums = torch.stack([part.sum() for part in logps(batch).split(batch.token_counts)]).view(
+            -1, 2
+        )
         loss = loss - logsigmoid(0.1 * (sums[:, 0] - sums[:, 1])).sum()
     return loss

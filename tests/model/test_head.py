@@ -53,12 +53,12 @@ def test_worked_by_hand() -> None:
 @pytest.mark.parametrize("kept_chunks", [0, 2, 100])
 def test_values_and_gradients(rule: LogitRule, chunk: int, kept_chunks: int) -> None:
     expected, ours = inputs(torch.float64), inputs(torch.float64)
-    wanted = plain(**expected, rule=rule)
+    plain_logps = plain(**expected, rule=rule)
     keep = kept_chunks * chunk * VOCAB * 8
-    got = token_logps(**ours, targets=TARGETS, rule=rule, chunk=chunk, keep_bytes=keep)
-    assert torch.allclose(got, wanted, rtol=1e-12)
-    wanted.backward(UPSTREAM.double())
-    got.backward(UPSTREAM.double())
+    logps = token_logps(**ours, targets=TARGETS, rule=rule, chunk=chunk, keep_bytes=keep)
+    assert torch.allclose(logps, plain_logps, rtol=1e-12)
+    plain_logps.backward(UPSTREAM.double())
+    logps.backward(UPSTREAM.double())
     for name, tensor in ours.items():
         assert torch.allclose(tensor.grad, expected[name].grad, rtol=1e-10, atol=1e-12), name
 
@@ -69,8 +69,8 @@ def test_values_and_gradients(rule: LogitRule, chunk: int, kept_chunks: int) -> 
 def test_frozen_parts_get_no_gradient(frozen: tuple[str, ...]) -> None:
     expected, ours = inputs(torch.float64, *frozen), inputs(torch.float64, *frozen)
     plain(**expected, rule=LogitRule()).backward(UPSTREAM.double())
-    got = token_logps(**ours, targets=TARGETS, rule=LogitRule(), chunk=5)
-    got.backward(UPSTREAM.double())
+    logps = token_logps(**ours, targets=TARGETS, rule=LogitRule(), chunk=5)
+    logps.backward(UPSTREAM.double())
     for name, tensor in ours.items():
         if name in frozen:
             assert tensor.grad is None
@@ -90,22 +90,22 @@ def test_backward_twice_computes_again_what_was_given_up() -> None:
 
 def test_softmax_is_float32_under_bfloat16() -> None:
     tensors = inputs(torch.bfloat16)
-    got = token_logps(**tensors, targets=TARGETS, rule=LogitRule(), chunk=5)
-    assert got.dtype == torch.float32
-    assert torch.allclose(got, plain(**tensors, rule=LogitRule()), atol=1e-6)
-    got.backward(UPSTREAM)
+    logps = token_logps(**tensors, targets=TARGETS, rule=LogitRule(), chunk=5)
+    assert logps.dtype == torch.float32
+    assert torch.allclose(logps, plain(**tensors, rule=LogitRule()), atol=1e-6)
+    logps.backward(UPSTREAM)
     assert all(tensor.grad.dtype == torch.bfloat16 for tensor in tensors.values())
 
 
 def test_autocast_is_the_cast_by_hand() -> None:
     wide, narrow = inputs(torch.float32), inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        got = token_logps(**wide, targets=TARGETS, rule=LogitRule(), chunk=5)
+        logps = token_logps(**wide, targets=TARGETS, rule=LogitRule(), chunk=5)
     by_hand = {name: tensor.bfloat16() for name, tensor in narrow.items()}
-    wanted = token_logps(**by_hand, targets=TARGETS, rule=LogitRule(), chunk=5)
-    assert torch.equal(got, wanted)
-    got.backward(UPSTREAM)
-    wanted.backward(UPSTREAM)
+    logps_by_hand = token_logps(**by_hand, targets=TARGETS, rule=LogitRule(), chunk=5)
+    assert torch.equal(logps, logps_by_hand)
+    logps.backward(UPSTREAM)
+    logps_by_hand.backward(UPSTREAM)
     for name, tensor in wide.items():
         assert tensor.grad.dtype == torch.float32
         assert torch.equal(tensor.grad, narrow[name].grad), name
@@ -113,13 +113,13 @@ def test_autocast_is_the_cast_by_hand() -> None:
 
 def test_bfloat16_gradients_of_many_chunks_are_added_in_float32() -> None:
     tensors = inputs(torch.bfloat16)
-    one = inputs(torch.bfloat16)
+    single = inputs(torch.bfloat16)
     logps = token_logps(**tensors, targets=TARGETS, rule=LogitRule(), chunk=1)
     logps.backward(UPSTREAM)
-    token_logps(**one, targets=TARGETS, rule=LogitRule(), chunk=ROWS).backward(UPSTREAM)
+    token_logps(**single, targets=TARGETS, rule=LogitRule(), chunk=ROWS).backward(UPSTREAM)
     for name in ("weight", "bias"):
-        distance = (tensors[name].grad - one[name].grad).float().norm()
-        assert distance < 2**-7 * one[name].grad.float().norm(), name
+        distance = (tensors[name].grad - single[name].grad).float().norm()
+        assert distance < 2**-7 * single[name].grad.float().norm(), name
 
 
 def test_nothing_to_score() -> None:

@@ -46,10 +46,10 @@ def test_loaded_model_generates_as_transformers_does(tiny_references: dict[str, 
     folder = tiny_references["mistral"]
     for model in (plain := AutoModelForCausalLM.from_pretrained(folder), load_model(folder)):
         model.generation_config.eos_token_id = None
-        got = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        generated = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
         if model is plain:
-            expected = got
-    assert torch.equal(got, expected)
+            expected = generated
+    assert torch.equal(generated, expected)
 
 
 def test_dropout_is_taken_out(tiny_lm: Callable[..., nn.Module], tmp_path: Path) -> None:

@@ -75,16 +75,16 @@ def test_other_architectures_run_one_response_a_row_and_say_so(
     expected = one_at_a_time(tiny_lm(model_type, **changes), pairs)
     logps = SequenceLogps(tiny_lm(model_type, **changes))
     assert not logps.packs
-    assert f"{model_type} is not known to pack" in caplog.text
+    assert f"{model_type} is not on the list to pack" in caplog.text
     with torch.no_grad():
         for row in logps.plan(pairs, 200):
             batch = logps.collate([pairs[index] for index in row], "cpu")
             assert batch.spans is None
-            got = split_by_sequence(logps(batch), batch)
-            wanted = split_by_sequence(expected, unpacked(pairs))
+            parts = split_by_sequence(logps(batch), batch)
+            separate = split_by_sequence(expected, unpacked(pairs))
             for place, index in enumerate(row):
                 for branch in (0, 1):
-                    ours, theirs = got[2 * place + branch], wanted[2 * index + branch]
+                    ours, theirs = parts[2 * place + branch], separate[2 * index + branch]
                     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -126,12 +126,12 @@ def test_frequencies_that_depend_on_length_are_those_of_each_sequence(
 ) -> None:
     logps = SequenceLogps(tiny_lm(model_type, **changes))
     assert logps.rope_limit == 16
-    wanted = []
+    sums_alone = []
     for pair in pairs:
         # A fresh model each time: transformers' own remembers the longest sequence it has seen.
         for branch in (pair.chosen, pair.rejected):
-            both = one_at_a_time(tiny_lm(model_type, **changes), [RenderedPair(branch, branch, 1)])
-            wanted.append(both[: len(both) // 2].sum())
+            twice = one_at_a_time(tiny_lm(model_type, **changes), [RenderedPair(branch, branch, 1)])
+            sums_alone.append(twice[: len(twice) // 2].sum())
     lengths = [len(s.token_ids) for pair in pairs for s in (pair.chosen, pair.rejected)]
     assert min(lengths) <= 16 < max(lengths)
     rows = logps.plan(pairs, 120)
@@ -140,24 +140,21 @@ def test_frequencies_that_depend_on_length_are_those_of_each_sequence(
         for row in rows:
             batch = logps.collate([pairs[index] for index in row], "cpu")
             sums = sum_by_sequence(logps(batch), batch).view(-1, 2)
-            expected = torch.stack(wanted).view(-1, 2)[row]
+            expected = torch.stack(sums_alone).view(-1, 2)[row]
             assert torch.allclose(sums, expected.double(), atol=1e-4)
 
 
-def test_tail_and_sums(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+def test_sums_are_those_of_the_parts(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
     logps, batch = SequenceLogps(tiny_lm("llama")), pack(pairs)
     with torch.no_grad():
         values = logps(batch)
     sums = sum_by_sequence(values, batch)
-    ends = sum_by_sequence(values * batch.tail, batch)
     assert sums.dtype == torch.float64
     parts = split_by_sequence(values, batch)
     for number, part in enumerate(parts):
         sequence = (pairs[number // 2].chosen, pairs[number // 2].rejected)[number % 2]
-        tail = len(sequence.token_ids) - sequence.end_start
+        assert len(part) == len(sequence.token_ids) - sequence.start
         assert sums[number].item() == pytest.approx(part.double().sum().item(), abs=1e-12)
-        expected = part[len(part) - tail :].double().sum().item()
-        assert ends[number].item() == pytest.approx(expected, abs=1e-12)
     assert sum_by_sequence(logps(batch), batch).dtype == torch.float32
 
 
@@ -232,8 +229,8 @@ def test_compiled_layers_serve_rows_of_every_shape(
         for layer in logps.decoder_layers:
             layer.compile(dynamic=True, backend=compiled)
         graphs = []
-        for some, wanted in zip(shapes, expected):
-            assert torch.allclose(logps(logps.collate(some, "cpu")), wanted, atol=1e-5)
+        for some, logps_alone in zip(shapes, expected):
+            assert torch.allclose(logps(logps.collate(some, "cpu")), logps_alone, atol=1e-5)
             graphs.append(compiled.frame_count)
     # The second shape shows what varies; after it nothing is compiled.
     assert 0 < graphs[0] <= graphs[1] == graphs[-1]
@@ -253,18 +250,18 @@ def test_multimodal_wrapper_scores_text_through_its_decoder(
     logps = SequenceLogps(lm)
     assert logps.packs
     with torch.no_grad():
-        got = logps(pack(pairs))
-    assert torch.allclose(got, one_at_a_time(lm, pairs), atol=1e-4)
+        values = logps(pack(pairs))
+    assert torch.allclose(values, one_at_a_time(lm, pairs), atol=1e-4)
 
 
 def test_replaced_neighbour_leaves_a_score_bit_for_bit(
     tiny_lm: Lm, pairs: list[RenderedPair]
 ) -> None:
     logps = SequenceLogps(tiny_lm("llama"))
-    other = replace(pairs[1], rejected=replace(pairs[1].rejected))
-    other.rejected.token_ids[-1] += 1
+    changed = replace(pairs[1], rejected=replace(pairs[1].rejected))
+    changed.rejected.token_ids[-1] += 1
     with torch.no_grad():
         before = logps(pack(pairs[:2]))
-        after = logps(pack([pairs[0], other]))
+        after = logps(pack([pairs[0], changed]))
     mine = pack(pairs[:2]).sequence < 2
     assert torch.equal(before[mine], after[mine])

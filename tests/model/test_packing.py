@@ -46,14 +46,14 @@ def sequences(pairs: list[RenderedPair]) -> list[RenderedSequence]:
 
 
 def check_scored_tokens(batch: Batch, pairs: list[RenderedPair]) -> None:
-    """Every scored token once, in order, with the index of its sequence and of its tail."""
+    """Every scored token once, in order, with the index of its sequence."""
     rows = sequences(pairs)
     assert batch.targets.tolist() == [t for s in rows for t in s.token_ids[s.start :]]
-    assert batch.counts == tuple(len(s.token_ids) - s.start for s in rows)
+    assert batch.token_counts == tuple(len(s.token_ids) - s.start for s in rows)
     assert batch.num_sequences == len(rows)
-    assert batch.sequence.tolist() == [i for i, n in enumerate(batch.counts) for _ in range(n)]
-    ends = [i >= s.end_start for s in rows for i in range(s.start, len(s.token_ids))]
-    assert batch.tail.tolist() == ends
+    assert batch.sequence.tolist() == [
+        i for i, n in enumerate(batch.token_counts) for _ in range(n)
+    ]
 
 
 def check_predictors(batch: Batch, pairs: list[RenderedPair]) -> None:

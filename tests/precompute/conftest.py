@@ -1,4 +1,4 @@
-"""Shared by the tests of scoring: pairs built to hit corners, and one vLLM engine for all tests."""
+"""Fixtures of the scoring tests: pairs of corner cases, and a vLLM engine that tests share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rendered(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[in
 def random_pair(
     prompt: int, common: int, chosen: int, rejected: int, generator: random.Random
 ) -> RenderedPair:
-    """Random ids: `common` first tokens of both responses, then so many of each one's own."""
+    """Random ids: `common` first tokens of both responses, then the given numbers of their own."""
 
     def ids(count: int) -> list[int]:
         return [generator.randrange(20, VOCABULARY) for _ in range(count)]
@@ -61,7 +61,7 @@ def corner_pairs() -> list[RenderedPair]:
     """Prompt lengths 1 to 300, responses that share 0 to 40 first tokens, one-token responses.
 
     Wherever the responses part at a multiple of a block size, both with and without a common
-    beginning; also a response that is the beginning of the other, and prompts that stand twice.
+    beginning; also a response that is the beginning of the other, and prompts that occur twice.
     """
     generator = random.Random(7)
     pairs = []
@@ -131,11 +131,13 @@ def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> l
     return [PairTokenLogps(logps(pair.chosen), logps(pair.rejected)) for pair in pairs]
 
 
-def largest_difference(one: Sequence[PairTokenLogps], other: Sequence[PairTokenLogps]) -> float:
+def largest_difference(
+    scored: Sequence[PairTokenLogps], expected: Sequence[PairTokenLogps]
+) -> float:
     """Of the log-probs of a sequence, in nats, over both branches; every shape must agree."""
     worst = 0.0
-    assert len(one) == len(other)
-    for a, b in zip(one, other):
+    assert len(scored) == len(expected)
+    for a, b in zip(scored, expected):
         for x, y in ((a.chosen, b.chosen), (a.rejected, b.rejected)):
             assert x.shape == y.shape
             assert np.isfinite(x).all()
@@ -144,11 +146,11 @@ def largest_difference(one: Sequence[PairTokenLogps], other: Sequence[PairTokenL
 
 
 class EngineProcess:
-    """An engine behind pickles; see engine_process.py."""
+    """An engine in another process, reached through pickles; see engine_process.py."""
 
     def __init__(self, name: str, settings: EngineSettings) -> None:
         script = Path(__file__).with_name("engine_process.py")
-        # vLLM binds a spinning thread to every core, which other processes' tests would wait for.
+        # vLLM binds a busy thread to every core, which slows down the tests of other processes.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self._process = subprocess.Popen(
             [sys.executable, script, name],

@@ -1,4 +1,4 @@
-"""Engine hf: rows as one response at a time gives them, whatever lies beside a pair in its row."""
+"""Engine hf: log-probs as for one response at a time, whatever else is in a pair's row."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_autocast_computes_in_bfloat16(
 
 
 class ShortOfMemory:
-    """Lets rows of up to `room` tokens through; remembers the sizes it was asked for."""
+    """Computes rows of up to `room` tokens; remembers the sizes of all rows."""
 
     def __init__(self, engine: HfEngine, room: int) -> None:
         self.launch, self.room, self.sizes = engine._launch, room, []

@@ -1,4 +1,4 @@
-"""A real `mrpo precompute` dies of SIGKILL at every kind of moment, and nothing is lost or doubled.
+"""A real `mrpo precompute` is killed at every kind of moment, and nothing is lost or doubled.
 
 `python benchmarks/kills.py` does the same a hundred times.
 """

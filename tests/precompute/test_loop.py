@@ -70,11 +70,11 @@ def test_scores_do_not_depend_on_shard_size_or_order(
     models = {alias: spec.model for alias, spec in load_refs(workspace.refs_config).items()}
     other = Workspace(tmp_path / "other", models)
     other.score("mistral", other.prepare(rows(20)[::-1], shard_pairs=shard_pairs))
-    one, two = workspace.by_id("mistral"), other.by_id("mistral")
-    assert one.keys() == two.keys()
-    for pair_id, row in one.items():
-        assert row["chosen_logp"] == pytest.approx(two[pair_id]["chosen_logp"], abs=CLOSE)
-        assert row["rejected_logp"] == pytest.approx(two[pair_id]["rejected_logp"], abs=CLOSE)
+    expected, reordered = workspace.by_id("mistral"), other.by_id("mistral")
+    assert expected.keys() == reordered.keys()
+    for pair_id, row in expected.items():
+        for name in ("chosen_logp", "rejected_logp"):
+            assert row[name] == pytest.approx(reordered[pair_id][name], abs=CLOSE)
 
 
 def test_beyond_the_models_context_is_stored_and_a_users_limit_is_not(
@@ -119,7 +119,7 @@ def test_refusals_alone_are_stored_without_an_engine(workspace: Workspace) -> No
 
 @pytest.fixture
 def broken(workspace: Workspace, tmp_path: Path) -> Path:
-    """The llama with one token's embedding not a number: the token for "?"."""
+    """The llama with NaN as the embedding of the token "?"."""
     folder = tmp_path / "broken"
     source = load_refs(workspace.refs_config)["llama"].model
     renderer = Renderer.load(source)
@@ -141,9 +141,11 @@ def test_a_score_that_is_not_finite_is_refused_and_the_others_stay(
     other = Workspace(tmp_path / "nan", {"broken": broken})
     pairs = other.prepare(data)
     bad = pairs.pair_ids(0)[0].tobytes()
-    with pytest.raises(UserError, match=f"reference broken: pair {bad.hex()}.*not finite") as told:
+    with pytest.raises(
+        UserError, match=f"reference broken: pair {bad.hex()}.*not finite"
+    ) as raised:
         other.score("broken", pairs)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     stored = other.by_id("broken")
     assert len(stored) == 3
     assert bad not in stored
@@ -152,15 +154,15 @@ def test_a_score_that_is_not_finite_is_refused_and_the_others_stay(
 def test_a_shard_that_another_process_holds_is_waited_for_and_not_scored_twice(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The other one takes the second shard, stores it, and lets go while we wait."""
-    monkeypatch.setattr(loop, "POLL", 0.02)
+    """The other process takes the second shard, stores it and releases it while we wait."""
+    monkeypatch.setattr(loop, "POLL_SECONDS", 0.02)
     pairs = workspace.prepare(rows(12), shard_pairs=6)
     (tmp_path / "other").mkdir()
     entries = {alias: spec.model for alias, spec in load_refs(workspace.refs_config).items()}
     other = Workspace(tmp_path / "other", entries)
     other.score("qwen", pairs)
     ids = {row["pair_id"] for row in other.table("qwen").to_pylist()}
-    theirs = [one.tobytes() for one in pairs.pair_ids(1)]
+    theirs = [pair_id.tobytes() for pair_id in pairs.pair_ids(1)]
     table = other.table("qwen")
     table = table.filter(np.isin(table["pair_id"].to_numpy(), theirs))
     scores = workspace.scores("qwen")
@@ -185,6 +187,6 @@ def test_a_shard_that_another_process_holds_is_waited_for_and_not_scored_twice(
 
 
 def loop_over(workspace: Workspace, pairs: Any, hear: Any) -> None:
-    from mrpo.precompute.worker import run
+    from mrpo.precompute.worker import run_job
 
-    run(workspace.job("qwen", pairs), hear)
+    run_job(workspace.job("qwen", pairs), hear)

@@ -15,8 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mrpo.errors import UserError
-from mrpo.precompute import preflight
-from mrpo.precompute import reference_run as process
+from mrpo.precompute import preflight, process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 
@@ -27,7 +26,7 @@ def test_three_references_then_nothing(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace.prepare(rows(20))
-    assert precompute(workspace.config()) == 0
+    assert precompute(workspace.config()).exit_code == 0
     printed = capsys.readouterr().out
     for alias in ("llama", "mistral", "qwen"):
         assert f"{alias}: 20 pairs scored (" in printed
@@ -41,20 +40,22 @@ def test_three_references_then_nothing(
     (logs,) = Path(workspace.store.root, "logs").iterdir()
     assert yaml.safe_load((logs / "precompute.yaml").read_text())["refs"] == "llama,mistral,qwen"
 
-    monkeypatch.setattr(process, "COMMAND", FORBIDDEN)
-    assert precompute(workspace.config()) == 0
+    monkeypatch.setattr(process, "PYTHON", FORBIDDEN)
+    assert precompute(workspace.config()).exit_code == 0
     assert "llama: 0 pairs scored; 20 from the store" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_everything_and_writes_nothing(
     workspace: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "COMMAND", FORBIDDEN)
+    monkeypatch.setattr(process, "PYTHON", FORBIDDEN)
     data = rows(10)
     data[0]["chosen"][0]["content"] = "word " * 1200  # the context is 1,024 tokens
     data[1]["chosen"][0]["content"] = "word " * 120
     workspace.prepare(data)
-    assert precompute(workspace.config(refs="llama", dry_run=True, max_model_len=120)) == 0
+    assert (
+        precompute(workspace.config(refs="llama", dry_run=True, max_model_len=120)).exit_code == 0
+    )
     printed = capsys.readouterr().out
     assert "0 pairs in the store; 8 to score (" in printed
     assert "1 that can't be (beyond_context 1); 1 left out by --max-model-len" in printed
@@ -77,7 +78,7 @@ def test_preflight_counts_the_same_on_many_cores(
 def test_a_reference_that_fails_costs_the_others_nothing(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One whose weights do not load, one with weights that are not numbers, one that is fine."""
+    """Weights that do not load, weights that are NaN, and a reference without fault."""
     references = yaml.safe_load(workspace.refs_config.read_text())
     torn, broken = tmp_path / "torn", tmp_path / "broken"
     for folder, alias in ((torn, "llama"), (broken, "mistral")):
@@ -92,13 +93,13 @@ def test_a_reference_that_fails_costs_the_others_nothing(
     qwen = Path(references["qwen"]["model"])
     run = Workspace(tmp_path / "run", {"torn": torn, "broken": broken, "fine": qwen})
     run.prepare(rows(5))
-    assert precompute(run.config()) == 1
-    told = capsys.readouterr()
-    assert "torn: 0 pairs scored; 0 from the store; 5 NOT SCORED" in told.out
-    assert "fine: 5 pairs scored (" in told.out
-    assert "reference torn failed: exit code 1; the end of " in told.err
-    assert "SafetensorError" in told.err
-    assert "error: reference broken: pair " in told.err
+    assert precompute(run.config()).exit_code == 1
+    printed = capsys.readouterr()
+    assert "torn: 0 pairs scored; 0 from the store; 5 NOT SCORED" in printed.out
+    assert "fine: 5 pairs scored (" in printed.out
+    assert "reference torn failed: exit code 1; the end of " in printed.err
+    assert "SafetensorError" in printed.err
+    assert "error: reference broken: pair " in printed.err
     assert len(run.by_id("fine")) == 5
     assert len(run.by_id("torn")) == len(run.by_id("broken")) == 0
 
@@ -107,7 +108,7 @@ def test_data_is_prepared_first(workspace: Workspace, monkeypatch: pytest.Monkey
     source = workspace.folder / "raw.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows(3)))
     config = workspace.config(data=str(source), dry_run=True)
-    assert precompute(config) == 0
+    assert precompute(config).exit_code == 0
     assert (workspace.folder / "pairs" / "manifest.json").exists()
 
 
@@ -128,9 +129,9 @@ def test_text_pairs_for_a_model_with_a_chat_template_are_warned_of(
         ({"engine": "server", "server": "http://a:1"}, "a server serves one model"),
         ({"engine": "server", "server": "llama=a:1", "refs": "llama"}, "has no URL for llama"),
         ({"engine": "server", "server": "http://me:key@a:1", "refs": "llama"}, "VLLM_API_KEY"),
-        ({"engine": "vllm", "bf16": True}, "--bf16 is of engine hf"),
-        ({"max_tokens": 0}, "--max-tokens 0: must be 1 or more"),
-        ({"gpu_memory_utilization": 90}, "--gpu-memory-utilization 90: must be above 0"),
+        ({"engine": "vllm", "bf16": True}, "--bf16 is for --engine hf"),
+        ({"max_tokens": 0}, "--max-tokens is 0; it must be above 0"),
+        ({"gpu_memory_utilization": 90}, "--gpu-memory-utilization is 90; it must be in"),
     ],
 )
 def test_a_users_mistake_stops_before_any_work(
@@ -145,7 +146,7 @@ def test_a_users_mistake_stops_before_any_work(
 def test_vllm_that_is_not_there_is_a_users_mistake(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mrpo.precompute.placement.find_spec", lambda name: None)
+    monkeypatch.setattr("mrpo.precompute.reference_run.find_spec", lambda name: None)
     with pytest.raises(UserError, match="vLLM is not installed"):
         precompute(workspace.config(engine="vllm"))
 

@@ -1,4 +1,4 @@
-"""`mrpo refs` lists what is at hand and says what is not, without opening weights."""
+"""`mrpo refs` lists references and says which models are missing, without opening weights."""
 
 from __future__ import annotations
 

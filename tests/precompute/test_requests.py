@@ -1,4 +1,4 @@
-"""The plan of requests against a prefix cache that behaves as vLLM's: whole blocks, never asked."""
+"""The plan of requests, played through a prefix cache that behaves as vLLM's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mrpo.precompute.engines.requests import (
 
 @st.composite
 def pairs(draw: st.DrawFn) -> RenderedPair:
-    """Few different tokens, so that responses begin alike and prompts repeat; starts may differ."""
+    """Few different tokens, so that responses share beginnings and prompts repeat."""
     token = st.integers(0, 2)
     prompt = draw(st.lists(token, min_size=2, max_size=40))
     responses = [draw(st.lists(token, min_size=1, max_size=24)) for _ in range(2)]
@@ -65,7 +65,7 @@ def test_within_a_pair_the_cache_never_swallows_a_row_that_is_needed(
     batch: list[RenderedPair], block: int
 ) -> None:
     for pair in batch:
-        cache = Cache(block)  # one for each pair: what other pairs leave is checked on output
+        cache = Cache(block)  # per pair: what other pairs left there is checked on output
         for request in plan_requests([pair], block):
             assert cache.cached(request) < request.first
 
@@ -118,8 +118,8 @@ def test_only_common_tokens_that_fill_a_block_keep_a_response_from_the_cache() -
         for prompt in range(30, 35)
         for common in (0, 1, 2, 15)
     }
-    swallowed = {(32, 0), (31, 1), (30, 2), (33, 15)}  # common tokens: 32, 32, 32, 48
-    assert {case for case, read in reads.items() if not read} == swallowed
+    without_cache = {(32, 0), (31, 1), (30, 2), (33, 15)}  # common tokens: 32, 32, 32, 48
+    assert {case for case, read in reads.items() if not read} == without_cache
 
 
 def test_what_both_responses_begin_with_is_asked_for_once() -> None:

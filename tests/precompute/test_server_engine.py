@@ -1,4 +1,4 @@
-"""Engine server: its manners against a few lines of HTTP, its numbers against a real vLLM."""
+"""Engine server: its requests against a small HTTP server, its numbers against a real vLLM."""
 
 from __future__ import annotations
 
@@ -30,17 +30,25 @@ CLOSE = 1e-3  # nats, of a whole sequence
 
 
 class FakeServer(ThreadingHTTPServer):
-    """vLLM's answers; the log-prob of token t at place i is -(t + i / 1000).
+    """vLLM's answers; the log-prob of token t at position i is -(t + i / 1000).
 
-    `shares`: it has the route for given ids; `swallows`: there, scores are left out where the
-    cache may be read.
+    `shares`: it has the route for given ids; `omits`: there, scores are left out where the cache
+    may be read. `code` and `text`: what it answers instead, to everything.
     """
 
-    def __init__(self, failures: int = 0, shares: bool = False, swallows: bool = False) -> None:
+    def __init__(
+        self,
+        failures: int = 0,
+        shares: bool = False,
+        omits: bool = False,
+        code: int | None = None,
+        text: str = "",
+    ) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.code, self.text = code, text
         self.failures = failures  # answers of 503 before the first good one
-        self.shares, self.swallows = shares, swallows
-        self.tokens = [1, 2]  # what /tokenize says
+        self.shares, self.omits = shares, omits
+        self.tokens = [1, 2]  # the answer of /tokenize
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
@@ -70,7 +78,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def given_ids(self, body: dict[str, Any]) -> dict[str, Any]:
         sampling = body["sampling_params"]
-        if self.swallows and not sampling["skip_reading_prefix_cache"]:
+        if self.omits and not sampling["skip_reading_prefix_cache"]:
             return {"prompt_token_id_logprobs": None}
         ids, start = sampling["prompt_logprob_token_ids"], sampling["prompt_logprob_start"]
         assert [token for (token,) in ids] == body["token_ids"][start + 1 :]
@@ -94,7 +102,11 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.server.failures -= 1
         code = 503 if self.server.failures >= 0 else 200
         content = json.dumps(self.server.answer(self.path, body) if code == 200 else {}).encode()
+        if self.server.code is not None:
+            code, content = self.server.code, self.server.text.encode()
         self.send_response(code)
+        if code == 307:
+            self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -132,7 +144,7 @@ def fake_logps(sequence: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"shares": True}, {"shares": True, "swallows": True}], ids=str
+    "options", [{}, {"shares": True}, {"shares": True, "omits": True}], ids=str
 )
 def test_every_scored_token_has_the_log_prob_of_its_own_id_and_place(
     serve: Serve, make_pair: Any, options: dict[str, bool]
@@ -151,10 +163,10 @@ def test_every_scored_token_has_the_log_prob_of_its_own_id_and_place(
     assert {body["model"] for body in fake.bodies} == {"served"}
 
 
-def test_a_response_reads_the_cache_only_where_no_block_can_swallow_its_first_row(
+def test_a_response_reads_the_cache_only_where_no_block_can_hold_its_first_row(
     serve: Serve, make_pair: Any
 ) -> None:
-    """Nothing tells the block size, but it is a multiple of 8: 16 common tokens may be a block."""
+    """The block size is unknown, but a multiple of 8: 16 common tokens may be a block."""
     fake = serve(shares=True)
     running = engine(fake.url)
     for common in (1, 2):
@@ -185,6 +197,26 @@ def test_a_server_that_stays_away_is_a_users_mistake(
         free.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match=r"failed 3 times.*is the server up"):
             engine(f"http://127.0.0.1:{free.getsockname()[1]}")
+
+
+def test_a_refused_request_or_a_redirect_is_one_line_at_once(serve: Serve) -> None:
+    """No second attempt, and nothing is sent to where a redirect points."""
+    for code, reason in ((401, "401 no key given"), (307, "307")):
+        fake = serve(code=code, text="no key\ngiven")
+        with pytest.raises(UserError, match=f"/v1/models answers {reason}") as raised:
+            engine(fake.url)
+        assert "\n" not in str(raised.value)
+        assert len(fake.keys) == 1
+
+
+def test_pauses_double_and_an_answer_that_is_no_json_is_asked_for_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "ATTEMPTS", 4)
+    with pytest.raises(UserError, match="failed 4 times, last with: no JSON: <html>"):
+        engine(serve(code=200, text="<html>").url)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[-2] for line in lines] == ["0.01", "0.02", "0.04"]
 
 
 def test_another_model_or_tokenizer_is_refused(serve: Serve) -> None:
@@ -259,7 +291,7 @@ def test_a_real_server_gives_the_rows_of_transformers(
     expected: list[PairTokenLogps],
     differ: Any,
 ) -> None:
-    """It has the sharing route, but a CPU's runner does not score given ids: found out and left."""
+    """It has the sharing route, but a CPU's runner does not score given ids: so it is not used."""
     tokenizer = Renderer.load(reference_folder).tokenizer
     probes = {text: tokenizer.encode(text, add_special_tokens=False) for text in PROBES}
     running = engine(real_server, str(reference_folder), probes=probes, concurrency=16)

@@ -1,4 +1,4 @@
-"""`mrpo store verify --rescore`: a sample scored again, found again, or said to differ."""
+"""`mrpo store verify --rescore`: a sample scored again agrees, or is reported to differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def workspace(
     model = shutil.copytree(tiny_references["llama"], folder / "model")
     workspace = Workspace(folder, {"llama": model})
     workspace.prepare(rows(12))
-    assert precompute(workspace.config()) == 0
+    assert precompute(workspace.config()).exit_code == 0
     return workspace
 
 
@@ -39,7 +39,7 @@ def settings(workspace: Workspace, **more: object) -> VerifyConfig:
 
 def test_an_untouched_reference_is_found_again(workspace: Workspace, capsys: Capture) -> None:
     before = workspace.store.references()
-    assert verify(settings(workspace)) == 0
+    assert verify(settings(workspace)).exit_code == 0
     printed = capsys.readouterr().out
     assert "agrees  llama@" in printed
     assert "5 pairs scored again in float32" in printed
@@ -52,18 +52,18 @@ def test_pairs_that_moved_are_named_by_a_flag(workspace: Workspace, capsys: Capt
     try:
         with pytest.raises(UserError, match="name a folder of pairs with --pairs"):
             verify(settings(workspace))
-        assert verify(settings(workspace, pairs=str(moved), rescore=100)) == 0
+        assert verify(settings(workspace, pairs=str(moved), rescore=100)).exit_code == 0
     finally:
         moved.rename(pairs)
     assert "12 pairs scored again" in capsys.readouterr().out
 
 
-def test_a_reference_that_refs_yaml_has_not_is_skipped_aloud(
+def test_a_reference_that_refs_yaml_lacks_is_skipped_with_a_line(
     workspace: Workspace, capsys: Capture
 ) -> None:
     other = workspace.folder / "other.yaml"
     other.write_text("other: org/name")
-    assert verify(settings(workspace, refs_config=str(other))) == 0
+    assert verify(settings(workspace, refs_config=str(other))).exit_code == 0
     assert "skipped llama@" in capsys.readouterr().out
 
 
@@ -74,7 +74,7 @@ def test_changed_weights_are_another_reference(workspace: Workspace, capsys: Cap
     tensors["model.norm.weight"] += 0.01
     save_file(tensors, path, metadata={"format": "pt"})
     try:
-        assert verify(settings(workspace)) == 1
+        assert verify(settings(workspace)).exit_code == 1
     finally:
         path.write_bytes(original)
     assert "is another reference now" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_a_wrong_score_with_a_right_digest_is_found(workspace: Workspace, capsys
     place = table.column_names.index("chosen_logp")
     wrong = pc.subtract(table["chosen_logp"], pa.scalar(0.5))
     scores.add(table.set_column(place, "chosen_logp", wrong))
-    assert verify(settings(workspace)) == 1
+    assert verify(settings(workspace)).exit_code == 1
     printed = capsys.readouterr().out
     assert "0 damaged" in printed
     assert "differs llama@" in printed

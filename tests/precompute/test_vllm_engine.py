@@ -1,4 +1,4 @@
-"""Engine vllm for real, on the CPU: every row as transformers computes it, in all corners."""
+"""A real vLLM engine on the CPU: log-probs as transformers computes them, in all corner cases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_corner_pair_is_as_one_response_at_a_time(
     scored = vllm_engine.score(corner_pairs)
     assert differ(scored, expected) < CLOSE
     assert vllm_engine.counters["finished"] == len(corner_pairs)
-    # Prompts that stand in one pair only are shared without a second attempt.
+    # Prompts of a single pair are shared without a second attempt.
     assert vllm_engine.counters["asked_again"] <= 12
     assert vllm_engine.counters["cached_tokens"] > 20_000
 
@@ -39,7 +39,7 @@ def test_every_corner_pair_is_as_one_response_at_a_time(
 def test_rows_that_the_cache_swallows_are_asked_for_again(
     vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
 ) -> None:
-    """The second time every block is cached, that of the responses too."""
+    """The second time every block is cached, those of the responses too."""
     vllm_engine.score(corner_pairs)
     scored = vllm_engine.score(corner_pairs)
     assert vllm_engine.counters["asked_again"] > 100
@@ -59,7 +59,7 @@ def test_order_and_neighbours_change_nothing(
 def test_a_sequence_may_be_as_long_as_the_context(
     vllm_engine: Any, reference_folder: Any, make_pair: Any, one_by_one: Any, differ: Any
 ) -> None:
-    """1,024 tokens are the model's context, five chunks, and one token less than vLLM wants."""
+    """1,024 tokens are the model's context and five chunks; vLLM wants room for one token more."""
     assert vllm_engine.limit == 1024
     pairs = [make_pair(1000, 0, 24, 20), make_pair(960, 32, 32, 1)]
     assert differ(vllm_engine.score(pairs), one_by_one(reference_folder, pairs)) < CLOSE
@@ -73,7 +73,7 @@ def test_the_facts_name_engine_version_and_route(vllm_engine: Any) -> None:
 
 
 class TestArguments:
-    """What vLLM is started with, without starting it."""
+    """The arguments that vLLM would be started with."""
 
     def test_there_is_room_for_the_longest_sequence_and_the_answer(
         self, reference_folder: Path
@@ -119,7 +119,7 @@ class TestArguments:
 
 
 class TestReading:
-    """What an output says, on both routes, without an engine."""
+    """How an output is read on both routes, without an engine."""
 
     request_ = Request(pair=0, branch=1, token_ids=[5, 6, 7, 8, 9], first=3, read_cache=True)
 

@@ -24,7 +24,7 @@ def test_vllm_and_transformers_store_the_same_rows(
     entry = {"model": str(reference_folder), "adapter": str(adapter_folder)}
     workspace = Workspace(tmp_path, {"adapted": entry})
     pairs = workspace.prepare(rows(40), shard_pairs=25)
-    assert precompute(workspace.config(engine="vllm")) == 0
+    assert precompute(workspace.config(engine="vllm")).exit_code == 0
     assert "adapted: 40 pairs scored (" in capsys.readouterr().out
     stored = workspace.by_id("adapted")
     (record,) = workspace.store.references()

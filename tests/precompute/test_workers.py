@@ -1,4 +1,4 @@
-"""Worker processes of `mrpo precompute`: killed, out of memory, at fault, and on their GPUs."""
+"""Worker processes of `mrpo precompute`: killed, out of memory, failing, and on their GPUs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 
 from mrpo.errors import UserError
-from mrpo.precompute import preflight
-from mrpo.precompute import reference_run as process
+from mrpo.precompute import preflight, process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 
@@ -49,9 +50,9 @@ def command_line(workspace: Workspace) -> Iterator[list[str]]:
         "import json, sys\n"
         "from mrpo.precompute.config import PrecomputeConfig\n"
         "from mrpo.precompute.run import precompute\n"
-        "sys.exit(precompute(PrecomputeConfig(**json.loads(sys.argv[1]))))"
+        "sys.exit(precompute(PrecomputeConfig(**json.loads(sys.argv[1]))).exit_code)"
     )
-    settings = {name: getattr(config, name) for name in config.__slots__}
+    settings = asdict(config)
     return [sys.executable, "-c", code, json.dumps(settings)]
 
 
@@ -71,7 +72,7 @@ def test_a_killed_run_takes_its_worker_along_and_two_workers_share_what_is_left(
     assert 2 <= len(kept) < 60
     assert workspace.scores("llama").damaged() == []
 
-    assert precompute(workspace.config(refs="llama", data_parallel_size=2)) == 0
+    assert precompute(workspace.config(refs="llama", data_parallel_size=2)).exit_code == 0
     assert f"{120 - 2 * len(kept)} pairs scored (" in capsys.readouterr().out
     names = workspace.scores("llama").names()
     assert set(kept) < set(names)
@@ -83,17 +84,17 @@ def test_a_killed_run_takes_its_worker_along_and_two_workers_share_what_is_left(
 
 
 IDLE = """
-import subprocess, threading, time
-from mrpo.precompute.worker import _end_with_parent
-engine = subprocess.Popen(["sleep", "300"])
-threading.Thread(target=_end_with_parent, daemon=True).start()
-print(engine.pid, flush=True)
-time.sleep(300)
+import subprocess, time
+from mrpo.precompute.process import serve
+def handle(job, report):
+    report({"engine": subprocess.Popen(["sleep", "300"]).pid})
+    time.sleep(300)
+serve(handle)
 """
 
 
 def test_a_worker_that_is_busy_ends_with_its_parent_and_takes_its_engines_along() -> None:
-    """It tells nothing meanwhile, so only the end of its stdin can say that the parent is gone."""
+    """It sends no events meanwhile, so only the end of its stdin shows that the parent is gone."""
     worker = subprocess.Popen(
         [sys.executable, "-c", IDLE],
         stdin=subprocess.PIPE,
@@ -102,36 +103,101 @@ def test_a_worker_that_is_busy_ends_with_its_parent_and_takes_its_engines_along(
     )
     assert worker.stdin is not None
     assert worker.stdout is not None
-    engine = int(worker.stdout.readline())
+    worker.stdin.write(b"{}\n")
+    worker.stdin.flush()
+    engine = json.loads(worker.stdout.readline())["engine"]
     assert not gone(engine)
     worker.stdin.close()
     assert worker.wait(10) == -signal.SIGKILL
     wait_for(lambda: gone(engine), seconds=10)
 
 
+SERVING = """
+from mrpo.errors import UserError
+from mrpo.precompute.process import serve
+def handle(job, report):
+    if job["number"] == 3:
+        raise UserError("three is not allowed")
+    if job["number"] == 4:
+        raise RuntimeError("four is a fault")
+    print("noise")
+    report({"event": "square", "value": job["number"] ** 2})
+serve(handle)
+"""
+
+
+def test_a_worker_stays_up_for_more_jobs_until_it_is_stopped_or_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A user's mistake ends the job only; any other error ends the worker and is in its log."""
+    monkeypatch.setattr(process, "PYTHON", (sys.executable, "-c", SERVING))
+    queue: SimpleQueue[Any] = SimpleQueue()
+    worker = process.WorkerProcess("unused", {"number": 2}, queue, tmp_path / "log")
+    events = []
+    for number in (3, 5, 4):
+        while True:
+            source, event = queue.get(timeout=60)
+            assert source is worker
+            events.append(event)
+            if event["event"] in ("finished", "error"):
+                break
+        worker.send({"number": number})
+    assert events == [
+        {"event": "square", "value": 4},
+        {"event": "finished"},
+        {"event": "error", "text": "three is not allowed"},
+        {"event": "square", "value": 25},
+        {"event": "finished"},
+    ]
+    assert queue.get(timeout=60) == (worker, None)
+    assert worker.exit_code == 1
+    assert "RuntimeError: four is a fault" in worker.why_it_failed()
+    worker.send({"number": 6})  # the worker is gone: no error
+
+    idle = process.WorkerProcess("unused", {"number": 2}, queue, tmp_path / "log")
+    for name in ("square", "finished"):
+        assert queue.get(timeout=60)[1]["event"] == name
+    idle.stop()
+    assert idle.exit_code == -signal.SIGKILL
+    assert queue.get(timeout=60) == (idle, None)
+
+
+def test_folders_of_the_users_are_not_imported_in_place_of_ours(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` alone would put the working folder in front of all packages."""
+    for name in ("data", "model", "mrpo", "torch"):
+        (workspace.folder / name).mkdir()
+        (workspace.folder / name / "__init__.py").write_text("raise RuntimeError(__file__)")
+    workspace.prepare(rows(2))
+    monkeypatch.chdir(workspace.folder)
+    assert precompute(workspace.config(refs="llama")).exit_code == 0
+    assert len(workspace.by_id("llama")) == 2
+
+
 RECORDING = """
 import json, pathlib, sys
 job = json.loads(sys.stdin.readline())
 with open({path!r}, "a") as jobs: print(json.dumps(job), file=jobs)
-def tell(**event): print(json.dumps(event), flush=True)
+def send(**event): print(json.dumps(event), flush=True)
 """
 
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Jobs]:
-    """Puts a worker of a few lines in place of the real one; gives the jobs it was given."""
+    """Replaces the worker by a script of a few lines; returns the jobs that it gets."""
     path = tmp_path / "jobs.jsonl"
 
     def install(code: str) -> Jobs:
         script = RECORDING.format(path=str(path)) + code
-        monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", script))
+        monkeypatch.setattr(process, "PYTHON", (sys.executable, "-c", script))
         return Jobs(path)
 
     return install
 
 
 class Jobs:
-    """The jobs that workers were given so far."""
+    """The jobs that workers have got so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,7 +217,7 @@ def test_a_damaged_file_is_set_aside_and_its_pairs_are_missing_again(
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     worker("")
-    assert precompute(workspace.config(refs="llama")) == 1
+    assert precompute(workspace.config(refs="llama")).exit_code == 1
     printed = capsys.readouterr().out
     assert f"damaged, set aside, its pairs are scored again: {name}" in printed
     assert "6 pairs in the store; 6 to score (" in printed
@@ -166,33 +232,33 @@ def test_a_worker_out_of_memory_is_replaced_by_one_with_half_the_batch(
 ) -> None:
     workspace.prepare(rows(4))
     jobs = worker(
-        "tell(event='ready', facts={'max_tokens': job['settings']['max_tokens']})\n"
+        "send(event='ready', facts={'max_tokens': job['settings']['max_tokens']})\n"
         "print('torch.OutOfMemoryError: CUDA out of memory', file=sys.stderr)\n"
         "sys.exit(1)\n"
     )
-    assert precompute(workspace.config(refs="llama", max_tokens=1200)) == 1
+    assert precompute(workspace.config(refs="llama", max_tokens=1200)).exit_code == 1
     assert [job["settings"]["max_tokens"] for job in jobs] == [1200, 600, 300]
-    told = capsys.readouterr().err
-    assert "llama: out of memory; going on with 600 tokens at once" in told
-    assert "reference llama failed: exit code 1; the end of " in told
+    printed = capsys.readouterr().err
+    assert "llama: out of memory; going on with 600 tokens at once" in printed
+    assert "reference llama failed: exit code 1; the end of " in printed
 
 
 def test_a_workers_mistake_is_one_line_and_names_what_is_left(
     workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace.prepare(rows(4))
-    worker("tell(event='error', text=job['settings']['alias'] + ' is broken'); sys.exit(2)")
+    worker("send(event='error', text=job['settings']['alias'] + ' is broken'); sys.exit(2)")
     with pytest.raises(UserError, match=r"^llama is broken; qwen is broken$"):
         precompute(workspace.config(refs="llama,qwen"))
     assert "llama: 0 pairs scored; 0 from the store; 4 NOT SCORED" in capsys.readouterr().out
 
 
-def test_a_worker_killed_by_the_system_is_said_to_be(
+def test_a_worker_killed_by_the_system_is_reported_as_such(
     workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace.prepare(rows(4))
     worker("import os; os.kill(os.getpid(), 9)")
-    assert precompute(workspace.config(refs="qwen")) == 1
+    assert precompute(workspace.config(refs="qwen")).exit_code == 1
     assert "reference qwen failed: killed by SIGKILL" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.precompute.identity import resolve_reference
 from mrpo.precompute.preflight import model_context
-from mrpo.precompute.worker import Job, run
+from mrpo.precompute.worker import Job, run_job
 
 WORDS = ["what", "is", "the", "capital", "of", "France", "Paris", "eggs", "polite", "thank", "you"]
 
@@ -100,7 +100,7 @@ class Workspace:
     def score(self, alias: str, pairs: PairShards, **options: Any) -> list[dict[str, Any]]:
         """Do a worker's job in this process; returns its events of finished shards."""
         events: list[dict[str, Any]] = []
-        run(self.job(alias, pairs, **options), events.append)
+        run_job(self.job(alias, pairs, **options), events.append)
         return [event for event in events if event["event"] == "shard"]
 
     def table(self, alias: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -126,9 +126,9 @@ def _scores(folder: Path, pairs: PairShards, shard: int, missing: int) -> pa.Tab
     columns: dict[str, list[Any]] = {
         "chosen_logp": logps[0::2].tolist(),
         "rejected_logp": logps[1::2].tolist(),
-        "chosen_tokens": list(batch.counts[0::2]),
-        "rejected_tokens": list(batch.counts[1::2]),
-        "prompt_tokens": [one.chosen.start for one in rendered],
+        "chosen_tokens": list(batch.token_counts[0::2]),
+        "rejected_tokens": list(batch.token_counts[1::2]),
+        "prompt_tokens": [pair.chosen.start for pair in rendered],
     }
     there = {name: [None] * missing + values[missing:] for name, values in columns.items()}
     there["reason"] = ["beyond_context"] * missing + [None] * (len(rendered) - missing)

@@ -21,13 +21,14 @@ from typing import Any
 import peft  # noqa: F401  (so that no fork has to)
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+from mrpo import files
 from mrpo.train import checkpoint, loop, run
 from mrpo.train.config import TrainConfig
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (loop, "optimizer_step"),
     "save": (checkpoint.dcp, "save"),
-    "rename": (checkpoint, "_sync"),
+    "rename": (files, "sync"),
     "finish": (run, "write_model"),
 }
 
@@ -46,14 +47,18 @@ def train(settings: dict[str, Any], kill: dict[str, int]) -> None:
 
 
 def die_after(module: Any, name: str, count: int) -> None:
-    """Replace a function by one that ends the process behind its `count`-th call."""
+    """Replace a function by one that ends the process after its `count`-th call.
+
+    Of `sync` only the calls for a checkpoint's folder count: two for each checkpoint, one with the
+    state and one just before the folder gets its name.
+    """
     function: Callable[..., Any] = getattr(module, name)
     calls = 0
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         result = function(*args, **kwargs)
-        calls += 1
+        calls += name != "sync" or args[0].name.startswith(".step-")
         if calls == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return result

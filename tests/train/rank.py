@@ -28,7 +28,7 @@ def main() -> None:
             return not short or row_tokens < 120
 
         TokenBudget.fits = fits  # type: ignore[method-assign]
-        assert run.train(TrainConfig(**settings)) == 0
+        assert run.train(TrainConfig(**settings)).exit_code == 0
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
 from mrpo.errors import UserError
-from mrpo.method.grammar import method_of, parse_method
+from mrpo.method.grammar import MethodSettings, method_of, parse_method, reference_method
+from mrpo.method.objective import Method
 from mrpo.settings import build
 from mrpo.train.checkpoint import MAY_CHANGE
 from mrpo.train.config import ExportConfig, TrainConfig
@@ -23,7 +24,7 @@ FIELDS = {field.name: field for field in fields(TrainConfig)}
 def test_example_has_every_setting_with_its_default_and_a_comment() -> None:
     text = (ROOT / "configs" / "train.yaml").read_text()
     values = yaml.safe_load(text)
-    assert list(values) == list(FIELDS)
+    assert set(values) == set(FIELDS)
     for name, field in FIELDS.items():
         if field.default is not MISSING:
             assert values[name] == field.default, name
@@ -37,7 +38,7 @@ def test_example_is_a_config_file() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_setting_is_read(name: str) -> None:
-    if name in parse_method.__kwdefaults__:
+    if name in get_type_hints(MethodSettings):
         return  # read by its name, see below
     sources = [
         path.read_text() for path in (ROOT / "train").glob("*.py") if path.name != "config.py"
@@ -63,14 +64,21 @@ def test_setting_is_read(name: str) -> None:
 def test_setting_of_the_method_reaches_it(name: str, value: Any) -> None:
     expected = parse_method("mrpo", ["a", "b"], **{name: value})
     assert expected != parse_method("mrpo", ["a", "b"])
-    kinds = [TrainConfig(output_dir="run", refs="a,b", **{name: value})]
+    assert method_of(TrainConfig(output_dir="run", refs="a,b", **{name: value})) == expected
     if name in {field.name for field in fields(ExportConfig)}:
-        kinds += [ExportConfig(pairs="pairs", out="out", refs="a,b", **{name: value})]
-    assert [method_of(config) for config in kinds] == [expected] * len(kinds)
+        export = ExportConfig(pairs="pairs", out="out", refs="a,b", **{name: value})
+        assert reference_method(export) == expected
 
 
-def test_every_setting_of_the_method_is_one_of_train() -> None:
-    assert set(parse_method.__kwdefaults__) <= set(FIELDS)
+def test_settings_and_method_have_the_same_defaults() -> None:
+    for field in fields(Method):
+        if field.name in FIELDS and field.default is not MISSING:
+            assert FIELDS[field.name].default == field.default, field.name
+
+
+def test_the_method_covers_exactly_the_references_that_it_uses() -> None:
+    method = method_of(TrainConfig(output_dir="run", refs="a,b,c", method="mrpo:c/b"))
+    assert (method.references, method.columns) == (("c", "b"), (0, 1))
 
 
 def test_settings_that_may_change_exist() -> None:

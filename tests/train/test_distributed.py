@@ -58,10 +58,10 @@ def test_curve_is_that_of_one_process(runs: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["two", "one then two", "two then one"])
 def test_model_is_that_of_one_process(runs: Path, name: str) -> None:
-    expected, found = (load_file(runs / one / "model/model.safetensors") for one in ("one", name))
-    assert expected.keys() == found.keys()
+    expected, trained = (load_file(runs / run / "model/model.safetensors") for run in ("one", name))
+    assert expected.keys() == trained.keys()
     for key, tensor in expected.items():
-        assert (found[key] - tensor).norm() / tensor.norm() < 1e-4, key
+        assert (trained[key] - tensor).norm() / tensor.norm() < 1e-4, key
 
 
 def test_halved_budget_is_that_of_all_ranks(runs: Path) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mrpo import ctro_clip, multi_dpo_loss, preference_loss, virtual_reference
+from mrpo.method.arrays import NORMALIZATIONS
 from mrpo.method.grammar import METHODS
 from mrpo.method.losses import LOSS_TYPES
-from mrpo.method.normalization import NORMALIZATIONS
 from mrpo.method.virtual_reference import KINDS
 from mrpo.method.weightings import WEIGHTINGS
 

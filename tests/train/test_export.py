@@ -224,7 +224,7 @@ def mistakes() -> dict[str, tuple[dict[str, Any], str]]:
     return {
         "multi-dpo": ({"method": "multi-dpo"}, "has no virtual reference to export; export mrpo"),
         "no references": ({"refs": None}, "no references: give --refs, or name them in --method"),
-        "twice": ({"refs": "llama,llama"}, "a reference stands there twice"),
+        "twice": ({"refs": "llama,llama"}, "a reference is given twice"),
         "unknown": ({"method": "mrpo:gemma"}, "'gemma' is not among llama, mistral, qwen"),
     }
 

@@ -82,7 +82,7 @@ def test_three_steps_are_those_of_the_formula(inputs: Any, tmp_path: Path) -> No
         for at, pair in enumerate(batch.pairs):
             margin = response_logp(model, pair.chosen) - response_logp(model, pair.rejected)
             refs = batch.scores.ref_chosen_logps[at], batch.scores.ref_rejected_logps[at]
-            virtual = virtual_margin(*(one.tolist() for one in refs), 0.1)
+            virtual = virtual_margin(*(logps.tolist() for logps in refs), 0.1)
             losses.append(-torch.nn.functional.logsigmoid(0.1 * (margin - virtual)))
         loss = torch.stack(losses).mean()
         loss.backward()
@@ -109,7 +109,7 @@ def plain_run(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_curve(folder: Path, plain: Path) -> None:
     for name in ("loss", "grad_norm", "rewards/margins", "refs/weight/qwen"):
-        lines = [[line[name] for line in log_of(one)] for one in (folder, plain)]
+        lines = [[line[name] for line in log_of(run)] for run in (folder, plain)]
         assert lines[0] == pytest.approx(lines[1], rel=2e-4, abs=1e-6), name
 
 
@@ -173,11 +173,11 @@ def test_stops_before_an_update_that_is_not_finite(inputs: Any, tmp_path: Path) 
 
 def test_line_of_several_steps_is_their_mean(inputs: Any, tmp_path: Path, plain_run: Path) -> None:
     train(inputs.config(tmp_path / "run", logging_steps=3))
-    few, each = log_of(tmp_path / "run"), log_of(plain_run)
+    few, all_lines = log_of(tmp_path / "run"), log_of(plain_run)
     assert [line["step"] for line in few] == [3, 4]
-    assert few[0]["loss"] == pytest.approx(sum(line["loss"] for line in each[:3]) / 3)
-    assert few[0]["num_tokens"] == each[2]["num_tokens"]
-    assert few[1]["grad_norm"] == each[3]["grad_norm"]
+    assert few[0]["loss"] == pytest.approx(sum(line["loss"] for line in all_lines[:3]) / 3)
+    assert few[0]["num_tokens"] == all_lines[2]["num_tokens"]
+    assert few[1]["grad_norm"] == all_lines[3]["grad_norm"]
 
 
 def test_waiting_and_speed_are_logged(plain_run: Path) -> None:

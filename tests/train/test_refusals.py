@@ -97,7 +97,7 @@ def test_base_that_differs_from_its_scores_is_said_loudly(
         ({"report_to": "wandbb"}, "--report-to wandbb: must be none or some of"),
         ({"refs": None}, "no references: give --refs"),
         ({"refs": "llama,gemma"}, "gemma"),
-        ({"refs": "llama,llama"}, "stands there twice"),
+        ({"refs": "llama,llama"}, "is given twice"),
         ({"method": "mrpoo"}, "'mrpoo' is unknown"),
         ({"device": "tpu"}, "--device tpu: must be cpu or cuda"),
         ({"policy": "no/such-model"}, "policy no/such-model: no model to load"),

@@ -25,7 +25,7 @@ KILLS: dict[str, dict[str, int]] = {
     "before any checkpoint": {"step": 1},
     "behind a checkpoint": {"step": 3},
     "in a checkpoint": {"save": 2},
-    "before its name": {"rename": 9},
+    "before its name": {"rename": 4},
     "at the end": {"finish": 1},
 }
 
@@ -79,11 +79,11 @@ def test_killed_run_ends_as_the_undisturbed_one(killed: Path, name: str) -> None
     assert log_of(resumed) == log_of(plain)
     assert (resumed / "evaluation.json").read_text() == (plain / "evaluation.json").read_text()
     last = "checkpoints/step-00000007"
-    expected, found = tensors_of(plain / last), tensors_of(resumed / last)
+    expected, resumed_tensors = tensors_of(plain / last), tensors_of(resumed / last)
     assert any("exp_avg" in name for name in expected)
-    assert expected.keys() == found.keys()
+    assert expected.keys() == resumed_tensors.keys()
     for key, tensor in expected.items():
-        assert torch.equal(tensor, found[key]), key
+        assert torch.equal(tensor, resumed_tensors[key]), key
     states = [json.loads((run / last / "state.json").read_text()) for run in (plain, resumed)]
     assert states[0]["state"] == states[1]["state"]
     assert states[0]["accuracy"] == states[1]["accuracy"]
@@ -103,7 +103,7 @@ def test_sigterm_saves_within_the_step_and_resume_goes_on(
     inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
 ) -> None:
     config = inputs.config(tmp_path / "plain", save_steps=save_steps)
-    assert train(config) == 0
+    train(config)
     step = loop.optimizer_step
 
     def stopped_in_the_third(run: loop.Run, batch: Any) -> Any:
@@ -114,11 +114,12 @@ def test_sigterm_saves_within_the_step_and_resume_goes_on(
     config.output_dir = str(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "optimizer_step", stopped_in_the_third)
-        assert train(config) == 143
-    assert [one.state.step for one in checkpoints(tmp_path / "run" / "checkpoints")] == [3]
+        result = train(config)
+    assert (result.status, result.exit_code, result.held_out) == ("stopped", 143, {})
+    assert [saved.state.step for saved in checkpoints(tmp_path / "run" / "checkpoints")] == [3]
     assert not (tmp_path / "run" / "model").exists()
     config.resume = True
-    assert train(config) == 0
+    assert train(config).exit_code == 0
     assert log_of(tmp_path / "run") == log_of(tmp_path / "plain")
     weights = "model/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
@@ -136,7 +137,9 @@ def test_finished_run_says_so(
 ) -> None:
     before = (finished / "log.jsonl").read_bytes()
     config = inputs.config(finished, max_steps=5, save_steps=1, resume=True)
-    assert train(config) == 0
+    result = train(config)
+    assert (result.status, result.exit_code) == ("finished", 0)
+    assert result.held_out["eval_pairs"] == 12
     assert "this run is finished" in capsys.readouterr().out
     assert (finished / "log.jsonl").read_bytes() == before
 
@@ -145,9 +148,9 @@ def test_last_checkpoints_and_the_best_are_kept(finished: Path) -> None:
     evaluated = [line for line in log_of(finished) if "eval_loss" in line]
     accuracies = {line["step"]: line["eval_rewards/accuracies"] for line in evaluated}
     top = max(accuracies, key=lambda step: (accuracies[step], -step))
-    found = checkpoints(finished / "checkpoints")
-    assert {one.state.step for one in found} == {4, 5, top}
-    kept = best(found)
+    saved = checkpoints(finished / "checkpoints")
+    assert {checkpoint.state.step for checkpoint in saved} == {4, 5, top}
+    kept = best(saved)
     assert kept is not None
     assert kept.state.step == top
 

@@ -20,6 +20,7 @@ from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.train.checkpoint import best, checkpoints
 from mrpo.train.run import train
+from mrpo.train.run_folder import read_evaluation
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -29,7 +30,8 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    assert train(inputs.config(folder, max_steps=3, warmup_ratio=0.0)) == 0
+    result = train(inputs.config(folder, max_steps=3, warmup_ratio=0.0))
+    assert (result.status, result.exit_code, result.folder.path) == ("finished", 0, folder)
     return folder
 
 
@@ -44,7 +46,9 @@ def test_model_folder_loads_and_generates(inputs: Any, run: Path) -> None:
     )
     assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
     before = AutoModelForCausalLM.from_pretrained(inputs.references["llama"]).state_dict()
-    changed = [name for name, one in model.state_dict().items() if not one.equal(before[name])]
+    changed = [
+        name for name, weight in model.state_dict().items() if not weight.equal(before[name])
+    ]
     assert len(changed) == len(before)
 
 
@@ -54,7 +58,7 @@ def test_card_has_recipe_data_references_and_held_out_figures(inputs: Any, run: 
     assert front["library_name"] == "transformers"
     for record in Store(inputs.root / "store").references():
         assert record.identity in card
-    figures = json.loads((run / "evaluation.json").read_text())
+    figures = read_evaluation(run / "evaluation.json")["training"]["figures"]
     state = json.loads((run / "checkpoints/step-00000003/state.json").read_text())
     assert state["settings"]["pairs digest"] in card
     assert f"| eval_loss | {figures['eval_loss']:.4g} |" in card
@@ -63,12 +67,11 @@ def test_card_has_recipe_data_references_and_held_out_figures(inputs: Any, run: 
 
 
 def test_held_out_figures_are_those_of_the_last_evaluation(run: Path) -> None:
-    figures = json.loads((run / "evaluation.json").read_text())
+    training = read_evaluation(run / "evaluation.json")["training"]
     last = [line for line in log_of(run) if "eval_loss" in line][-1]
-    assert last["step"] == figures["step"] == 3
-    assert {name: figures[name] for name in last if name != "step"} == {
-        name: value for name, value in last.items() if name != "step"
-    }
+    assert last.pop("step") == training["step"] == 3
+    assert training["method"] == "mrpo:llama/mistral/qwen+arwc"
+    assert training["figures"] == last
 
 
 def test_settings_in_force_are_written(inputs: Any, run: Path) -> None:
@@ -114,7 +117,7 @@ def test_another_beta_scores_nothing_and_opens_no_reference(
     ids=lambda changes: next(iter(changes.values())),
 )
 def test_methods_train(inputs: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert train(inputs.config(tmp_path / "run", max_steps=1, **changes)) == 0
+    assert train(inputs.config(tmp_path / "run", max_steps=1, **changes)).exit_code == 0
     (line, _) = log_of(tmp_path / "run")
     weights = [value for name, value in line.items() if name.startswith("refs/weight/")]
     assert sum(weights) == pytest.approx(1)
@@ -145,18 +148,18 @@ def test_best_checkpoint_is_what_is_written_on_request(inputs: Any, tmp_path: Pa
     # A rate that ruins the policy: the first checkpoints are better than the last.
     changes = {"learning_rate": 0.3, "warmup_ratio": 0.0, "save_steps": 1, "max_steps": 4}
     train(inputs.config(tmp_path / "run", load_best_model_at_end=True, seed=1, **changes))
-    found = checkpoints(tmp_path / "run" / "checkpoints")
-    top = best(found)
+    top = best(checkpoints(tmp_path / "run" / "checkpoints"))
     assert top is not None
-    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert figures["step"] == top.state.step
-    assert figures["eval_rewards/accuracies"] == pytest.approx(top.accuracy)
+    training = read_evaluation(tmp_path / "run" / "evaluation.json")["training"]
+    assert training["step"] == top.state.step
+    assert training["figures"]["eval_rewards/accuracies"] == pytest.approx(top.accuracy)
 
 
 def test_bfloat16_autocast_stays_near_float32(inputs: Any, run: Path, tmp_path: Path) -> None:
     train(inputs.config(tmp_path / "run", max_steps=3, warmup_ratio=0.0, bf16=True))
     losses = [
-        [line["loss"] for line in log_of(one) if "loss" in line] for one in (tmp_path / "run", run)
+        [line["loss"] for line in log_of(folder) if "loss" in line]
+        for folder in (tmp_path / "run", run)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
@@ -194,7 +197,8 @@ def test_architecture_that_is_not_packed_trains_and_says_so(
         "rows        one response each: packing is not tested for llama" in capsys.readouterr().out
     )
     packed, single = (
-        [line["loss"] for line in log_of(one) if "loss" in line] for one in (run, tmp_path / "run")
+        [line["loss"] for line in log_of(folder) if "loss" in line]
+        for folder in (run, tmp_path / "run")
     )
     assert single == pytest.approx(packed, rel=1e-3)
 
@@ -210,9 +214,8 @@ def test_text_pairs_without_held_out_ones(inputs: Any, tmp_path: Path, scored: A
     changes = {"pairs": str(tmp_path / "pairs"), "store": str(tmp_path / "store"), "refs": "llama"}
     train(inputs.config(tmp_path / "run", **changes, max_steps=None, method="dpo"))
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()).keys() == {
-        "step",
-        "method",
+    assert read_evaluation(tmp_path / "run" / "evaluation.json") == {
+        "training": {"step": 3, "method": "dpo:llama", "figures": {}}
     }
     assert "None were held out." in (tmp_path / "run/model/README.md").read_text()
 
@@ -224,7 +227,7 @@ def test_data_is_prepared_first(
     config = inputs.config(
         Path("run"), pairs=None, data=str(inputs.root / "pairs.jsonl"), max_steps=1
     )
-    assert train(config) == 0
+    train(config)
     assert PairShards(tmp_path / "pairs").num_pairs == 48
 
 

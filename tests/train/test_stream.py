@@ -93,7 +93,7 @@ def test_reading_on_from_any_batch_gives_the_same_rest(
     assert whole[0].dropped or whole[-1].dropped
     for stop, batch in enumerate(whole, start=1):
         rest = stream(source, renderer).batches(batch.position, batch.dropped)
-        assert [contents(one) for one in rest] == [contents(one) for one in whole[stop:]]
+        assert [contents(batch) for batch in rest] == [contents(batch) for batch in whole[stop:]]
 
 
 def test_batches_run_on_across_epochs_and_only_the_last_is_short(

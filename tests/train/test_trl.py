@@ -115,7 +115,7 @@ def train_here(folder: Path, method: str) -> list[dict[str, float]]:
         device="cpu",
         **paths(folder),
     )
-    assert not train(config)
+    assert not train(config).exit_code
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 

@@ -12,7 +12,6 @@ import pytest
 from mrpo.data.config import (
     GcConfig,
     PrepareConfig,
-    PullConfig,
     PushConfig,
     StatusConfig,
     VerifyConfig,
@@ -20,8 +19,7 @@ from mrpo.data.config import (
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import ScoreFiles, Store, open_store
-from mrpo.data.store.commands import pull, push, status, verify_digests
-from mrpo.data.store.gc import gc
+from mrpo.data.store.commands import gc, pull, push, status, verify_digests
 from mrpo.errors import UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -113,6 +111,71 @@ def test_status_shows_the_other_references_beside_a_torn_file(
     assert (good[0], good[2], good[-1]) == ("a", "10", "15")
 
 
+@pytest.fixture
+def with_policy(store: Store, make: Any) -> Store:
+    """A store of one reference and one scored policy."""
+    for part, name in ((store, "llama"), (store.policies, "policy-seed-2")):
+        record = part.record(make.record(name, name[0] * 40))
+        part.scores(record.identity).add(make.scores(make.ids(5)))
+    return store
+
+
+def test_status_shows_policies_on_request_only(with_policy: Store, capsys: Capture) -> None:
+    status(store=with_policy.root)
+    out = capsys.readouterr().out
+    assert "policy-seed-2" not in out
+    assert "(1 references, " in out
+    assert "1 scored policies are not shown; --policies lists them" in out
+    status(store=with_policy.root, policies=True)
+    out = capsys.readouterr().out
+    assert "policy-seed-2" in out
+    assert "llama" not in out
+    assert f"store   {with_policy.root}/policies (1 policies, " in out
+
+
+def test_gc_may_always_take_the_scores_of_policies(
+    with_policy: Store, tmp_path: Path, capsys: Capture
+) -> None:
+    before = files_of(with_policy)
+    (identity,) = with_policy.policies.identities()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run.json").write_text(identity)  # even where a run names it
+    listed = gc(store=with_policy.root, runs=str(tmp_path / "runs"))
+    assert {item.reason for item in listed} == {"policy scores"}
+    assert files_of(with_policy) == before
+    gc(store=with_policy.root, runs=str(tmp_path / "runs"), delete=True)
+    assert f"policies/{identity}/reference.json" in capsys.readouterr().out
+    assert not (Path(with_policy.root) / "policies").exists()
+    kept = {name: data for name, data in before.items() if not name.startswith("policies/")}
+    assert files_of(with_policy) == kept
+
+
+def test_gc_leaves_a_policy_that_is_being_scored_its_lease_and_unfinished_file(
+    with_policy: Store, tmp_path: Path
+) -> None:
+    (identity,) = with_policy.policies.identities()
+    unfinished = Path(with_policy.root) / "policies" / identity / "scores" / ".tmp-1-new"
+    unfinished.write_bytes(b"x")
+    (tmp_path / "runs").mkdir()
+    with with_policy.policies.scores(identity).lease("a" * 32) as held:
+        gc(store=with_policy.root, runs=str(tmp_path / "runs"), delete=True)
+        assert held
+        assert (unfinished.parents[1] / "leases" / ("a" * 32)).exists()
+    assert unfinished.exists()
+
+
+def test_the_other_commands_leave_policies_alone(with_policy: Store, tmp_path: Path) -> None:
+    (identity,) = with_policy.policies.identities()
+    damage(next((Path(with_policy.root) / "policies" / identity / "scores").iterdir()))
+    assert verify_digests(VerifyConfig(store=with_policy.root)) == 0
+    assert push(target=str(tmp_path / "pushed"), store=with_policy.root).exit_code == 0
+    assert pull(source=with_policy.root, store=str(tmp_path / "pulled")).exit_code == 0
+    for name in ("pushed", "pulled"):
+        assert [r.alias for r in Store(tmp_path / name).references()] == ["llama"]
+        assert Store(tmp_path / name).policies.identities() == []
+    assert [record.alias for record in with_policy.references()] == ["llama"]
+
+
 def test_status_of_a_store_that_is_not_there_makes_none(tmp_path: Path, capsys: Capture) -> None:
     status(StatusConfig(store=str(tmp_path / "none")))
     assert capsys.readouterr().out.endswith("(0 references, 0 B)\n")
@@ -170,8 +233,8 @@ def test_a_wrong_path_is_no_healthy_store(tmp_path: Path) -> None:
 def littered(store: Store, make: Any, tmp_path: Path) -> dict[str, str]:
     """A store with one of every kind of garbage beside what must stay; names by kind."""
     old, new = (store.record(make.record(commit=letter * 40)) for letter in "ab")
-    other = store.record(make.record("other", "c" * 40))
-    for record in (old, new, other):
+    unrelated = store.record(make.record("other", "c" * 40))
+    for record in (old, new, unrelated):
         store.scores(record.identity).add(make.scores(make.ids(10)))
     scores = store.scores(new.identity)
     names = [
@@ -246,19 +309,19 @@ def test_push_leaves_damaged_files_behind_and_says_so(
     for seed in range(3):
         name = store.scores(record.identity).add(make.scores(make.ids(5, seed=seed)))
     damage(Path(store.root) / record.identity / "scores" / name)
-    assert push(PushConfig(target=str(tmp_path / "other"), store=store.root)) == 1
+    assert push(PushConfig(target=str(tmp_path / "other"), store=store.root)).exit_code == 1
     assert "left    1 damaged files behind" in capsys.readouterr().out
-    other = Store(tmp_path / "other")
-    assert other.scores(record.identity).num_rows() == 10
-    assert verify_digests(VerifyConfig(store=other.root)) == 0
+    target = Store(tmp_path / "other")
+    assert target.scores(record.identity).num_rows() == 10
+    assert verify_digests(VerifyConfig(store=target.root)) == 0
 
 
 def test_pull_joins_names_and_keeps_the_newer_date(store: Store, make: Any, tmp_path: Path) -> None:
-    other = Store(tmp_path / "other")
+    source = Store(tmp_path / "other")
     mine = store.record(make.record("mine", "a" * 40))
-    theirs = other.record(make.record("theirs", "a" * 40))
-    other.scores(theirs.identity).add(make.scores(make.ids(5)))
-    assert pull(PullConfig(source=other.root, store=store.root, refs="theirs")) == 0
+    theirs = source.record(make.record("theirs", "a" * 40))
+    source.scores(theirs.identity).add(make.scores(make.ids(5)))
+    assert pull(source=source.root, store=store.root, refs="theirs").exit_code == 0
     assert store.resolve("mine").recorded == mine.recorded
     assert store.resolve("theirs").recorded == theirs.recorded
     assert store.scores(mine.identity).num_rows() == 5

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mrpo import files as root_files
 from mrpo.data.store import LocalFiles, ScoreFiles, Store
-from mrpo.data.store import files as store_files
 from mrpo.data.store.files import open_files
 from mrpo.errors import UserError
 
@@ -111,7 +111,7 @@ def test_a_failed_write_leaves_nothing(
         raise OSError(error, os.strerror(error))
 
     if call == "open":
-        monkeypatch.setattr(store_files, "open", fail, raising=False)
+        monkeypatch.setattr(root_files, "open", fail, raising=False)
     else:
         monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(error)):
@@ -208,8 +208,8 @@ def test_a_lease_is_held_against_other_processes_and_gone_with_its_own(
     assert child.stdout.readline() == "True\n"
     with scores.lease(UNIT) as held:
         assert not held
-    with scores.lease("d" * 32) as other:
-        assert other
+    with scores.lease("d" * 32) as free:
+        assert free
     child.kill()
     child.communicate()
     with scores.lease(UNIT) as held:
@@ -219,14 +219,11 @@ def test_a_lease_is_held_against_other_processes_and_gone_with_its_own(
 
 WORK = """
 import sys, time
-import numpy as np
-sys.path.insert(0, sys.argv[3])
-from conftest import make_ids, score_table
 from mrpo.data.ids import unit_of
 from mrpo.data.store import Store
+from mrpo.tests.data.conftest import make_ids, score_table
 scores = Store(sys.argv[1]).scores(sys.argv[2])
 ids, done = make_ids(2000), 0
-open(f"{sys.argv[1]}/../ready-{sys.argv[4]}", "w").close()
 while scores.missing(ids).any():
     for start in range(0, 2000, 100):
         shard = ids[start:start + 100]
@@ -243,10 +240,7 @@ def test_two_processes_share_the_work_and_no_row_stands_twice(
     scores: ScoreFiles, tmp_path: Path, make: Any
 ) -> None:
     identity = next((tmp_path / "store").iterdir()).name
-    children = [
-        run_child(WORK, tmp_path / "store", identity, Path(__file__).parent, number)
-        for number in range(2)
-    ]
+    children = [run_child(WORK, tmp_path / "store", identity) for _ in range(2)]
     done = [int(child.communicate(timeout=60)[0]) for child in children]
     assert sum(done) == 20
     assert min(done) > 0

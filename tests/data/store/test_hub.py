@@ -21,7 +21,7 @@ from huggingface_hub import HfFileSystem, constants
 
 from mrpo.data.config import PullConfig, PushConfig
 from mrpo.data.store import Store
-from mrpo.data.store import remote as store_remote
+from mrpo.data.store import files as store_files
 from mrpo.data.store.commands import pull, push
 from mrpo.errors import UserError
 
@@ -78,8 +78,8 @@ class Answering(BaseHTTPRequestHandler):
             state = {"id": "org/name", "sha": COMMIT, "siblings": []}
             return self.answer(200, json.dumps(state).encode())
         name = path.removeprefix(f"/{REPOSITORY}/resolve/main/")
-        found = self.server.files.get(name)
-        self.answer(404 if found is None else 200, found or b"")
+        content = self.server.files.get(name)
+        self.answer(404 if content is None else 200, content or b"")
 
     do_HEAD = do_GET
 
@@ -94,8 +94,8 @@ class Answering(BaseHTTPRequestHandler):
         assert self.path.startswith(f"/api/{REPOSITORY}/commit/main"), self.path
         lines = [json.loads(line) for line in body.splitlines()]
         added = [line["value"] for line in lines if line["key"] == "file"]
-        self.server.files |= {one["path"]: base64.b64decode(one["content"]) for one in added}
-        self.server.commits.append([one["path"] for one in added])
+        self.server.files |= {file["path"]: base64.b64decode(file["content"]) for file in added}
+        self.server.commits.append([file["path"] for file in added])
         url = f"{self.server.endpoint}/{REPOSITORY}/commit/{COMMIT}"
         self.answer(200, json.dumps({"commitUrl": url, "commitOid": COMMIT}).encode())
 
@@ -139,10 +139,10 @@ def filled(folder: Path, make: Any) -> tuple[Store, str]:
 
 def test_what_was_pushed_is_pulled_again_to_the_byte(hub: Hub, make: Any, tmp_path: Path) -> None:
     store, identity = filled(tmp_path / "store", make)
-    assert push(PushConfig(target=TEAM, store=store.root)) == 0
+    assert push(PushConfig(target=TEAM, store=store.root)).exit_code == 0
     assert all(name.startswith(f"team/{identity}/") for name in hub.files)
     copy = Store(tmp_path / "copy")
-    assert pull(PullConfig(source=TEAM, store=copy.root)) == 0
+    assert pull(PullConfig(source=TEAM, store=copy.root)).exit_code == 0
     assert copy.scores(identity).read().equals(store.scores(identity).read())
     assert copy.resolve("llama") == store.resolve("llama")
 
@@ -151,8 +151,8 @@ def test_many_files_go_into_few_commits_and_the_record_into_the_last(
     hub: Hub, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store, identity = filled(tmp_path / "store", make)
-    monkeypatch.setattr(store_remote, "COMMIT_FILES", 3)
-    assert push(PushConfig(target=TEAM, store=store.root)) == 0
+    monkeypatch.setattr(store_files, "COMMIT_FILES", 3)
+    assert push(PushConfig(target=TEAM, store=store.root)).exit_code == 0
     assert [len(commit) for commit in hub.commits] == [3, 2, 1]
     assert hub.commits[-1] == [f"team/{identity}/reference.json"]
 

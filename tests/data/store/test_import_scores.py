@@ -75,13 +75,13 @@ def test_trls_columns_become_a_reference_that_joins_like_any_other(
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_table_by_pair_id_is_enough(tmp_path: Path, pairs: PairShards, kind: str) -> None:
     """The way of a reference behind an API: ids and two numbers, as hex in CSV."""
-    ids = [one.tobytes() for one in pairs.pair_ids(0)]
+    ids = [pair_id.tobytes() for pair_id in pairs.pair_ids(0)]
     path = tmp_path / f"scores.{kind}"
     if kind == "csv":
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["pair_id", "c", "r"])
-            writer.writerows([one.hex(), -n, -n - 0.5] for n, one in enumerate(ids))
+            writer.writerows([pair_id.hex(), -n, -n - 0.5] for n, pair_id in enumerate(ids))
     else:
         n = range(len(ids))
         table = {
@@ -118,12 +118,12 @@ def test_a_kept_score_is_never_overwritten_and_another_model_is_another_referenc
     source = jsonl(tmp_path / "scores.jsonl", scored())
     bring(tmp_path, source)
     changed = [row | {"ref_chosen_logps": -99.0} for row in [*scored(), *scored()]]
-    other = jsonl(tmp_path / "other.jsonl", changed)
-    store = bring(tmp_path, other)
+    source = jsonl(tmp_path / "other.jsonl", changed)
+    store = bring(tmp_path, source)
     assert "imported 0 pairs; left out: already there 12" in capsys.readouterr().out
     first = store.resolve("judge", {})
     assert -99.0 not in store.scores(first.identity).read()["chosen_logp"].to_pylist()
-    bring(tmp_path, other, model="judge-v3")
+    bring(tmp_path, source, model="judge-v3")
     newest = store.resolve("judge", {})
     assert newest.identity != first.identity
     assert set(store.scores(newest.identity).read()["chosen_logp"].to_pylist()) == {-99.0}

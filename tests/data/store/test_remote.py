@@ -21,8 +21,7 @@ import pytest
 
 from mrpo.data.config import GcConfig, PullConfig, PushConfig, VerifyConfig
 from mrpo.data.store import Store
-from mrpo.data.store.commands import pull, push, verify_digests
-from mrpo.data.store.gc import gc
+from mrpo.data.store.commands import gc, pull, push, verify_digests
 from mrpo.errors import UserError
 
 SLOW_DOWN = (
@@ -239,17 +238,17 @@ def test_push_and_pull_carry_every_row_and_the_second_time_none(
         for part in range(3):
             ids = make.ids(20, seed=part)
             local.scores(record.identity).add(make.scores(ids, first=-10.0 * number - 1))
-    assert push(PushConfig(target=url, store=local.root, refs="a")) == 0
+    assert push(PushConfig(target=url, store=local.root, refs="a")).exit_code == 0
     assert [r.alias for r in Store(url).references()] == ["a"]
-    assert push(PushConfig(target=url, store=local.root)) == 0
+    assert push(PushConfig(target=url, store=local.root)).exit_code == 0
     assert "copied  3 files" in capsys.readouterr().out.splitlines()[-2]
-    assert push(PushConfig(target=url, store=local.root)) == 0
+    assert push(PushConfig(target=url, store=local.root)).exit_code == 0
     assert "copied  0 files, 0 B; 6 were there already" in capsys.readouterr().out
-    assert pull(PullConfig(source=url, store=str(tmp_path / "other"))) == 0
-    other = Store(tmp_path / "other")
-    assert other.references() == local.references()
+    assert pull(PullConfig(source=url, store=str(tmp_path / "other"))).exit_code == 0
+    copy = Store(tmp_path / "other")
+    assert copy.references() == local.references()
     for record in records:
-        assert other.scores(record.identity).read().equals(local.scores(record.identity).read())
+        assert copy.scores(record.identity).read().equals(local.scores(record.identity).read())
 
 
 def test_a_bucket_that_is_not_there_is_one_line(proxy: FaultyProxy, make: Any) -> None:

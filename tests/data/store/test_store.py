@@ -42,7 +42,7 @@ def test_rows_come_back_as_they_were(store: Store, make: Any) -> None:
     scores.add(make.missing(make.ids(3, seed=1), "beyond_context"))
     assert scores.read().slice(0, 13).num_rows == scores.num_rows() == 13
     kept = scores.read()
-    order = [kept["pair_id"].to_pylist().index(one.tobytes()) for one in ids]
+    order = [kept["pair_id"].to_pylist().index(pair_id.tobytes()) for pair_id in ids]
     assert kept.take(order).equals(table.cast(SCORE_SCHEMA))
     assert kept["reason"].to_pylist().count("beyond_context") == 3
 
@@ -150,12 +150,12 @@ def test_an_alias_with_prefix_names_one_identity(store: Store, make: Any) -> Non
     records = [store.record(make.record(commit=letter * 40)) for letter in "abcdefgh"]
     for record in records:
         assert store.resolve(f"llama@{record.identity[:9]}", SPECS).identity == record.identity
-    with pytest.raises(UserError, match="fits no identity"):
+    with pytest.raises(UserError, match="matches no identity"):
         store.resolve("llama@ffffffffffffffff")
     common = next(
         r.identity[0] for r in records if sum(o.identity[0] == r.identity[0] for o in records) > 1
     )
-    with pytest.raises(UserError, match="fits several"):
+    with pytest.raises(UserError, match="matches several"):
         store.resolve(f"llama@{common}")
 
 
@@ -226,10 +226,10 @@ def test_a_record_with_any_flipped_bit_counts_as_none_and_is_written_anew(
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        found = store.references()
+        references = store.references()
         # White space and the case of \u escapes may flip without a change of content.
-        assert found in ([], [record])
-        noticed += found == []
+        assert references in ([], [record])
+        noticed += references == []
     assert noticed > 0.8 * len(range(0, 8 * len(good), 7))
     path.write_bytes(good[:-40])
     assert store.damaged_records() == [record.identity]
@@ -241,9 +241,9 @@ def test_a_record_with_any_flipped_bit_counts_as_none_and_is_written_anew(
 
 def test_a_record_copied_to_another_folder_is_not_believed(store: Store, make: Any) -> None:
     record = store.record(make.record())
-    other = Path(store.root) / ("e" * 32)
-    other.mkdir()
-    (other / "reference.json").write_bytes(
+    folder = Path(store.root) / ("e" * 32)
+    folder.mkdir()
+    (folder / "reference.json").write_bytes(
         (Path(store.root) / record.identity / "reference.json").read_bytes()
     )
     assert [r.identity for r in store.references()] == [record.identity]

@@ -111,7 +111,7 @@ def test_a_reviewed_table_enters_the_next_run(mrpo: Run, audited: Scored, tmp_pa
     assert ran.code == 0, ran.err
     assert "review  1 excluded, 1 flipped" in ran.out
     after = PairShards(tmp_path / "pairs")
-    ids = {one.hex() for one in (bytes(row) for row in after.pair_ids(0))}
+    ids = {bytes(pair_id).hex() for pair_id in after.pair_ids(0)}
     gone = [line["pair_id"] in ids for line in table]
     assert gone == [False, False] + [True] * (len(table) - 2)
     refused = mrpo("audit", "--refs", "llama", *audited.flags, "--out", tmp_path / "audit.csv")
@@ -122,8 +122,8 @@ def test_a_reviewed_table_enters_the_next_run(mrpo: Run, audited: Scored, tmp_pa
 def test_pairs_not_yet_scored_come_with_the_line_to_run(mrpo: Run, tmp_path: Path) -> None:
     scored = prepared(tmp_path, rows()[:6])
     add_scores(scored, {"llama": np.full((6, 2), -5.0)})
-    other = prepared(tmp_path, rows()[:9])
-    ran = mrpo("audit", "--refs", "llama", *other.flags, "--out", tmp_path / "audit.csv")
+    larger = prepared(tmp_path, rows()[:9])
+    ran = mrpo("audit", "--refs", "llama", *larger.flags, "--out", tmp_path / "audit.csv")
     assert ran.code == 2
     assert f"run: mrpo precompute --pairs {tmp_path / 'pairs'} --refs llama" in ran.err
     assert not (tmp_path / "audit.csv").exists()
@@ -142,33 +142,33 @@ def test_length_alone_is_told_from_what_the_references_know() -> None:
     by_length = prompts % 2 == 0
     lengths = np.where(by_length[:, None], [300.0, 100.0], rng.uniform(100, 300, (2000, 2)))
     quality = np.where(by_length, -1.0, 1.0)[:, None] + rng.normal(0, 0.5, (2000, 2))
-    found = suspicion(quality, lengths, prompts)
-    assert found.length_weight > 0
-    suspects = np.argsort(-np.nan_to_num(found.length))[:500]
+    doubts = suspicion(quality, lengths, prompts)
+    assert doubts.length_weight > 0
+    suspects = np.argsort(-np.nan_to_num(doubts.length))[:500]
     assert by_length[suspects].mean() > 0.95
 
 
 def test_length_that_predicts_nothing_explains_nothing() -> None:
     rng, prompts = labelled()
-    found = suspicion(rng.normal(1, 1, (2000, 2)), rng.uniform(10, 300, (2000, 2)), prompts)
-    assert found.length_weight == 0
-    assert np.isnan(found.length).all()
+    doubts = suspicion(rng.normal(1, 1, (2000, 2)), rng.uniform(10, 300, (2000, 2)), prompts)
+    assert doubts.length_weight == 0
+    assert np.isnan(doubts.length).all()
 
 
 def test_a_divided_pair_by_hand() -> None:
     """Usual sizes are 1 and 10: rows 0 and 2 divide the references by 3 and by 2 units."""
     margins = np.array([[3.0, -40.0], [1.0, 10.0], [-2.0, 20.0], [1.0, 10.0], [1.0, -10.0]])
     assert usual_size(margins).tolist() == [1.0, 10.0]
-    found = suspicion(margins, np.ones((5, 2)), np.arange(5))
-    np.testing.assert_array_equal(found.divided, [3.0, np.nan, 2.0, np.nan, np.nan])
+    doubts = suspicion(margins, np.ones((5, 2)), np.arange(5))
+    np.testing.assert_array_equal(doubts.divided, [3.0, np.nan, 2.0, np.nan, np.nan])
 
 
 def test_references_that_predict_nothing_are_said_to() -> None:
     rng, prompts = labelled()
     margins = -np.abs(rng.normal(5, 1, (2000, 2)))  # always for the rejected one
-    found = suspicion(margins, np.ones((2000, 2)), prompts)
-    assert not found.informed
-    assert (found.against > 0).all()
+    doubts = suspicion(margins, np.ones((2000, 2)), prompts)
+    assert not doubts.informed
+    assert (doubts.against > 0).all()
 
 
 def test_missing_scores_leave_the_others_their_say() -> None:
@@ -176,7 +176,7 @@ def test_missing_scores_leave_the_others_their_say() -> None:
     margins = rng.normal(1, 1, (2000, 2))
     margins[7], margins[9, 0] = np.nan, np.nan
     margins[9, 1] = -20.0
-    found = suspicion(margins, np.ones((2000, 2)), prompts)
-    assert np.isnan(found.label_probability[7])
-    assert np.isnan(found.against[7])
-    assert np.nanargmax(found.against) == 9
+    doubts = suspicion(margins, np.ones((2000, 2)), prompts)
+    assert np.isnan(doubts.label_probability[7])
+    assert np.isnan(doubts.against[7])
+    assert np.nanargmax(doubts.against) == 9

@@ -14,7 +14,8 @@ from mrpo.data.pairs import Pair
 from mrpo.evaluation.audit import near_duplicates
 from mrpo.evaluation.audit.near_duplicates import (
     ALIKE,
-    band_keys,
+    BANDS,
+    ROWS,
     candidates,
     contradiction,
     jaccard,
@@ -37,13 +38,18 @@ def pair(seed: int) -> Pair:
     return Pair(text(f"{seed} prompt"), text(f"{seed} chosen"), text(f"{seed} rejected"))
 
 
-def turned(one: Pair) -> Pair:
-    return Pair(one.prompt, one.rejected, one.chosen)
+def turned(pair: Pair) -> Pair:
+    return Pair(pair.prompt, pair.rejected, pair.chosen)
 
 
-def found(pairs: list[Pair]) -> set[tuple[int, int]]:
+def candidate_rows(pairs: list[Pair]) -> list[list[int]]:
+    rows: list[list[int]] = candidates(np.array([signature(pair) for pair in pairs])).tolist()
+    return rows
+
+
+def contradictions(pairs: list[Pair]) -> set[tuple[int, int]]:
     """The rows that contradict each other, found as the audit finds them."""
-    rows = candidates(np.array([band_keys(one) for one in pairs])).tolist()
+    rows = candidate_rows(pairs)
     return {
         (first, second)
         for first, second in rows
@@ -66,10 +72,49 @@ def test_similarity_by_hand() -> None:
 @given(st.integers(0, 10_000), st.integers(0, 35))
 def test_signatures_agree_as_often_as_texts_are_alike(seed: int, changed: int) -> None:
     words = text(seed, 60).split()
-    other = [text(f"{seed} {at}", 1) if at < changed else word for at, word in enumerate(words)]
-    sets = [shingles(" ".join(one)) for one in (words, other)]
-    same = np.mean(signature(sets[0]) == signature(sets[1]))
-    assert abs(same - jaccard(*sets)) < 0.5  # 30 entries: five standard deviations
+    edited = [text(f"{seed} {at}", 1) if at < changed else word for at, word in enumerate(words)]
+    first, second = (" ".join(words), " ".join(edited))
+    similarity = jaccard(shingles(first), shingles(second))
+    # Among 30 entries, 0.5 is five standard deviations.
+    prompts = [signature(Pair(text, "yes", "no")) for text in (first, second)]
+    same = prompts[0] == prompts[1]
+    assert same.shape == (BANDS, 2 * ROWS)
+    assert abs(same[:, :ROWS].mean() - similarity) < 0.5
+    assert same[:, ROWS:].all()
+    responses = [signature(Pair("why?", text, text)) for text in (first, second)]
+    same = responses[0] == responses[1]
+    assert same[:, :ROWS].all()
+    assert abs(same[:, ROWS:].mean() - similarity) < 0.5
+
+
+def test_signatures_depend_neither_on_the_label_nor_on_the_process() -> None:
+    """The number is that of another process: hashes are seeded, not salted."""
+    example = Pair("What is it?", "A blue stone.", "A red stone.")
+    assert signature(example)[0, 0] == 1488648493830380352
+    np.testing.assert_array_equal(signature(example), signature(turned(example)))
+
+
+def test_nearly_all_pairs_that_are_four_fifths_alike_become_candidates() -> None:
+    """A band agrees with probability 0.8 ** 6, one of ten with 0.95; unrelated pairs never."""
+    rng = random.Random(0)
+    pairs = [pair(seed) for seed in range(200)]
+    similar, similarities = [], []
+    for original in pairs:
+        words = [
+            str(part).split() for part in (original.prompt, original.rejected, original.chosen)
+        ]
+        for part in words:
+            for at in rng.sample(range(len(part)), 3):
+                part[at] = rng.choice(WORDS)
+        edited = Pair(*(" ".join(part) for part in words))
+        similarities.append(jaccard(shingles(str(original.prompt)), shingles(str(edited.prompt))))
+        similar.append(edited)
+    assert 0.7 < np.mean(similarities) < 0.85
+    rows = candidate_rows([*pairs, *similar])
+    hits = [second == first + 200 for first, second in rows]
+    assert sum(hits) >= 170
+    assert all(hits)
+    assert rows == candidate_rows([*pairs, *similar])
 
 
 def test_turned_pairs_are_found_exact_and_with_small_changes() -> None:
@@ -80,24 +125,24 @@ def test_turned_pairs_are_found_exact_and_with_small_changes() -> None:
         f"{near.chosen} indeed",
         f"well, {near.rejected}".replace(" ", "  "),
     )
-    assert found([*pairs, exact, near]) == {(3, 60), (7, 61)}
+    assert contradictions([*pairs, exact, near]) == {(3, 60), (7, 61)}
 
 
 def test_duplicates_with_the_same_label_are_no_contradiction() -> None:
-    one = pair(0)
-    again = Pair(one.prompt, f"{one.chosen} indeed", one.rejected)
-    assert contradiction(one, again) is None
-    # One response preferred here and not there: a ranking of three, not a contradiction.
-    assert contradiction(one, Pair(one.prompt, one.rejected, text("third"))) is None
+    first = pair(0)
+    again = Pair(first.prompt, f"{first.chosen} indeed", first.rejected)
+    assert contradiction(first, again) is None
+    # A response preferred here and not there: a ranking of three, not a contradiction.
+    assert contradiction(first, Pair(first.prompt, first.rejected, text("third"))) is None
 
 
 def test_other_numbers_or_another_prompt_ask_something_else() -> None:
     prompt = f"{text(1)} She has 16 eggs and sells 3. How many are left? {text(2)}"
-    one, other = Pair(prompt, "A.", "B."), Pair(prompt.replace("16", "17"), "B.", "A.")
-    assert jaccard(*(shingles(str(each.prompt)) for each in (one, other))) > ALIKE
-    assert contradiction(one, other) is None
-    assert contradiction(one, Pair(prompt, "B.", "A.")) == 1
-    assert contradiction(one, Pair(text(3), "B.", "A.")) is None
+    first, edited = Pair(prompt, "A.", "B."), Pair(prompt.replace("16", "17"), "B.", "A.")
+    assert jaccard(*(shingles(str(pair.prompt)) for pair in (first, edited))) > ALIKE
+    assert contradiction(first, edited) is None
+    assert contradiction(first, Pair(prompt, "B.", "A.")) == 1
+    assert contradiction(first, Pair(text(3), "B.", "A.")) is None
 
 
 def test_many_alike_stay_affordable_and_exact_ones_are_still_found(
@@ -107,9 +152,9 @@ def test_many_alike_stay_affordable_and_exact_ones_are_still_found(
     system = text("system", 400)  # one long prompt for all, and answers of one word
     pairs = [Pair(f"{system} {text(n, 1)}", f"yes {n % 50}", "no") for n in range(300)]
     pairs[280] = turned(pairs[17])
-    rows = candidates(np.array([band_keys(one) for one in pairs]))
-    assert len(rows) < 300 * 10 * near_duplicates.BANDS
-    assert [17, 280] in rows.tolist()
+    rows = candidate_rows(pairs)
+    assert len(rows) < 300 * 10 * BANDS
+    assert [17, 280] in rows
 
 
 def test_messages_are_compared_with_their_roles() -> None:

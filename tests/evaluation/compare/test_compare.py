@@ -1,4 +1,4 @@
-"""A real comparison: its numbers are those of train and evaluate run by hand, to the digit."""
+"""Real comparisons: their numbers are those of train and evaluate run by hand, to the digit."""
 
 from __future__ import annotations
 
@@ -15,34 +15,17 @@ import pytest
 import torch
 
 from mrpo import cli
+from mrpo.data.store import Store
+from mrpo.evaluation.compare import workers
 from mrpo.evaluation.compare.results import Comparison, read_comparison
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
-WORDS = [
-    "Paris",
-    "is",
-    "the",
-    "capital",
-    "of",
-    "France",
-    "she",
-    "sells",
-    "two",
-    "eggs",
-    "thanks",
-]
+WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
+WEIGHTS = Path("model", "model.safetensors")
 METHODS, FRACTIONS = ("dpo:llama", "mrpo"), (0.5, 1.0)
-TRAINING = (
-    "--device",
-    "cpu",
-    "--batch-pairs",
-    "8",
-    "--learning-rate",
-    "1e-3",
-    "--refs",
-    "llama,qwen",
-)
+REFS = ["--refs", "llama,qwen"]
+TRAINING = ["--device", "cpu", "--batch-pairs", "8", "--learning-rate", "1e-3"]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -78,7 +61,7 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Runs at once share the cores; a sum by hand is to be added up as theirs were."""
+    """Workers share the cores, and runs by hand must add up as they do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +92,7 @@ def compared(
     one_thread: None,
 ) -> Compared:
     out = scored.folder / "runs" / "compare"
-    flags = [*scored.flags, *TRAINING, "--policy", str(tiny_references["llama"])]
+    flags = [*scored.flags, *TRAINING, *REFS, "--policy", str(tiny_references["llama"])]
     code, printed = run_in_process(
         *("compare", *flags, "--methods", ",".join(METHODS), "--seeds", "1", "--jobs", "2"),
         *("--fractions", "0.5,1", "--output-dir", str(out)),
@@ -134,32 +117,144 @@ def run_in_process(*arguments: str) -> tuple[int, str]:
 def test_numbers_are_those_of_train_and_evaluate_by_hand(
     mrpo: Run, compared: Compared, tmp_path: Path
 ) -> None:
-    by_hand = tmp_path / "by-hand"
-    trained = mrpo(
-        *("train", *compared.flags, "--method", "mrpo", "--train-fraction", "0.5"),
-        *("--output-dir", by_hand),
-    )
-    assert trained.code == 0, trained.err
-    evaluated = mrpo("evaluate", "--runs", by_hand, "--out", tmp_path / "evaluate.json")
-    assert evaluated.code == 0, evaluated.err
-    policy = json.loads((tmp_path / "evaluate.json").read_text())["policies"][0]
-    run = next(
-        run for run in compared.comparison.runs if (run.method, run.fraction) == ("mrpo", 0.5)
-    )
-    assert run.identity == policy["identity"]  # the very same weights
-    expected = {name: one["value"] for name, one in policy["overall"]["accuracy"].items()}
+    """Of the last cell: its worker has run another one before."""
+    by_hand, cell = tmp_path / "by-hand", compared.cell("mrpo", 1.0)
+    figures = run_by_hand(mrpo, [*compared.flags, "--method", "mrpo"], by_hand)
+    assert (by_hand / WEIGHTS).read_bytes() == (cell / WEIGHTS).read_bytes()
+    assert losses(by_hand) == losses(cell)
+    assert figures_of(cell) == figures
+    policy = figures["policies"][0]
+    run = next(run for run in compared.comparison.runs if run.folder == str(cell))
+    assert run.identity == policy["identity"]
+    expected = {name: interval["value"] for name, interval in policy["overall"]["accuracy"].items()}
     assert run.accuracy == expected
     results = {
         result.metric: result.accuracy.value
         for result in compared.comparison.results
-        if (result.method, result.fraction) == ("mrpo", 0.5)
+        if (result.method, result.fraction) == ("mrpo", 1.0)
     }
     assert results == expected
-    logs = [
-        [json.loads(line).get("loss") for line in (folder / "log.jsonl").read_text().splitlines()]
-        for folder in (by_hand, compared.cell("mrpo", 0.5))
-    ]
-    assert logs[0] == logs[1]
+
+
+def test_a_worker_that_stays_up_changes_no_number_and_takes_little_time_beside_the_work(
+    mrpo: Run, compared: Compared, tmp_path: Path
+) -> None:
+    """One worker, adapters with dropout: the cells draw random numbers."""
+    out, lora = tmp_path / "compare", ["--lora-rank", "4", "--lora-dropout", "0.2"]
+    flags = [*compared.flags, *lora]
+    methods = ("dpo:llama", "dpo:qwen", "mrpo")
+    ran = mrpo(
+        *("compare", *flags, "--methods", ",".join(methods), "--seeds", 1, "--output-dir", out)
+    )
+    assert ran.code == 0, ran.err
+    cells = [out / "cells" / name.replace(":", "=") / "fraction-1" / "seed-42" for name in methods]
+    figures = run_by_hand(mrpo, [*flags, "--method", "mrpo"], tmp_path / "by-hand")
+    for policy in (figures["policies"][0], (content := figures_of(cells[-1]))["policies"][0]):
+        policy.pop("identity")  # peft writes the names of the layers in the order of a set
+    assert content == figures
+    weights = "model/adapter_model.safetensors"
+    assert (cells[-1] / weights).read_bytes() == (tmp_path / "by-hand" / weights).read_bytes()
+
+    ends = [(cell / "result.json").stat().st_mtime for cell in cells]
+    steps = [sum(line.get("perf/step_seconds") or 0 for line in log(cell)) for cell in cells]
+    overhead = [end - start - work for start, end, work in zip(ends, ends[1:], steps[1:])]
+    assert min(overhead) < 2, overhead
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_an_interrupted_cell_goes_on_from_its_checkpoint_to_the_same_weights(
+    mrpo: Run, compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Behind step 3 the worker is killed, or the command gets SIGTERM, which saves step 3."""
+    monkeypatch.setattr(workers, "WORKER", "mrpo.tests.evaluation.compare.interrupted_worker")
+    monkeypatch.setenv("MRPO_TEST_INTERRUPT", how)
+    flags = ["--methods", "mrpo", "--seeds", 1, "--save-steps", 2, "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    cell = tmp_path / "cells" / "mrpo" / "fraction-1" / "seed-42"
+    assert (cell / "interrupted").exists()
+    if how == "stop":
+        assert ran.code == 130
+        saved = [path.parent.name for path in (cell / "checkpoints").glob("*/state.json")]
+        assert max(saved) == "step-00000003"
+        ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 0, ran.err
+    words = (cell / "cell.log").read_text()
+    assert f"resumed     after step {2 if how == 'kill' else 3}" in words
+    assert (cell / WEIGHTS).read_bytes() == (compared.cell("mrpo", 1.0) / WEIGHTS).read_bytes()
+    assert figures_of(cell) == figures_of(compared.cell("mrpo", 1.0))
+
+
+def test_a_run_that_keeps_crashing_is_named_and_the_others_are_compared(
+    mrpo: Run, compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "WORKER", "mrpo.tests.evaluation.compare.interrupted_worker")
+    monkeypatch.setenv("MRPO_TEST_INTERRUPT", "kill-dpo")
+    flags = ["--methods", "dpo:llama,mrpo", "--seeds", 1, "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 1
+    assert "FAILED: dpo:llama, fraction 1, seed 42: killed by SIGKILL" in ran.err
+    log = (tmp_path / "cells" / "dpo=llama" / "fraction-1" / "seed-42" / "cell.log").read_text()
+    assert log.count("$ mrpo train") == 2
+    comparison = read_comparison(tmp_path / "compare.json")
+    assert comparison.missing == ["dpo:llama, fraction 1, seed 42"]
+    assert [run.method for run in comparison.runs] == ["mrpo"]
+
+
+def test_nothing_to_compare_is_an_error(mrpo: Run, compared: Compared, tmp_path: Path) -> None:
+    flags = ["--methods", "mrpo", "--seeds", 1, "--policy", "nowhere", "--output-dir", tmp_path]
+    ran = mrpo("compare", *compared.flags, *flags)
+    assert ran.code == 2
+    assert "FAILED: mrpo, fraction 1, seed 42: policy nowhere: no model to load" in ran.err
+    assert "all 1 runs failed, there is nothing to compare" in ran.err
+
+
+def test_policies_scores_are_no_references_and_what_gc_took_is_scored_again(
+    mrpo: Run, compared: Compared, tmp_path: Path
+) -> None:
+    aliases = {record.alias for record in compared.scored.store.references()}
+    assert aliases == {"llama", "qwen"}
+    out, store = tmp_path / "compare", tmp_path / "store"
+    shutil.copytree(compared.out, out)
+    shutil.copytree(compared.scored.store.root, store)
+    shutil.rmtree(store / "policies")
+    flags = ["--methods", ",".join(METHODS), "--seeds", 1, "--fractions", "0.5,1"]
+    ran = mrpo("compare", *compared.flags, *flags, "--store", store, "--output-dir", out)
+    assert ran.code == 0, ran.err
+    assert "of which 0 are finished" in ran.out
+    after = read_comparison(out / "compare.json")
+    assert after.verdict == compared.comparison.verdict
+    identities = {run.identity for run in compared.comparison.runs}
+    assert identities == set(Store(store).policies.identities())
+
+
+def test_a_cells_output_is_in_its_log_alone(compared: Compared) -> None:
+    words = (compared.cell("mrpo", 1.0) / "cell.log").read_text()
+    assert "eval_loss" in words
+    assert "eval_loss" not in compared.printed
+
+
+def run_by_hand(mrpo: Run, flags: list[str], folder: Path) -> dict[str, Any]:
+    """Train and evaluate with the commands; the content of evaluation.json."""
+    trained = mrpo("train", *flags, "--output-dir", folder)
+    assert trained.code == 0, trained.err
+    ran = mrpo("evaluate", "--runs", folder, "--out", folder / "evaluation.json")
+    assert ran.code == 0, ran.err
+    return figures_of(folder)
+
+
+def figures_of(run: Path) -> dict[str, Any]:
+    """What evaluation.json holds, but for the policy's name."""
+    content = json.loads((run / "evaluation.json").read_text())
+    content["policies"][0].pop("name")
+    return content
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float | None]:
+    return [line.get("loss") for line in log(run)]
 
 
 def test_every_cell_trains_on_its_fraction_and_all_are_judged_on_the_same_pairs(
@@ -227,7 +322,14 @@ def test_mistakes_are_one_line_before_any_run(
 ) -> None:
     policy = ["--policy", tiny_references["llama"]]
     ran = mrpo(
-        "compare", *scored.flags, *TRAINING, *policy, "--output-dir", tmp_path / "c", *changes
+        "compare",
+        *scored.flags,
+        *TRAINING,
+        *REFS,
+        *policy,
+        "--output-dir",
+        tmp_path / "c",
+        *changes,
     )
     assert ran.code == 2
     for word in words:

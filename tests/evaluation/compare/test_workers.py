@@ -1,173 +1,160 @@
-"""Cells run side by side, are tried again, are told by name, and never twice at once."""
+"""Workers stay up, a crash costs one cell, no state leaks, and no cell runs twice at once."""
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers.utils import logging as transformers_logging
 
 from mrpo.errors import UserError
+from mrpo.evaluation.compare import workers
 from mrpo.evaluation.compare.cells import Cell, fractions_of, methods_of
-from mrpo.evaluation.compare.workers import Grid
-
-# In place of `mrpo`: notes what it was asked, then does what the cell's folder name says.
-FAKE = """
-import os, sys, time
-from pathlib import Path
-command, path = sys.argv[1], Path(sys.argv[-1])
-folder = path.parent if command == "train" else path
-seat = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS")
-(folder / "pid").write_text(str(os.getpid()))
-with (folder / "asked").open("a") as file:
-    file.write(f"{command} {seat[0]} {seat[1]}\\n")
-asked = (folder / "asked").read_text().splitlines()
-if folder.name == "fails" or (folder.name == "fails-once" and len(asked) == 1):
-    sys.exit("out of luck")
-if folder.name == "mistake":
-    print("error: --beta is 0", file=sys.stderr)
-    sys.exit(2)
-if folder.name == "slow":
-    time.sleep(60)
-if command == "train":
-    (folder / "model").mkdir()
-    step = folder / "checkpoints" / "step-00000001"
-    step.mkdir(parents=True)
-    (step / "state.json").write_text("{}")
-    (step / "weights").write_text("large")
-else:
-    (folder / "evaluate.json").write_text("{}")
-"""
+from mrpo.evaluation.compare.worker import TORCH_SEED, process_state_kept, run_cell
+from mrpo.evaluation.compare.workers import CellRunner
+from mrpo.files import locked
 
 
-def cell(root: Path, name: str) -> Cell:
-    (root / name).mkdir()
-    return Cell(name, 1.0, 42, root / name)
+@pytest.fixture(autouse=True)
+def fake_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "WORKER", "mrpo.tests.evaluation.compare.fake_worker")
 
 
-def grid(seats: list[str | None] | None = None, keep_models: bool = True) -> Grid:
-    return Grid(
-        lambda one: ["evaluate", str(one.folder)],
-        [sys.executable, "-S", "-c", FAKE],
-        seats or [None],
-        keep_models,
-    )
+def make_cells(root: Path, *names: str) -> list[Cell]:
+    for name in names:
+        (root / name).mkdir()
+    return [Cell(name, 1.0, 42, root / name) for name in names]
 
 
-def asked(one: Cell) -> list[str]:
-    return [line.split()[0] for line in (one.folder / "asked").read_text().splitlines()]
+def tries(cell: Cell) -> list[list[str]]:
+    """Of each try: process id, device, threads."""
+    path = cell.folder / "tries"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_cell_is_trained_then_evaluated_and_then_left_alone(tmp_path: Path) -> None:
-    cells = [cell(tmp_path, "a"), cell(tmp_path, "b")]
-    assert grid().run(cells) == []
-    assert grid().run(cells) == []
-    for one in cells:
-        assert asked(one) == ["train", "evaluate"]
-        assert json.loads((one.folder / "result.json").read_text())["seconds"].keys() == {
-            "train",
-            "evaluate",
-        }
-        left = [path.name for path in (one.folder / "checkpoints").rglob("*") if path.is_file()]
-        assert left == ["state.json"]
-        assert (one.folder / "model").is_dir()
-        assert (one.folder / "cell.log").read_text().startswith("$ mrpo train --config ")
+def test_one_worker_runs_cell_after_cell_and_finished_ones_are_left_alone(tmp_path: Path) -> None:
+    cells = make_cells(tmp_path, "a", "b", "c")
+    runner = CellRunner("llama", [None])
+    assert runner.run(cells) == []
+    assert all(cell.finished for cell in cells)
+    assert len({process for cell in cells for process, *_ in tries(cell)}) == 1
+    assert runner.run(cells) == []
+    assert [len(tries(cell)) for cell in cells] == [1, 1, 1]
 
 
-def test_models_go_where_they_are_not_kept(tmp_path: Path) -> None:
-    one = cell(tmp_path, "a")
-    grid(keep_models=False).run([one])
-    assert one.finished
-    assert not (one.folder / "model").exists()
-    assert not (one.folder / "checkpoints").exists()
+def test_a_crash_is_tried_again_then_reported_and_costs_no_other_cell(tmp_path: Path) -> None:
+    cells = make_cells(tmp_path, "killed-once", "exits", "raises", "fine")
+    failures = CellRunner("llama", [None]).run(cells)
+    assert [failure.cell.method for failure in failures] == ["exits", "raises"]
+    assert failures[0].reason.startswith("exit code 7")
+    assert "on its way out" in failures[0].reason
+    assert failures[1].reason.startswith("exit code 1")
+    assert "RuntimeError: out of luck" in failures[1].reason
+    assert failures[0].command == f"mrpo train --config {tmp_path / 'exits' / 'cell.yaml'}"
+    assert [cell.finished for cell in cells] == [True, False, False, True]
+    assert [len(tries(cell)) for cell in cells] == [2, 2, 2, 1]
+    killed, exits, *_ = [[process for process, *_ in tries(cell)] for cell in cells]
+    assert killed[0] != killed[1] == exits[0]  # a new worker, which stays up
+    CellRunner("llama", [None]).run(cells)  # the next run tries what failed, and nothing else
+    assert [len(tries(cell)) for cell in cells] == [2, 4, 4, 1]
 
 
-def test_a_failure_is_tried_again_then_told_and_costs_no_other_cell(tmp_path: Path) -> None:
-    names = ["fails-once", "fails", "fine"]
-    cells = [cell(tmp_path, name) for name in names]
-    failures = grid([None, None]).run(cells)
-    assert [failure.cell.method for failure in failures] == ["fails"]
-    assert "exit code 1" in failures[0].reason
-    assert "out of luck" in failures[0].reason
-    assert failures[0].command == f"mrpo train --config {tmp_path / 'fails' / 'cell.yaml'}"
-    assert [one.finished for one in cells] == [True, False, True]
-    assert asked(cells[0]) == ["train", "train", "evaluate"]
-    assert asked(cells[1]) == ["train", "train"]
-    grid().run(cells)  # the next run of the command tries it again, and nothing else
-    assert len(asked(cells[1])) == 4
-    assert len(asked(cells[2])) == 2
+def test_a_users_mistake_is_not_tried_again_and_the_worker_goes_on(tmp_path: Path) -> None:
+    mistake, fine = make_cells(tmp_path, "mistake", "fine")
+    failures = CellRunner("llama", [None]).run([mistake, fine])
+    assert [failure.reason for failure in failures] == ["--beta is 0; it must be above 0"]
+    assert len(tries(mistake)) == 1
+    assert tries(mistake) == tries(fine)  # the same process
 
 
-def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
-    one = cell(tmp_path, "mistake")
-    failures = grid().run([one])
-    assert asked(one) == ["train"]
-    assert "error: --beta is 0" in failures[0].reason
-
-
-def test_every_run_at_once_has_a_gpu_or_a_share_of_the_cores(
+def test_every_worker_has_a_gpu_or_a_share_of_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    one, other = cell(tmp_path, "a"), cell(tmp_path, "b")
-    grid(["3"]).run([one])
-    grid([None, None]).run([other])
-    assert (one.folder / "asked").read_text().split("\n")[0] == "train 3 None"
-    assert (other.folder / "asked").read_text().split("\n")[0] == "train None 4"
+    on_gpu, on_cpu, given = make_cells(tmp_path, "gpu", "cpu", "given")
+    CellRunner("llama", ["3"]).run([on_gpu])
+    CellRunner("llama", [None, None]).run([on_cpu])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    CellRunner("llama", [None, None]).run([given])
+    devices = [tries(cell)[0][1:] for cell in (on_gpu, on_cpu, given)]
+    assert devices == [["3", "None"], ["None", "4"], ["None", "3"]]
 
 
-def test_a_cell_that_another_process_works_on_is_left_to_it(tmp_path: Path) -> None:
-    one = cell(tmp_path, "slow")
+def test_sigterm_lets_every_worker_save_and_ends_it(tmp_path: Path) -> None:
+    cells = make_cells(tmp_path, "slow-a", "slow-b", "never")
     code = (
-        "import sys; from pathlib import Path\n"
-        "from mrpo.tests.evaluation.compare.test_workers import Cell, grid\n"
-        "grid().run([Cell('slow', 1.0, 42, Path(sys.argv[1]))])"
+        "import os, sys, time\n"
+        "*waiting, pid = sys.argv[1:]\n"
+        "while not all(map(os.path.exists, waiting)): time.sleep(0.02)\n"
+        "os.kill(int(pid), 15)"
     )
-    first = subprocess.Popen([sys.executable, "-c", code, str(one.folder)])
-    wait_for(one.folder / "asked")
-    failures = grid().run([one])
-    assert failures[0].reason == "another process is at work on it"
-    # Killed, it leaves the command running: the lock is the command's too.
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert grid().run([one])[0].reason == "another process is at work on it"
-    os.kill(int((one.folder / "pid").read_text()), signal.SIGKILL)
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_sigterm_ends_what_runs(tmp_path: Path) -> None:
-    one = cell(tmp_path, "slow")
-    watcher = subprocess.Popen(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            "import os, sys, time\n"
-            "while not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
-            "os.kill(int(sys.argv[2]), 15)",
-            str(one.folder / "asked"),
-            str(os.getpid()),
-        ]
-    )
-    started = time.monotonic()
+    waiting = [str(cell.folder / "waiting") for cell in cells[:2]]
+    watcher = subprocess.Popen([sys.executable, "-S", "-c", code, *waiting, str(os.getpid())])
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        grid().run([one])
+        CellRunner("llama", [None, None]).run(cells)
     watcher.wait()
-    assert time.monotonic() - started < 30
-    assert not one.finished
+    assert signal.getsignal(signal.SIGTERM) == before
+    for cell in cells[:2]:
+        assert (cell.folder / "saved").exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(tries(cell)[0][0]), 0)
+    assert tries(cells[2]) == []
+    assert not any(cell.finished for cell in cells)
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
+    (cell,) = make_cells(tmp_path, "taken")
+    with locked(cell.folder / ".lock") as ours:
+        assert ours
+        with pytest.raises(UserError, match="another process is at work on it"):
+            run_cell(cell, "llama", True)
+    assert not cell.log.exists()  # nor is its log touched
+
+
+def test_a_cells_traces_in_the_process_are_removed() -> None:
+    state = [
+        lambda: os.environ.get("MRPO_TRACE"),
+        Path.cwd,
+        torch.get_num_threads,
+        transformers_logging.get_verbosity,
+        lambda: signal.getsignal(signal.SIGTERM),
+        lambda: list(warnings.filters),
+        random.getstate,
+        lambda: str(np.random.get_state()),
+    ]
+    before = [read() for read in state]
+    seeded = torch.Generator().manual_seed(TORCH_SEED)
+    seen = []
+    for _ in range(2):
+        with process_state_kept():
+            seen.append(torch.rand(3).tolist())
+            os.environ["MRPO_TRACE"] = "left"
+            os.chdir("/")
+            torch.set_num_threads(torch.get_num_threads() + 1)
+            transformers_logging.set_verbosity_debug()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            warnings.simplefilter("error")
+            random.random()
+            np.random.random()
+    assert [read() for read in state] == before
+    assert seen[0] == seen[1] == torch.rand(3, generator=seeded).tolist()
+    # That seed is the one that a new process begins with.
+    code = (
+        "import torch; new = torch.rand(3); torch.manual_seed(torch.initial_seed())\n"
+        "assert torch.rand(3).equal(new)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("text", ["", "0", "1.5", "half", "0.5,,x"])

@@ -28,7 +28,9 @@ def other_token_ids(clinic: Clinic, alias: str, other: str) -> pa.Table:
     size = AutoModelForCausalLM.from_pretrained(clinic.models[alias]).config.vocab_size
     rendered = _changed(
         Renderer.load(clinic.models[other]).render_many(clinic.pairs),
-        lambda one: dataclasses.replace(one, token_ids=[i % size for i in one.token_ids]),
+        lambda sequence: dataclasses.replace(
+            sequence, token_ids=[token % size for token in sequence.token_ids]
+        ),
     )
     return score(clinic.models[alias], clinic.pairs, rendered)
 
@@ -61,12 +63,14 @@ def template_of(clinic: Clinic, alias: str, other: str) -> pa.Table:
 def truncated(clinic: Clinic, alias: str) -> pa.Table:
     """Sequences cut at the length that a quarter of them exceeds."""
     rendered = Renderer.load(clinic.models[alias]).render_many(clinic.pairs)
-    lengths = [len(b.token_ids) for one in rendered for b in (one.chosen, one.rejected)]
+    lengths = [len(sequence.token_ids) for sequence in _sequences(rendered)]
     most = int(np.quantile(lengths, 0.75))
 
-    def cut(one: RenderedSequence) -> RenderedSequence:
-        ids = one.token_ids[: max(most, one.start + 1)]
-        return RenderedSequence(ids, one.start, min(one.end_start, len(ids)), one.boundary)
+    def cut(sequence: RenderedSequence) -> RenderedSequence:
+        ids = sequence.token_ids[: max(most, sequence.start + 1)]
+        return RenderedSequence(
+            ids, sequence.start, min(sequence.end_start, len(ids)), sequence.boundary
+        )
 
     return score(clinic.models[alias], clinic.pairs, _changed(rendered, cut))
 
@@ -74,9 +78,9 @@ def truncated(clinic: Clinic, alias: str) -> pa.Table:
 def doubled_bos(clinic: Clinic, alias: str) -> pa.Table:
     """BOS from the template and from the tokenizer."""
 
-    def doubled(one: RenderedSequence) -> RenderedSequence:
-        ids = [one.token_ids[0], *one.token_ids]
-        return RenderedSequence(ids, one.start + 1, one.end_start + 1, one.boundary)
+    def doubled(sequence: RenderedSequence) -> RenderedSequence:
+        ids = [sequence.token_ids[0], *sequence.token_ids]
+        return RenderedSequence(ids, sequence.start + 1, sequence.end_start + 1, sequence.boundary)
 
     rendered = Renderer.load(clinic.models[alias]).render_many(clinic.pairs)
     return score(clinic.models[alias], clinic.pairs, _changed(rendered, doubled))
@@ -87,18 +91,18 @@ def left_padded(clinic: Clinic, alias: str, batch: int = 8) -> pa.Table:
     """Padded on the left, sliced as if the padding were on the right."""
     model: Any = AutoModelForCausalLM.from_pretrained(clinic.models[alias]).eval()
     rendered = Renderer.load(clinic.models[alias]).render_many(clinic.pairs)
-    sequences = [b for one in rendered for b in (one.chosen, one.rejected)]
+    sequences = _sequences(rendered)
     sums = []
     for first in range(0, len(sequences), batch):
         some = sequences[first : first + batch]
-        longest = max(len(one.token_ids) for one in some)
-        padding = [longest - len(one.token_ids) for one in some]
-        ids = torch.tensor([[0] * n + one.token_ids for n, one in zip(padding, some)])
+        longest = max(len(sequence.token_ids) for sequence in some)
+        padding = [longest - len(sequence.token_ids) for sequence in some]
+        ids = torch.tensor([[0] * n + sequence.token_ids for n, sequence in zip(padding, some)])
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
         logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
         taken = logps.gather(2, ids[:, 1:, None])[..., 0].double()
-        for row, one in enumerate(some):
-            sums.append(float(taken[row, one.start - 1 : len(one.token_ids) - 1].sum()))
+        for row, sequence in enumerate(some):
+            sums.append(float(taken[row, sequence.start - 1 : len(sequence.token_ids) - 1].sum()))
     return with_columns(
         clinic.scores[alias], {"chosen_logp": sums[0::2], "rejected_logp": sums[1::2]}
     )
@@ -171,10 +175,14 @@ def with_columns(table: pa.Table, columns: dict[str, Any]) -> pa.Table:
     return table
 
 
+def _sequences(rendered: Sequence[RenderedPair]) -> list[RenderedSequence]:
+    return [sequence for pair in rendered for sequence in (pair.chosen, pair.rejected)]
+
+
 def _changed(
-    rendered: Sequence[Any], change: Callable[[RenderedSequence], RenderedSequence]
+    rendered: Sequence[RenderedPair], change: Callable[[RenderedSequence], RenderedSequence]
 ) -> list[RenderedPair]:
-    return [_pair(change(one.chosen), change(one.rejected)) for one in rendered]
+    return [_pair(change(pair.chosen), change(pair.rejected)) for pair in rendered]
 
 
 def _pair(chosen: RenderedSequence, rejected: RenderedSequence) -> RenderedPair:

@@ -1,7 +1,7 @@
 """Doctor catches each fault, injected into real scores of trained references.
 
 The name of a test says which evidence shows the fault: the scores alone, or the probe, which scores
-16 pairs again in the plain way.
+16 pairs again in an independent way.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _another(alias: str) -> str:
 
 def only_broken(diagnosis: Diagnosis) -> str:
     """The one reference whose verdict is broken; the others are healthy."""
-    states = {one.alias: one.state for one in diagnosis.verdicts}
+    states = {verdict.alias: verdict.state for verdict in diagnosis.verdicts}
     broken = [alias for alias, state in states.items() if state == "broken"]
     assert len(broken) == 1, diagnosis.verdicts
     assert all(state == "healthy" for alias, state in states.items() if alias != broken[0])
@@ -96,8 +96,8 @@ def test_scores_alone_show(fault: str, alias: str, clinic: Clinic, tmp_path: Pat
     store = clinic.store(tmp_path / "store", **{alias: inject(clinic, alias, tmp_path / "model")})
     diagnosis = clinic.diagnose(store)
     assert only_broken(diagnosis) == alias
-    findings = diagnosis.findings[alias]
-    assert [(one.level, one.code, one.shown_by) for one in findings] == [("fault", code, "scores")]
+    (finding,) = diagnosis.findings[alias]
+    assert (finding.level, finding.code, finding.shown_by) == ("fault", code, "scores")
 
 
 @pytest.mark.parametrize("fault", SHOWN_BY_PROBE)
@@ -107,7 +107,8 @@ def test_the_probe_shows(fault: str, clinic: Clinic, tmp_path: Path) -> None:
     store = clinic.store(tmp_path / "store", **{alias: inject(clinic, alias, tmp_path / "model")})
     diagnosis = clinic.diagnose(store, probe=PROBE)
     assert only_broken(diagnosis) == alias
-    findings = [one for one in diagnosis.findings[alias] if one.shown_by == "probe"]
-    assert [(one.level, one.code) for one in findings] == [("fault", code)]
-    verdict = next(one for one in diagnosis.verdicts if one.alias == alias)
-    assert findings[0].cause in verdict.reason  # the probe's cause is the one that is told
+    findings = diagnosis.findings[alias]
+    (finding,) = [finding for finding in findings if finding.shown_by == "probe"]
+    assert (finding.level, finding.code) == ("fault", code)
+    (verdict,) = [verdict for verdict in diagnosis.verdicts if verdict.alias == alias]
+    assert finding.cause in verdict.reason  # the probe's cause comes before that of the scores

@@ -1,4 +1,4 @@
-"""Doctor is silent on healthy references: other seeds, other data, few pairs, any company."""
+"""Doctor finds nothing in healthy references: other seeds, other data, few pairs, any others."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def loaded(clinic: Clinic, store: Store) -> ScoreTable:
 def part(table: ScoreTable, rows: np.ndarray, columns: list[int]) -> ScoreTable:
     """Some pairs of a table under some of its references."""
 
-    def taken(one: Any, names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: getattr(one, name)[rows] for name in names}
+    def taken(whole: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(whole, name)[rows] for name in names}
 
     arrays = ("logps", "end_logps", "tokens", "prompt_tokens", "boundary", "reasons")
     pairs = ("places", "ids", "sources", "prompts", "prompt_bytes", "response_bytes")
     references = [
-        type(one)(record=one.record, **taken(one, arrays))
-        for one in (table.references[k] for k in columns)
+        type(reference)(record=reference.record, **taken(reference, arrays))
+        for reference in (table.references[k] for k in columns)
     ]
     return ScoreTable(references=references, **taken(table, pairs))
 
@@ -44,8 +44,8 @@ def test_scores_and_probe_find_nothing(
 ) -> None:
     some = clinic if seed == 0 else open_clinic(rows, tmp_path / "clinic", seed)
     diagnosis = some.diagnose(some.store(tmp_path / "store"), probe=16)
-    assert [one.state for one in diagnosis.verdicts] == ["healthy"] * 3
-    assert all(found == [] for found in diagnosis.findings.values())
+    assert [verdict.state for verdict in diagnosis.verdicts] == ["healthy"] * 3
+    assert not any(diagnosis.findings.values())
     for report in diagnosis.probes:
         assert (report.skipped, report.agree, report.other_tokens) == (None, report.responses, 0)
         assert report.responses == 32
@@ -65,22 +65,22 @@ def test_no_false_alarm_in_200_draws_of_pairs_and_references(
         size = min(len(kind), int(rng.choice([20, 30, 50, 100])))
         columns = rng.permutation(3)[: rng.integers(1, 4)].tolist()
         drawn = part(table, rng.choice(kind, size, replace=False), columns)
-        found = check_scores(drawn, figures(drawn, beta=0.1), vocabularies)
-        assert all(findings == [] for findings in found.values()), found
+        findings = check_scores(drawn, figures(drawn, beta=0.1), vocabularies)
+        assert not any(findings.values()), findings
 
 
 def test_a_broken_reference_does_not_make_others_suspect(clinic: Clinic, tmp_path: Path) -> None:
     """Means are so small that sums look unlikely beside them."""
     store = clinic.store(tmp_path / "store", llama=faulty.means(clinic.scores["llama"]))
-    states = {one.alias: one.state for one in clinic.diagnose(store).verdicts}
+    states = {verdict.alias: verdict.state for verdict in clinic.diagnose(store).verdicts}
     assert states == {"llama": "broken", "mistral": "healthy", "qwen": "healthy"}
 
 
 def test_one_reference_under_two_names_is_no_fault(clinic: Clinic, tmp_path: Path) -> None:
     store = clinic.store(tmp_path / "store", qwen=clinic.scores["llama"])
     findings = clinic.diagnose(store).findings
-    assert [one.code for one in findings["qwen"]] == ["duplicate"]
-    assert {one.level for found in findings.values() for one in found} == {"suspect"}
+    assert [finding.code for finding in findings["qwen"]] == ["duplicate"]
+    assert {finding.level for group in findings.values() for finding in group} == {"suspect"}
 
 
 def test_weights_that_changed_are_not_probed(clinic: Clinic, tmp_path: Path) -> None:
@@ -102,13 +102,17 @@ def test_the_command_writes_what_it_prints_and_says_so(
 ) -> None:
     clinic.specs()
     healthy = clinic.config(clinic.store(tmp_path / "healthy"))
-    assert doctor(healthy) == 0
+    assert doctor(healthy).exit_code == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == healthy.out
     content = json.loads(Path(healthy.out).read_text(encoding="utf-8"))
-    assert [one["alias"] for one in content["references"]] == ["llama", "mistral", "qwen"]
+    assert [reference["alias"] for reference in content["references"]] == [
+        "llama",
+        "mistral",
+        "qwen",
+    ]
     assert content["references"][0]["first_loss"] == pytest.approx(np.log(2))
     assert Path(healthy.out).with_suffix(".yaml").is_file()
     swapped = clinic.store(tmp_path / "swapped", qwen=faulty.swapped(clinic.scores["qwen"]))
-    assert doctor(clinic.config(swapped)) == 1
+    assert doctor(clinic.config(swapped)).exit_code == 1
     assert "chosen and rejected were exchanged" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """A report in a real browser: pictures at desktop and phone widths, light and dark, and no harm.
 
-    python tests/evaluation/in_browser.py report.html pictures/
+    python tests/evaluation/report/in_browser.py report.html pictures/
 
 Not among the tests, since it needs Chromium. Ends with 1 where the page changed itself or holds
 an element that could: with pairs, sources and names full of markup, nothing of them may run.

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mrpo.evaluation.audit.audit import audit
 from mrpo.evaluation.compare.outcome import METRIC_WORDS, resample, standing
 from mrpo.evaluation.compare.results import Comparison, Result, RunResult, ScoringCost
+from mrpo.evaluation.config import CompareConfig
 from mrpo.evaluation.intervals import Interval
 from mrpo.evaluation.report.charts import (
     Curve,
@@ -28,8 +30,8 @@ from mrpo.evaluation.report.charts import (
     ticks,
     to_svg,
 )
-from mrpo.evaluation.report.report import to_html
-from mrpo.evaluation.results import write_json
+from mrpo.evaluation.report.report import report, to_html
+from mrpo.files import write_json
 from mrpo.settings import write_resolved
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
@@ -100,8 +102,6 @@ def folder(scored: Scored) -> Path:
         log = "".join(json.dumps(line) + "\n" for line in lines)
         (Path(run.folder) / "log.jsonl").write_text(log)
     write_json(root / "compare.json", comparison)
-    from mrpo.evaluation.config import CompareConfig
-
     settings = CompareConfig(
         output_dir=str(root),
         methods=",".join(METHODS),
@@ -122,15 +122,15 @@ def a_comparison(root: Path) -> Comparison:
     results = []
     for metric in METRIC_WORDS:
         for at, fraction in enumerate((0.2, 1.0)):
-            found = standing(draws, at, list(METHODS), single)
+            ranking = standing(draws, at, list(METHODS), single)
             for method in METHODS:
-                gain = next((one for one in found.gains if one.method == method), None)
+                gain = next((gain for gain in ranking.gains if gain.method == method), None)
                 results.append(
                     Result(
                         method=method,
                         fraction=fraction,
                         metric=metric,
-                        accuracy=found.accuracy[method],
+                        accuracy=ranking.accuracy[method],
                         seed_spread=math.nan,
                         gain=gain.gain if gain else None,
                         over=gain.over if gain else None,
@@ -175,18 +175,15 @@ def a_comparison(root: Path) -> Comparison:
 @pytest.fixture(scope="module")
 def written(folder: Path, scored: Scored, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page on all of it, the audit's figures included."""
-    from mrpo.evaluation.audit.audit import audit
-    from mrpo.evaluation.config import AuditConfig, ReportConfig
-    from mrpo.evaluation.report.report import report
-
     out = tmp_path_factory.mktemp("page")
     where = {
         "pairs": str(scored.folder / "pairs"),
         "refs_config": str(scored.folder / "refs.yaml"),
         "store": scored.store.root,
     }
-    table = audit(AuditConfig(refs="llama,qwen", out=str(out / "audit.csv"), **where))
-    return report(ReportConfig(folders=str(folder), audit=str(table), out=str(out / "report.html")))
+    table = audit(refs=["llama", "qwen"], out=out / "audit.csv", **where)
+    assert table == out / "audit.csv"
+    return report(folders=[folder], audit=table, out=out / "report.html")
 
 
 def test_markup_in_pairs_sources_and_names_does_nothing(written: Path) -> None:
@@ -211,7 +208,7 @@ def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path)
     page = Page(written.read_text(encoding="utf-8"))
     charts = [chart for section in content["sections"] for chart in section["charts"]]
     drawings = [attributes for tag, attributes in page.elements if tag == "svg"]
-    assert [chart["title"] for chart in charts] == [one["aria-label"] for one in drawings]
+    assert [chart["title"] for chart in charts] == [drawing["aria-label"] for drawing in drawings]
     shown = " ".join(chart["title"] for chart in charts)
     for word in ("Gain", "Learning curves", "Loss", "agree", "Margins", "weights", "CTRO"):
         assert word in shown or word in page.text
@@ -249,7 +246,7 @@ def test_references_that_are_gone_leave_the_runs_part(
 def test_mistakes_are_one_line(
     mrpo: Run, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
-    ran = mrpo("report", *(one.format(tmp=tmp_path) for one in arguments))
+    ran = mrpo("report", *(argument.format(tmp=tmp_path) for argument in arguments))
     assert ran.code == 2
     for word in words:
         assert word in ran.err

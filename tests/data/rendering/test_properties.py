@@ -121,10 +121,10 @@ def test_scored_tokens_hold_the_response_of_a_chat_and_nothing_else(
         assert scored == family.scored(content)
         assert rendered.text[rendered.content_end :] == (family.end_of_turn or "")
         check_branch(family, rendered, branch)
-    shared, both = ids.shared, (ids.chosen, ids.rejected)
-    assert shared <= min(branch.start for branch in both)
+    shared, branches = ids.shared, (ids.chosen, ids.rejected)
+    assert shared <= min(branch.start for branch in branches)
     assert ids.chosen.token_ids[:shared] == ids.rejected.token_ids[:shared]
-    at_most = shared == min(branch.start for branch in both)
+    at_most = shared == min(branch.start for branch in branches)
     assert at_most or ids.chosen.token_ids[shared] != ids.rejected.token_ids[shared]
 
 

@@ -41,8 +41,8 @@ def test_bos_is_never_doubled_and_the_turn_ends_once(family: Family) -> None:
             if pair.is_chat and family.end_of_turn is None:
                 assert ends == []
             else:
-                wanted = family.end_of_turn if pair.is_chat else tokenizer.eos_token
-                assert decode(renderer, ends).strip() == str(wanted).strip()
+                end = family.end_of_turn if pair.is_chat else tokenizer.eos_token
+                assert decode(renderer, ends).strip() == str(end).strip()
                 assert ends[-1] not in ids[branch.start : -1]
 
 

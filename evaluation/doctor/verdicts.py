@@ -1,7 +1,7 @@
-"""From figures and findings to a verdict: one line a reference, and what to do with all of them.
+"""From figures and findings to a verdict on each reference, and advice for all of them together.
 
 Whether a reference can be trusted is one question (`findings.py`), what it adds is another: the
-weights that predict the labels (`train/mathematics/fitted.py`) and their intervals answer that.
+weights that predict the labels (`method/fitted.py`) and their intervals answer that.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from ...method.fitted import fit_weights
 from ..figures import UNITS, ReferenceFigures
 from ..intervals import Interval
 from ..score_table import ScoreTable
-from .findings import Finding
-from .length_checks import FEWEST
+from .findings import FEWEST, Finding, is_broken, worst_first
 
-HALF = 0.5  # of margins that length explains, or of responses that CTRO moves: too much
-LESS = 0.8  # times the saturation of summed log-probs that per-byte ones must bring
+TOO_MUCH = 0.5  # of the margins' variance explained by length, or of responses moved by CTRO
+LESS = 0.8  # times the saturation of summed log-probs that per-byte ones must not exceed
 BOOTSTRAP = 100
 
 State = Literal["healthy", "suspect", "broken"]
 TO_DO = {
-    "swapped": "exchange the columns and bring the scores in again",
+    "swapped": "exchange the columns and import the scores again",
     "duplicate": "drop one of the two",
-    "uniform": "drop it, or mend the model that refs.yaml names and rescore",
-    "guessing": "drop it, or mend the model or tokenizer that refs.yaml names and rescore",
+    "uniform": "drop it, or repair the model that refs.yaml names and rescore",
+    "guessing": "drop it, or repair the model or tokenizer that refs.yaml names and rescore",
     "missing": "see the reasons; `mrpo precompute` scores what is not yet scored",
-    "template": "mend chat_template in refs.yaml and rescore",
+    "template": "correct chat_template in refs.yaml and rescore",
     "odd": "rescore if --probe 16 finds it wrong",
     "unlikely": "rescore if --probe 16 finds it wrong, else drop it",
 }
@@ -39,23 +38,23 @@ RESCORE = "rescore: remove {folder} and run `mrpo precompute`"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to think of a reference, and what to do with it."""
+    """What to think of a reference, and what to do about it."""
 
     alias: str
     state: State
-    reason: str  # evidence and likely cause; or what speaks for it
+    reason: str  # evidence and likely cause; for a healthy one its accuracy and likelihood
     suggestion: str
     weight: Interval | None  # fitted, among the references that are not broken
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What the references together ask for."""
+    """What follows for training with these references."""
 
     normalize: Literal["none", "byte"]
     reason: str
     weights: dict[str, Interval]  # fitted, of the references that are not broken
-    drop: list[str]  # of these, the ones whose weight may as well be 0
+    drop: list[str]  # of these, the ones whose weight may be 0
 
 
 def verdicts(
@@ -64,8 +63,11 @@ def verdicts(
     advice: Advice,
     store: str,
 ) -> list[Verdict]:
-    """One for each reference, in their order."""
-    return [_verdict(one, _worst_first(findings[one.alias]), advice, store) for one in figures]
+    """One for each reference, in their order; `store` is the store's root."""
+    return [
+        _verdict(reference, worst_first(findings[reference.alias]), advice, store)
+        for reference in figures
+    ]
 
 
 def advise(
@@ -74,29 +76,27 @@ def advise(
     findings: Mapping[str, Sequence[Finding]],
 ) -> Advice:
     """Normalization by length bias and saturation, weights by a fit to the labels."""
-    sound = [k for k, one in enumerate(figures) if not _broken(findings[one.alias])]
+    sound = [k for k, alias in enumerate(table.aliases) if not is_broken(findings[alias])]
     normalize, reason = _normalization([figures[k] for k in sound])
     weights, drop = _fitted(table, sound, normalize)
     return Advice(normalize, reason, weights, drop)
 
 
 def _verdict(
-    figure: ReferenceFigures, findings: Sequence[Finding], advice: Advice, store: str
+    figures: ReferenceFigures, findings: Sequence[Finding], advice: Advice, store: str
 ) -> Verdict:
-    weight = advice.weights.get(figure.alias)
+    alias, weight = figures.alias, advice.weights.get(figures.alias)
     if not findings:
-        accuracy = figure.accuracy[advice.normalize]
+        accuracy = figures.accuracy[advice.normalize]
         reason = (
             f"{UNITS[advice.normalize]} it prefers the chosen response in {accuracy.percent()} % "
-            f"of the pairs, {figure.chosen_bits_per_byte:.2f} bits per byte"
+            f"of the pairs, {figures.chosen_bits_per_byte:.2f} bits per byte"
         )
-        return Verdict(figure.alias, "healthy", reason, _worth(figure.alias, advice), weight)
+        return Verdict(alias, "healthy", reason, _worth(alias, advice), weight)
     worst = findings[0]
-    state: State = "broken" if worst.level == "fault" else "suspect"
-    reason = f"{worst.evidence}: {worst.cause}"
-    folder = f"{store}/{figure.identity}"
-    suggestion = TO_DO.get(worst.code, RESCORE.format(folder=folder))
-    return Verdict(figure.alias, state, reason, suggestion, weight)
+    state: State = "broken" if is_broken(findings) else "suspect"
+    suggestion = TO_DO.get(worst.code, RESCORE.format(folder=f"{store}/{figures.identity}"))
+    return Verdict(alias, state, f"{worst.evidence}: {worst.cause}", suggestion, weight)
 
 
 def _worth(alias: str, advice: Advice) -> str:
@@ -105,26 +105,19 @@ def _worth(alias: str, advice: Advice) -> str:
         return "keep"
     if len(advice.drop) == len(advice.weights):
         return "keep: these pairs are too few, or the references too alike, to weigh them"
-    return f"drop it or leave it: its fitted weight is {advice.weights[alias]}, and may be 0"
-
-
-def _worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    """Faults before suspicions; of equals the probe's, which knows the cause."""
-    return sorted(findings, key=lambda one: (one.level != "fault", one.shown_by != "probe"))
-
-
-def _broken(findings: Sequence[Finding]) -> bool:
-    return any(finding.level == "fault" for finding in findings)
+    return f"optional: its fitted weight is {advice.weights[alias]}, and may be 0"
 
 
 def _normalization(figures: Sequence[ReferenceFigures]) -> tuple[Literal["none", "byte"], str]:
-    biased = [one.length_bias for one in figures]
-    moved = [(one.saturation["none"], one.saturation["byte"]) for one in figures[1:]]
-    if biased and np.median(biased) > HALF:
+    biased = [reference.length_bias for reference in figures]
+    moved = [
+        (reference.saturation["none"], reference.saturation["byte"]) for reference in figures[1:]
+    ]
+    if biased and np.median(biased) > TOO_MUCH:
         return "byte", f"length explains {np.median(biased):.0%} of the summed margins' variance"
     if moved:
         summed, by_byte = np.mean(moved, axis=0)
-        if summed > HALF and by_byte < LESS * summed:
+        if summed > TOO_MUCH and by_byte < LESS * summed:
             return "byte", f"CTRO moves {summed:.0%} of summed log-probs, {by_byte:.0%} per byte"
     return "none", "length explains less than half of the summed margins' variance"
 

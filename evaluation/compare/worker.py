@@ -1,0 +1,156 @@
+"""The process that runs cells of a comparison: `python -P -m mrpo.evaluation.compare.worker`.
+
+It imports torch and transformers once and then runs one cell after another: `train`, then the
+figures of `mrpo evaluate`. `workers.py` starts it and sends it cells (`precompute/process.py`).
+After each of the two the state of the process is restored, so that a cell's numbers are those of
+`mrpo train` and `mrpo evaluate` in processes of their own.
+
+A user's mistake is reported, and the worker goes on; any other error ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ...data.shards import PairShards
+from ...data.store import open_store
+from ...errors import UserError
+from ...files import locked, to_json, write_json
+from ...precompute.process import Report, serve
+from ...settings import build
+from ...train.checkpoint import STATE_FILE
+from ...train.config import TrainConfig
+from ...train.run import train
+from ...train.run_folder import update_evaluation
+from ..evaluate import EvaluationInputs, measure
+from ..policies import policy_of_run
+from .cells import SETTINGS, Cell
+
+TORCH_SEED = torch.initial_seed()  # of a new process
+
+
+def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
+    """Train and evaluate a cell; this process prints to the cell's log from then on.
+
+    `base` is the reference that rewards are measured from. Raises `UserError` for a user's
+    mistake, and where another process holds the cell's lock.
+    """
+    with locked(cell.folder / ".lock") as ours:
+        if not ours:
+            raise UserError("another process is at work on it")
+        _print_to(cell.log)
+        try:
+            _train_and_evaluate(cell, base, keep_model)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+@contextlib.contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Undo what the block changes in this process, and free its memory.
+
+    Inside, torch's random generators start as in a new process.
+    """
+    environment, folder = dict(os.environ), Path.cwd()
+    threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
+    handler = signal.getsignal(signal.SIGTERM)
+    generators = random.getstate(), np.random.get_state()
+    torch.manual_seed(TORCH_SEED)
+    with contextlib.suppress(OSError):  # Linux: start a new measurement of peak memory
+        Path("/proc/self/clear_refs").write_text("5")
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(threads)
+        transformers_logging.set_verbosity(verbosity)
+        signal.signal(signal.SIGTERM, handler)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        if "torch._dynamo" in sys.modules:  # torch.compile has a limit of recompilations
+            torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
+    started = time.monotonic()
+    config = build(TrainConfig, {}, str(cell.folder / SETTINGS))
+    print(f"$ mrpo train --config {cell.folder / SETTINGS}")
+    with process_state_kept():
+        code = train(config).exit_code
+    if code:  # SIGTERM: the checkpoint is saved, and this process ends as it was asked to
+        sys.exit(code)
+    trained = time.monotonic()
+    inputs = EvaluationInputs(
+        PairShards(config.pairs or "pairs"), open_store(config.store), base, config.refs_config
+    )
+    policy = policy_of_run(cell.folder, f"{cell.method}-{cell.fraction:g}-{cell.seed}")
+    with process_state_kept():
+        evaluation = measure([policy], inputs, in_process=True)
+    update_evaluation(cell.run.evaluation, to_json(evaluation))
+    seconds = {"train": trained - started, "evaluate": time.monotonic() - trained}
+    _free_disk(cell, keep_model)
+    write_json(cell.result, {"identity": evaluation.policies[0].identity, "seconds": seconds})
+
+
+def _free_disk(cell: Cell, keep_model: bool) -> None:
+    """Remove a finished cell's checkpoints, which are several times its model.
+
+    With the model their state files stay: from these `mrpo train` sees that the run is finished,
+    and `mrpo evaluate` how its pairs are rendered.
+    """
+    if not keep_model:
+        shutil.rmtree(cell.run.model)
+        shutil.rmtree(cell.run.checkpoints)
+        return
+    for path in cell.run.checkpoints.glob("*/*"):
+        if path.name != STATE_FILE:
+            path.unlink()
+
+
+def _print_to(log: Path) -> None:
+    """Make a file this process's stdout and stderr, also for what libraries print."""
+    sys.stdout.flush()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _handle(values: dict[str, Any], report: Report) -> None:
+    cell = values["cell"]
+    run_cell(Cell(**cell | {"folder": Path(cell["folder"])}), values["base"], values["keep_model"])
+
+
+def main() -> int:
+    """Cells, until the parent ends this process."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return serve(_handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
