@@ -60,12 +60,8 @@ def check_sign(subject: Subject) -> Finding | None:
     share = float((reference.logps[reference.scored] > 1e-6).mean())
     if share < 0.01:
         return None
-    return Finding(
-        "fault",
-        "sign",
-        f"{share:.0%} of its log-probs are above 0",
-        "losses were stored, not log-probs",
-    )
+    evidence = f"{share:.0%} of its log-probs are above 0"
+    return Finding("fault", "sign", evidence, "losses were stored, not log-probs")
 
 
 def check_rounding(subject: Subject) -> Finding | None:
@@ -81,12 +77,10 @@ def check_rounding(subject: Subject) -> Finding | None:
         share = float((values == rounded).mean())
         if share > 0.9:
             step = np.abs(np.median(values)) * precision
-            return Finding(
-                "fault",
-                "rounded",
-                f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart",
-                f"sums were stored in {name}",
+            evidence = (
+                f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart"
             )
+            return Finding("fault", "rounded", evidence, f"sums were stored in {name}")
     return None
 
 
@@ -107,12 +101,9 @@ def check_uniform(subject: Subject) -> Finding | None:
     bits = subject.figures.chosen_bits_per_byte
     if spread > UNIFORM or (others and not bits > 1.1 * min(others)):
         return None
-    return Finding(
-        "fault",
-        "uniform",
-        f"every token costs about the same, {nats:.1f} nats (spread {spread:.0%})",
-        "random weights: missing or unmatched tensors when the model was loaded",
-    )
+    evidence = f"every token costs about the same, {nats:.1f} nats (spread {spread:.0%})"
+    cause = "random weights: missing or unmatched tensors when the model was loaded"
+    return Finding("fault", "uniform", evidence, cause)
 
 
 def check_copies(subject: Subject) -> Finding | None:
@@ -126,20 +117,16 @@ def check_copies(subject: Subject) -> Finding | None:
         equal &= np.abs(reference.logps).max(axis=1) > 1e-3  # certain responses of any model are 0
         share = equal.sum() / max(scored.sum(), 1)
         if share > SAME:
-            return Finding(
-                "suspect",
-                "duplicate",
-                f"{share:.0%} of its scores equal {other.alias}'s",
-                f"the same model as {other.alias}; the second adds nothing",
-            )
+            evidence = f"{share:.0%} of its scores equal {other.alias}'s"
+            cause = f"the same model as {other.alias}; the second adds nothing"
+            return Finding("suspect", "duplicate", evidence, cause)
         enough = equal.sum() >= 3 and share > 0.005
         if enough and _is_the_copy(subject.table, reference, other, equal):
-            return Finding(
-                "fault",
-                "copied",
-                f"{equal.sum():,} of its rows ({share:.0%}) equal {other.alias}'s to the last bit",
-                f"rows of {other.alias} were stored under its name",
+            evidence = (
+                f"{equal.sum():,} of its rows ({share:.0%}) equal {other.alias}'s to the last bit"
             )
+            cause = f"rows of {other.alias} were stored under its name"
+            return Finding("fault", "copied", evidence, cause)
     return None
 
 
@@ -160,13 +147,12 @@ def check_other_tokenizer(subject: Subject) -> Finding | None:
         if subject.vocabulary is not None:
             blind = own > theirs and nats > GUESSED * np.log(subject.vocabulary)
         if same > SAME_TOKENS and blind:
-            return Finding(
-                "fault",
-                "tokens",
+            evidence = (
                 f"{same:.0%} of its token counts are {other.alias}'s, at {own:.1f} bits per byte "
-                f"where {other.alias} needs {theirs:.1f}",
-                f"it was given the token ids of {other.alias}'s tokenizer",
+                f"where {other.alias} needs {theirs:.1f}"
             )
+            cause = f"it was given the token ids of {other.alias}'s tokenizer"
+            return Finding("fault", "tokens", evidence, cause)
     return None
 
 
@@ -175,21 +161,17 @@ def check_likelihood(subject: Subject) -> Finding | None:
     nats, bits = subject.figures.nats_per_token, _bits(subject.figures)
     vocabulary = subject.vocabulary
     if vocabulary is not None and nats > np.log(vocabulary):
-        return Finding(
-            "fault",
-            "guessing",
+        evidence = (
             f"a token costs {nats:.1f} nats, more than a guess among its {vocabulary:,} "
-            f"({np.log(vocabulary):.1f})",
-            "token ids of another tokenizer, or damaged weights",
+            f"({np.log(vocabulary):.1f})"
         )
+        cause = "token ids of another tokenizer, or damaged weights"
+        return Finding("fault", "guessing", evidence, cause)
     best = min((_bits(subject.all_figures[j]) for j in subject.sound), default=np.nan)
     if bits > FAR_WORSE * best:
-        return Finding(
-            "suspect",
-            "unlikely",
-            f"{bits:.1f} bits per byte, {bits / best:.1f} times the best reference's",
-            "another tokenizer's ids, a wrong template, or a much weaker model",
-        )
+        evidence = f"{bits:.1f} bits per byte, {bits / best:.1f} times the best reference's"
+        cause = "another tokenizer's ids, a wrong template, or a much weaker model"
+        return Finding("suspect", "unlikely", evidence, cause)
     return None
 
 
@@ -207,13 +189,12 @@ def check_difficulty(subject: Subject) -> Finding | None:
     best = max(among, default=np.nan)
     if subject.findings or not (own < ODD and best > AGREED):
         return None
-    return Finding(
-        "suspect",
-        "odd",
+    evidence = (
         f"which responses are hard for their length correlates {own:.2f} with any other "
-        f"reference, {best:.2f} among others",
-        "part of the text that was scored is not the response: left padding, another template",
+        f"reference, {best:.2f} among others"
     )
+    cause = "part of the text that was scored is not the response: left padding, another template"
+    return Finding("suspect", "odd", evidence, cause)
 
 
 def check_missing(subject: Subject) -> Finding | None:

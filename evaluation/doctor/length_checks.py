@@ -57,12 +57,8 @@ def check_means(subject: Subject) -> Finding | None:
     slope = float(np.polyfit(tokens, nats, 1)[0])
     if slope > 0.35 or nats.std() > 0.6 * tokens.std():
         return None
-    return Finding(
-        "fault",
-        "means",
-        f"twice the tokens cost {2**slope:.2f} times the nats, not about 2",
-        "means per token were stored, not sums",
-    )
+    evidence = f"twice the tokens cost {2**slope:.2f} times the nats, not about 2"
+    return Finding("fault", "means", evidence, "means per token were stored, not sums")
 
 
 def check_truncated(subject: Subject) -> Finding | None:
@@ -90,13 +86,11 @@ def check_truncated(subject: Subject) -> Finding | None:
         noise = float((sizes[below] - np.polyval(line, lengths[below])).std())
         expected, actual = float(np.polyval(line, cut)), float(sizes[lengths == cut].mean())
         if actual > 1.05 * expected + SPIKE * noise / np.sqrt(frequency[cut]):
-            return Finding(
-                "fault",
-                "truncated",
+            evidence = (
                 f"{frequency[cut]:,} {name} have exactly {cut} tokens, of texts of {actual:.0f} "
-                f"bytes on average, where {cut} tokens hold {expected:.0f}",
-                f"{name} were cut at {cut} tokens",
+                f"bytes on average, where {cut} tokens hold {expected:.0f}"
             )
+            return Finding("fault", "truncated", evidence, f"{name} were cut at {cut} tokens")
     return None
 
 
@@ -114,12 +108,11 @@ def check_shuffled(subject: Subject) -> Finding | None:
         )
         if related < NO_RELATION or related < min(best, 1.0) - BELOW_OTHERS:
             comparison = "" if np.isnan(best) else f", {best:.2f} for another reference"
-            return Finding(
-                "fault",
-                "shuffled",
-                f"its {name} hardly follow the responses' bytes (r {related:.2f}{comparison})",
-                "rows do not belong to their pairs: shuffled, shifted or of other data",
+            evidence = (
+                f"its {name} hardly follow the responses' bytes (r {related:.2f}{comparison})"
             )
+            cause = "rows do not belong to their pairs: shuffled, shifted or of other data"
+            return Finding("fault", "shuffled", evidence, cause)
     return None
 
 

@@ -38,7 +38,7 @@ LONGEST = 4096  # tokens of a sequence beyond which full logits take much memory
 # Findings that equal recomputed scores rule out, however much the numbers look like them.
 REFUTED = {"sign", "swapped", "means", "truncated", "shuffled", "tokens", "unlikely", "odd"}
 AGREE = 0.95  # share of responses whose stored and recomputed scores must be the same
-OTHER_TOKENS = 0.25  # share whose counts may differ: the plain way splits some prompts elsewhere
+OTHER_TOKENS = 0.25  # share whose counts may differ: the plain way splits some texts differently
 
 MARKER = re.compile(r"<\|[^|<>\s]+\|>|<[a-z_]+_of_[a-z_]+>|\[/?[A-Z_]{3,}\]")
 BETTER = 0.05  # share of the nats per byte that the right template saves at least
@@ -125,7 +125,7 @@ def probe(
 def choose(reference: ReferenceColumns, count: int) -> np.ndarray:
     """Rows of scored pairs from the shortest to the longest, without tokens across the boundary.
 
-    Where a token spans prompt and response, the plain way may count one token more or less.
+    Where a token spans prompt and response, the plain tokenizer may count one token more or less.
     """
     lengths = np.nan_to_num(reference.prompt_tokens) + reference.tokens.max(axis=1)
     lengths = np.where(np.isnan(lengths), -reference.logps.min(axis=1), lengths)  # imported
@@ -149,25 +149,19 @@ def check_template(
     if chat and tokenizer.template is None:
         return None
     if chat and (markers := _split_markers(tokenizer, own)):
-        return Finding(
-            "fault",
-            "template",
+        evidence = (
             f"its chat template writes {markers[0]!r}, which its tokenizer splits into pieces, "
-            "where the model's own has tokens",
-            "chat_template in refs.yaml is another family's",
-            "probe",
+            "where the model's own has tokens"
         )
+        cause = "chat_template in refs.yaml is another family's"
+        return Finding("fault", "template", evidence, cause, "probe")
     saved = [_saved(model, tokenizer, response, own) for response in responses]
     if np.mean(saved) < BETTER or np.mean([share > 0 for share in saved]) < CONSISTENTLY:
         return None
     setting = "chat_template in refs.yaml" if chat else "pairs as plain text"
-    return Finding(
-        "suspect",
-        "template",
-        f"with the model's own chat template responses cost {np.mean(saved):.0%} fewer nats",
-        f"{setting}: not what the model was trained on",
-        "probe",
-    )
+    evidence = f"with the model's own chat template responses cost {np.mean(saved):.0%} fewer nats"
+    cause = f"{setting}: not what the model was trained on"
+    return Finding("suspect", "template", evidence, cause, "probe")
 
 
 def _resolve(

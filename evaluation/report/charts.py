@@ -362,7 +362,7 @@ def _short(text: str, width: float) -> str:
 
 
 def _names(chart: Lines | Ranges) -> list[str]:
-    """What is told apart by color, each once."""
+    """What colors distinguish, without repeats."""
     if isinstance(chart, Lines):
         return [curve.name for curve in chart.curves]
     return list(dict.fromkeys(row.group for row in chart.rows))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...method.arrays import NORMALIZATIONS
 from ...method.weightings import arwc_weights
 from ..config import DoctorConfig, ReportConfig
 from ..doctor.doctor import (
@@ -61,13 +60,9 @@ def references_section(config: ReportConfig) -> list[Section]:
 
 def _accuracy(diagnosis: Diagnosis) -> Ranges:
     rows = [
-        Range(
-            name=f"{reference.alias}, {UNITS[unit]}",
-            value=reference.accuracy[unit],
-            group=UNITS[unit],
-        )
+        Range(name=f"{reference.alias}, {words}", value=reference.accuracy[unit], group=words)
         for reference in diagnosis.references
-        for unit in NORMALIZATIONS
+        for unit, words in UNITS.items()
     ]
     return Ranges(
         title="How often a reference prefers the chosen response",

@@ -1,4 +1,4 @@
-"""Doctor is silent on healthy references: other seeds, other data, few pairs, any company."""
+"""Doctor finds nothing in healthy references: other seeds, other data, few pairs, any others."""
 
 from __future__ import annotations
 

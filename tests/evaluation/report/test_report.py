@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mrpo.evaluation.audit.audit import audit
 from mrpo.evaluation.compare.outcome import METRIC_WORDS, resample, standing
 from mrpo.evaluation.compare.results import Comparison, Result, RunResult, ScoringCost
+from mrpo.evaluation.config import CompareConfig
 from mrpo.evaluation.intervals import Interval
 from mrpo.evaluation.report.charts import (
     Curve,
@@ -28,7 +30,7 @@ from mrpo.evaluation.report.charts import (
     ticks,
     to_svg,
 )
-from mrpo.evaluation.report.report import to_html
+from mrpo.evaluation.report.report import report, to_html
 from mrpo.files import write_json
 from mrpo.settings import write_resolved
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
@@ -100,8 +102,6 @@ def folder(scored: Scored) -> Path:
         log = "".join(json.dumps(line) + "\n" for line in lines)
         (Path(run.folder) / "log.jsonl").write_text(log)
     write_json(root / "compare.json", comparison)
-    from mrpo.evaluation.config import CompareConfig
-
     settings = CompareConfig(
         output_dir=str(root),
         methods=",".join(METHODS),
@@ -175,18 +175,15 @@ def a_comparison(root: Path) -> Comparison:
 @pytest.fixture(scope="module")
 def written(folder: Path, scored: Scored, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page on all of it, the audit's figures included."""
-    from mrpo.evaluation.audit.audit import audit
-    from mrpo.evaluation.config import AuditConfig, ReportConfig
-    from mrpo.evaluation.report.report import report
-
     out = tmp_path_factory.mktemp("page")
     where = {
         "pairs": str(scored.folder / "pairs"),
         "refs_config": str(scored.folder / "refs.yaml"),
         "store": scored.store.root,
     }
-    table = audit(AuditConfig(refs="llama,qwen", out=str(out / "audit.csv"), **where))
-    return report(ReportConfig(folders=str(folder), audit=str(table), out=str(out / "report.html")))
+    table = audit(refs=["llama", "qwen"], out=out / "audit.csv", **where)
+    assert table == out / "audit.csv"
+    return report(folders=[folder], audit=table, out=out / "report.html")
 
 
 def test_markup_in_pairs_sources_and_names_does_nothing(written: Path) -> None:
