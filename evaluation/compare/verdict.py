@@ -245,7 +245,7 @@ def _others_say(outcome: ComparisonOutcome) -> list[str]:
 
 
 def _by_size(outcome: ComparisonOutcome) -> list[str]:
-    """What less data would have said, and whether more would help."""
+    """Whether less data gives another answer, and whether more would help."""
     if len(outcome.fractions) < 2:
         return []
     standings = outcome.standings[outcome.metrics[0]]

@@ -103,7 +103,7 @@ class CellRunner:
             slot.worker.send(job)
             return
         environment = _environment(slot.device, len(self.devices))
-        # Whatever goes wrong before the worker opens the cell's log stands there too.
+        # The cell's log also shows what goes wrong while the worker starts.
         slot.worker = WorkerProcess(WORKER, job, self._queue, cell.log, environment)
 
     def _hear(self, slot: _Slot, event: Event | None) -> str | None:

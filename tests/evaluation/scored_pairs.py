@@ -83,7 +83,7 @@ def _table(ids: np.ndarray, logps: np.ndarray) -> pa.Table:
     missing = np.isnan(logps).any(axis=1)
     columns: dict[str, Any] = {
         "pair_id": ids_to_arrow(ids),
-        "reason": ["beyond_context" if one else None for one in missing],
+        "reason": ["beyond_context" if absent else None for absent in missing],
     }
     for branch, values in zip(("chosen", "rejected"), logps.T):
         columns[f"{branch}_logp"] = pa.array(values, pa.float64(), mask=missing)

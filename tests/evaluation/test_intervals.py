@@ -41,6 +41,6 @@ def test_intervals_cover_the_true_mean_about_19_times_in_20() -> None:
     covered = 0
     for seed in range(200):
         right = (rng.random((120, 1)) < 0.6).astype(float)
-        found = mean_intervals(right, np.arange(120), seed=seed)[0]
-        covered += found.low <= 0.6 <= found.high
+        result = mean_intervals(right, np.arange(120), seed=seed)[0]
+        covered += result.low <= 0.6 <= result.high
     assert 178 <= covered <= 200
