@@ -1,4 +1,4 @@
-"""Ids as numpy arrays, an index of them against a dictionary, a set of them against a Python set."""
+"""Ids as numpy arrays, an index against a dictionary, a set of ids against a Python set."""
 
 from __future__ import annotations
 
