@@ -117,10 +117,11 @@ def gc(config: GcConfig) -> list[Garbage]:
     if not store.policies.identities():
         require(store)
     garbage = list(find_garbage(store, replaced(store, comma_separated(config.runs))))
-    for item in garbage:
-        print(f"{item.reason:<20}  {readable_size(item.size):>9}  {item.name}")
-        if config.delete:
-            store.files.remove(item.name)
+    if garbage:
+        lines = [[item.name, readable_size(item.size), item.reason] for item in garbage]
+        print_table([["file", "size", "reason"], *lines])
+    for item in garbage if config.delete else ():
+        store.files.remove(item.name)
     if config.delete and isinstance(store.files, LocalFiles):
         store.files.remove_empty_folders()
     verb = "removed" if config.delete else "would remove"

@@ -1,4 +1,4 @@
-"""Ids as numpy arrays: round trips, an index against a dictionary, a set against Python's."""
+"""Ids as numpy arrays, an index against a dictionary, a set of ids against a Python set."""
 
 from __future__ import annotations
 

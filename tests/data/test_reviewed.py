@@ -1,4 +1,4 @@
-"""A reviewed table enters the next run: pairs left out and turned round, ids that are unknown."""
+"""A reviewed table in the next run: excluded and flipped pairs, and unknown ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may happen to a store on a disk, and that nothing else is lost by it."""
+"""Faults of disks, processes and files: what a store detects, and that nothing else is lost."""
 
 from __future__ import annotations
 
