@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
+import mrpo
 from mrpo.data.join import JoinedScores
 from mrpo.data.rendering import RenderedSequence, Renderer
 from mrpo.data.shards import PairShards
 from mrpo.errors import UserError
+from mrpo.method import losses
 from mrpo.method.grammar import parse_method
 from mrpo.train.dataset import TrainingPairs
 from mrpo.train.forward import PairForward
@@ -169,6 +171,15 @@ def test_stops_before_an_update_that_is_not_finite(inputs: Any, tmp_path: Path) 
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names == ["step-00000001"]
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_loss_is_the_one_that_the_package_offers(
+    inputs: Any, tmp_path: Path, plain_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = mrpo.preference_loss
+    monkeypatch.setattr(losses, "preference_loss", lambda *args: 2 * offered(*args))
+    train(inputs.config(tmp_path / "run", max_steps=1))
+    assert log_of(tmp_path / "run")[0]["loss"] == 2 * log_of(plain_run)[0]["loss"]
 
 
 def test_line_of_several_steps_is_their_mean(inputs: Any, tmp_path: Path, plain_run: Path) -> None:

@@ -50,41 +50,41 @@ def test_parameters_are_those_of_the_published_model(sizes: Sizes) -> None:
 
 
 def test_full_training_takes_16_bytes_a_parameter_and_autocasts_copies(sizes: Sizes) -> None:
-    whole = memory_plan(sizes, config(), on_gpus(1), half=True)
+    whole = memory_plan(sizes, config(), on_gpus(1), bf16=True)
     assert whole.weights + whole.gradients + whole.optimizer == 18 * sizes.parameters
-    exact = memory_plan(sizes, config(), on_gpus(1), half=False)
+    exact = memory_plan(sizes, config(), on_gpus(1), bf16=False)
     assert exact.weights + exact.gradients + exact.optimizer == 16 * sizes.parameters
     assert exact.activations > whole.activations
 
 
 def test_micro_batches_begin_as_long_as_fits(sizes: Sizes) -> None:
-    assert memory_plan(sizes, config(), on_gpus(8), half=True).tokens == 4096
-    assert memory_plan(sizes, config(), on_gpus(2), half=True).tokens == 1024
-    assert memory_plan(sizes, config(max_tokens=3000), on_gpus(8), half=True).tokens == 3000
-    small = memory_plan(sizes, config(gradient_checkpointing=True), on_gpus(8), half=True)
+    assert memory_plan(sizes, config(), on_gpus(8), bf16=True).tokens == 4096
+    assert memory_plan(sizes, config(), on_gpus(2), bf16=True).tokens == 1024
+    assert memory_plan(sizes, config(max_tokens=3000), on_gpus(8), bf16=True).tokens == 3000
+    small = memory_plan(sizes, config(gradient_checkpointing=True), on_gpus(8), bf16=True)
     assert small.tokens == 8192
 
 
 def test_checkpointing_and_shards_take_less(sizes: Sizes) -> None:
     tokens = {"max_tokens": 2048}
-    whole = memory_plan(sizes, config(**tokens), on_gpus(1), half=True)
-    less = memory_plan(sizes, config(**tokens, gradient_checkpointing=True), on_gpus(1), half=True)
+    whole = memory_plan(sizes, config(**tokens), on_gpus(1), bf16=True)
+    less = memory_plan(sizes, config(**tokens, gradient_checkpointing=True), on_gpus(1), bf16=True)
     assert less.activations < whole.activations / 5
-    shard = memory_plan(sizes, config(**tokens), on_gpus(4), half=True)
+    shard = memory_plan(sizes, config(**tokens), on_gpus(4), bf16=True)
     assert shard.optimizer == whole.optimizer // 4
     assert shard.activations == whole.activations
 
 
 def test_what_cannot_fit_is_refused_with_the_ways_out(sizes: Sizes) -> None:
     settings, ranks = config(gradient_checkpointing=True), on_gpus(1)
-    whole = memory_plan(sizes, settings, ranks, half=True)
+    whole = memory_plan(sizes, settings, ranks, bf16=True)
     with pytest.raises(UserError, match=r"--lora-rank 16 or torchrun --nproc-per-node 2") as raised:
-        refuse_what_cannot_fit(whole, sizes, settings, ranks, half=True)
+        refuse_what_cannot_fit(whole, sizes, settings, ranks, bf16=True)
     assert "needs about 135." in str(raised.value)
     for fitting, devices in ((config(lora_rank=16), 1), (settings, 2)):
         ranks = on_gpus(devices)
-        fits = memory_plan(sizes, fitting, ranks, half=True)
-        refuse_what_cannot_fit(fits, sizes, fitting, ranks, half=True)
+        fits = memory_plan(sizes, fitting, ranks, bf16=True)
+        refuse_what_cannot_fit(fits, sizes, fitting, ranks, bf16=True)
 
 
 def test_free_memory_is_at_most_the_machines() -> None:

@@ -139,7 +139,7 @@ def test_finished_run_says_so(
     config = inputs.config(finished, max_steps=5, save_steps=1, resume=True)
     result = train(config)
     assert (result.status, result.exit_code) == ("finished", 0)
-    assert result.held_out["eval_pairs"] == 12
+    assert result.held_out["eval_pairs"] == 11
     assert "this run is finished" in capsys.readouterr().out
     assert (finished / "log.jsonl").read_bytes() == before
 
