@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pytest
@@ -180,10 +179,3 @@ def test_the_report_has_a_line_for_each_reference_with_its_interval() -> None:
     assert [line.split()[0] for line in lines[1:4]] == ["a", "b", "c"]
     assert "to" in lines[1]
     assert lines[4] == "references that may add nothing (interval contains 0): c"
-
-
-def test_a_hundred_thousand_pairs_and_eight_references_take_less_than_a_second() -> None:
-    margins, prompts = simulate(0, [0.05, 0.03, 0.02, 0, 0, 0.01, 0, 0], pairs=100_000)
-    start = time.process_time()
-    fit_weights(margins, prompts)
-    assert time.process_time() - start < 1
