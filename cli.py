@@ -14,13 +14,12 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
-from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 from mrpo.errors import UserError
-from mrpo.settings import ELSEWHERE, Setting, build, options, settings_of
+from mrpo.settings import ELSEWHERE, Setting, build, imported, options, settings_of
 
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
@@ -44,7 +43,6 @@ STORE_COMMANDS = {
     "pull": ("data.config:PullConfig", "data.store.commands:pull"),
     "import": ("data.config:ImportConfig", "data.store.import_scores:import_scores"),
 }
-CONFIG_HELP = "A YAML file of these settings; flags win over it."
 
 
 def main() -> None:
@@ -111,7 +109,8 @@ def _command(config: type, function: str) -> Callable[..., int]:
         inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     ]
     parameters += [_parameter(setting) for setting in settings_of(config)]
-    note = Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)]
+    option = typer.Option("--config", help="A YAML file of these settings; flags win over it.")
+    note = Annotated[str | None, option]
     parameters.append(
         inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=note)
     )
@@ -142,12 +141,6 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
-
-
-def imported(path: str) -> Any:
-    """`folder.module:name` inside the package."""
-    module, name = path.split(":")
-    return getattr(import_module(f"mrpo.{module}"), name)
 
 
 def _hyphened(argument: str) -> str:

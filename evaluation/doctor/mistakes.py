@@ -3,13 +3,14 @@
 First mistakes in the numbers, which need no further forward pass (`MISTAKES`), then mistakes in the
 text that the model was shown, which are rendered and scored (`renderings`). A mistake that gives
 the stored scores of nearly all responses is named; otherwise the finding says what differs. A new
-mistake is one entry of `MISTAKES` or one `Rendering`.
+mistake is one entry of `MISTAKES` or of `renderings`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from jinja2 import TemplateError
@@ -35,16 +36,15 @@ class Tolerance:
     sequence: float
     token: float
 
-    @classmethod
-    def of(cls, exact: bool) -> Tolerance:
-        """float32 throughout; or a lower precision, where a token's log-prob is off by 0.05."""
-        return cls(2e-3, 2e-5) if exact else cls(0.1, 0.1)
-
     def fits(self, stored: float, recomputed: float, tokens: int) -> bool:
         return bool(abs(stored - recomputed) <= self.of_sum(tokens))
 
     def of_sum(self, tokens: int) -> float:
         return self.sequence + self.token * tokens
+
+
+FLOAT32 = Tolerance(2e-3, 2e-5)  # throughout
+LOWER_PRECISION = Tolerance(0.1, 0.1)  # a token's log-prob is off by 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +76,7 @@ class ProbedResponse:
 
 
 Gives = Callable[[ProbedResponse, Tolerance], bool]  # whether a mistake gives the stored score
+Renders = Callable[[ProbedResponse], PlainSequence | None]  # None where a mistake does not apply
 
 
 def mistaken_numbers(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Finding | None:
@@ -99,14 +100,14 @@ def mistaken_rendering(
 
     Each is tried on the shortest pairs first and given up where it does not explain these.
     """
-    for rendering in renderings(tokenizer, others, responses[0].pair.is_chat):
+    for code, cause, render in renderings(tokenizer, others, responses[0].pair.is_chat):
         hits: list[bool] = []
         for response in responses:
-            hits.append(_gives(model, rendering, response, tolerance))
+            hits.append(_gives(model, render, response, tolerance))
             if len(hits) == SCREENED and np.mean(hits) < EXPLAINS:
                 break
         if len(hits) == len(responses) and np.mean(hits) >= EXPLAINS:
-            return _explained(rendering.code, rendering.cause, responses, sum(hits))
+            return _explained(code, cause, responses, sum(hits))
     return None
 
 
@@ -199,53 +200,40 @@ MISTAKES: tuple[tuple[str, str, Gives, float], ...] = (
 # Mistakes in the text
 
 
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """One way to show a pair to the model."""
-
-    code: str
-    cause: str
-    sequence: Callable[[ProbedResponse], PlainSequence | None]  # None: it does not apply
-
-
 def renderings(
     tokenizer: PlainTokenizer, others: Sequence[ReferenceSpec], chat: bool
-) -> Iterator[Rendering]:
-    """Known mistakes; another reference's tokenizer only where it is on this machine."""
+) -> Iterator[tuple[str, str, Renders]]:
+    """Code, cause, and how the pair was shown to the model.
+
+    Another reference's tokenizer is tried only where it is on this machine.
+    """
     bos = tokenizer.tokenizer.bos_token_id
     if bos is not None:
         cause = "BOS was added twice, by the template and by the tokenizer"
-        yield Rendering("bos", cause, lambda response: _with_bos(bos, response.score.sequence))
+        yield "bos", cause, lambda response: _with_bos(bos, response.score.sequence)
         cause = "BOS was left out"
-        yield Rendering("bos", cause, lambda response: _without_bos(bos, response.score.sequence))
-    for between in BETWEEN_TURNS if chat else ():
-        for ended in (True, False):
-            yield Rendering(
-                "no_template", "the chat template was left out", _joined(tokenizer, between, ended)
-            )
+        yield "bos", cause, lambda response: _without_bos(bos, response.score.sequence)
+    for between, ended in product(BETWEEN_TURNS if chat else (), (True, False)):
+        cause = "the chat template was left out"
+        yield "no_template", cause, _joined(tokenizer, between, ended)
     for other in others:
         try:
-            theirs = PlainTokenizer(
-                str(other.model_folder or other.model),
-                revision=other.revision,
-                template=other.chat_template,
-                kwargs=other.chat_template_kwargs,
-            )
+            theirs = PlainTokenizer(str(other.model_folder or other.model), other.revision, other)
         except (OSError, ValueError):  # not on this machine
             continue
         template = theirs.template or theirs.tokenizer.chat_template
         if chat and template:
             cause = f"the chat template was {other.alias}'s"
-            yield Rendering("template", cause, _rendered(tokenizer, template))
+            yield "template", cause, _rendered(tokenizer, template)
         cause = f"it was given the token ids of {other.alias}'s tokenizer"
-        yield Rendering("tokens", cause, _rendered(theirs))
+        yield "tokens", cause, _rendered(theirs)
 
 
 def _gives(
-    model: PlainModel, rendering: Rendering, response: ProbedResponse, tolerance: Tolerance
+    model: PlainModel, render: Renders, response: ProbedResponse, tolerance: Tolerance
 ) -> bool:
     try:
-        sequence = rendering.sequence(response)
+        sequence = render(response)
     except REFUSED:
         return False
     if sequence is None or not model.accepts(sequence):
@@ -264,9 +252,7 @@ def _without_bos(bos: int, sequence: PlainSequence) -> PlainSequence | None:
     return PlainSequence(sequence.token_ids[1:], sequence.start - 1, sequence.end_start - 1)
 
 
-def _joined(
-    tokenizer: PlainTokenizer, between: str, ended: bool
-) -> Callable[[ProbedResponse], PlainSequence]:
+def _joined(tokenizer: PlainTokenizer, between: str, ended: bool) -> Renders:
     def sequence(response: ProbedResponse) -> PlainSequence:
         pair = response.pair
         prompt, turns = map(_contents, (pair.prompt, (pair.chosen, pair.rejected)[response.branch]))
@@ -275,9 +261,7 @@ def _joined(
     return sequence
 
 
-def _rendered(
-    tokenizer: PlainTokenizer, template: str | None = None
-) -> Callable[[ProbedResponse], PlainSequence]:
+def _rendered(tokenizer: PlainTokenizer, template: str | None = None) -> Renders:
     return lambda response: tokenizer.sequence(response.pair, response.branch, template)
 
 

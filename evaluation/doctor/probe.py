@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ...data.pairs import Pair, Turns
+from ...data.pairs import Pair
 from ...data.references import ReferenceSpec
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
@@ -25,9 +25,10 @@ from ...precompute.identity import ResolvedReference, resolve_reference
 from ..score_table import ReferenceColumns, ScoreTable, pairs_at
 from .findings import Finding
 from .mistakes import (
+    FLOAT32,
+    LOWER_PRECISION,
     REFUSED,
     ProbedResponse,
-    Tolerance,
     mistaken_numbers,
     mistaken_rendering,
     unexplained,
@@ -57,11 +58,6 @@ class ProbeReport:
     other_tokens: int = 0  # responses whose stored token counts differ
     findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def confirms(self) -> bool:
-        """Whether the stored scores are those of the text that they should be of."""
-        return self.skipped is None and not self.findings
-
 
 def probe(
     table: ScoreTable,
@@ -86,26 +82,17 @@ def probe(
     if len(rows) == 0:
         return ProbeReport(reference.alias, skipped="no pair has a score")
     transformers_logging.disable_progress_bar()
-    model = PlainModel(
-        resolved.model,
-        revision=resolved.revision,
-        dtype=resolved.dtype,
-        adapter=resolved.adapter,
-    )
-    tokenizer = PlainTokenizer(
-        resolved.model,
-        revision=resolved.revision,
-        template=resolved.spec.chat_template,
-        kwargs=resolved.spec.chat_template_kwargs,
-    )
+    model = PlainModel(resolved.model, resolved.revision, resolved.dtype, resolved.adapter)
+    tokenizer = PlainTokenizer(resolved.model, resolved.revision, resolved.spec)
     exact = resolved.dtype == "float32" and "autocast" not in reference.record.inputs
-    tolerance = Tolerance.of(exact)
+    tolerance = FLOAT32 if exact else LOWER_PRECISION
     texts = pairs_at(pairs, table.places[rows])
     responses = _score_again(model, tokenizer, texts, reference, rows)
     agree = sum(response.agrees(tolerance) for response in responses)
     other_tokens = sum(not response.same_tokens(response.score) for response in responses)
+    finding: Finding | None
     if agree < AGREE * len(responses) or other_tokens > OTHER_TOKENS * len(responses):
-        finding: Finding | None = (
+        finding = (
             mistaken_numbers(responses, tolerance)
             or mistaken_rendering(model, tokenizer, responses, others, tolerance)
             or unexplained(responses, tolerance)
@@ -196,18 +183,18 @@ def _score_again(
     bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
     for pair, row in zip(bar, rows):
         scores = [model.score(tokenizer.sequence(pair, branch)) for branch in (0, 1)]
-        for branch in (0, 1):
-            responses.append(
-                ProbedResponse(
-                    pair=pair,
-                    branch=branch,
-                    stored=float(reference.logps[row, branch]),
-                    stored_tokens=float(reference.tokens[row, branch]),
-                    stored_prompt_tokens=float(reference.prompt_tokens[row]),
-                    score=scores[branch],
-                    other_score=scores[1 - branch],
-                )
+        responses += [
+            ProbedResponse(
+                pair=pair,
+                branch=branch,
+                stored=float(reference.logps[row, branch]),
+                stored_tokens=float(reference.tokens[row, branch]),
+                stored_prompt_tokens=float(reference.prompt_tokens[row]),
+                score=scores[branch],
+                other_score=scores[1 - branch],
             )
+            for branch in (0, 1)
+        ]
     return responses
 
 
@@ -240,12 +227,6 @@ def _saved(
 
 def _as_chat(pair: Pair) -> Pair:
     """A text pair as one user and one assistant message."""
-
-    def message(role: str, text: Turns) -> list[dict[str, str]]:
-        return [{"role": role, "content": str(text).strip()}]
-
-    return Pair(
-        message("user", pair.prompt),
-        message("assistant", pair.chosen),
-        message("assistant", pair.rejected),
-    )
+    texts = zip(("user", "assistant", "assistant"), (pair.prompt, pair.chosen, pair.rejected))
+    turns = [[{"role": role, "content": str(text).strip()}] for role, text in texts]
+    return Pair(turns[0], turns[1], turns[2])

@@ -26,11 +26,11 @@ from mrpo.evaluation.report.charts import (
     Ranges,
     Section,
     Table,
-    thinned,
     ticks,
     to_svg,
 )
 from mrpo.evaluation.report.report import report, to_html
+from mrpo.evaluation.report.runs_section import thinned
 from mrpo.files import write_json
 from mrpo.settings import write_resolved
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
@@ -202,7 +202,7 @@ def test_nothing_is_asked_for_from_outside(written: Path) -> None:
 
 
 def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path) -> None:
-    content = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+    content = json.loads(Path(f"{written}.json").read_text(encoding="utf-8"))
     titles = [section["title"] for section in content["sections"]]
     assert titles == ["Comparison", "Training", "References", "Labels to look at"]
     page = Page(written.read_text(encoding="utf-8"))
@@ -305,4 +305,4 @@ def test_ticks_are_round_and_inside() -> None:
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:
-    assert thinned([1, 2, 3, 4, 5], [1.0, 3.0, 5.0, math.nan, 9.0], 3) == ([2, 4, 5], [2, 5, 9])
+    assert thinned([1, 2, 3, 4, 5], [1.0, 3.0, 5.0, 7.0, 9.0], 3) == ([2, 4, 5], [2, 6, 9])
