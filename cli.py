@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from mrpo.errors import UserError
-from mrpo.settings import ELSEWHERE, Setting, build, imported, options, settings_of
+from mrpo.settings import ELSEWHERE, Setting, build, imported, keyword, options, settings_of
 
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
@@ -105,15 +105,12 @@ def _command(config: type, function: str) -> Callable[..., int]:
         result = imported(function)(build(config, given, file))
         return result if isinstance(result, int) else int(getattr(result, "exit_code", 0))
 
-    parameters = [
-        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    ]
-    parameters += [_parameter(setting) for setting in settings_of(config)]
     option = typer.Option("--config", help="A YAML file of these settings; flags win over it.")
-    note = Annotated[str | None, option]
-    parameters.append(
-        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=note)
-    )
+    parameters = [
+        keyword("context", annotation=typer.Context),
+        *map(_parameter, settings_of(config)),
+        keyword("config", default=None, annotation=Annotated[str | None, option]),
+    ]
     invoke.__doc__ = inspect.getdoc(config)
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -138,9 +135,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         also = [f"--{setting.also.replace('_', '-')}"] if setting.also else []
         note = typer.Option(setting.flag, *also, help=text)
     annotation: Any = Annotated[kind | None if default is None else kind, note]
-    return inspect.Parameter(
-        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return keyword(setting.name, default=default, annotation=annotation)
 
 
 def _hyphened(argument: str) -> str:

@@ -10,12 +10,9 @@ A command's class stands in the `config.py` of the folder that does the work:
         shard_pairs: Annotated[int, "An option, --shard-pairs."] = 8192
         policy: Annotated[str, "An option with two names.", Also("model_name_or_path")]
 
-        def __post_init__(self) -> None:
-            above_zero(self, "shard_pairs")
-
-`cli.py` makes the flags from it. This module has the fields and the checks that several classes
-share, merges a YAML file with flags, and writes the result beside a command's output. Standard
-library and PyYAML only, so that `mrpo --help` stays fast.
+`cli.py` makes the flags from it. This module has the fields that several classes share and the
+checks that they call in `__post_init__`, merges a YAML file with flags, and writes the result
+beside a command's output. Standard library and PyYAML only, so that `mrpo --help` stays fast.
 """
 
 from __future__ import annotations
@@ -40,6 +37,9 @@ Given = ParamSpec("Given")
 Takes = TypeVar("Takes", contravariant=True)
 Result = TypeVar("Result")
 Returns = TypeVar("Returns", covariant=True)
+
+
+keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 class Command(Protocol[Given, Takes, Returns]):
@@ -75,12 +75,7 @@ def command(
             return work(*args) if args else work(build(kind, settings))
 
         parameters = [
-            inspect.Parameter(
-                setting.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if setting.required else setting.default,
-                annotation=setting.type,
-            )
+            keyword(setting.name, default=setting.default, annotation=setting.type)
             for setting in settings_of(kind)
         ]
         returns = work.__annotations__.get("return")
@@ -240,13 +235,13 @@ class Setting:
     name: str
     type: Any
     help: str
-    default: Any
+    default: Any  # `inspect.Parameter.empty` where it is required
     positional: bool
     also: str | None = None
 
     @property
     def required(self) -> bool:
-        return self.default is dataclasses.MISSING
+        return self.default is inspect.Parameter.empty
 
     @property
     def flag(self) -> str:
@@ -266,8 +261,10 @@ def settings_of(config: type) -> list[Setting]:
         if not field.init:
             continue
         kind, note, *more = typing.get_args(hints[field.name])
-        positional, also = isinstance(note, Arg), more[0] if more else None
-        fields.append(Setting(field.name, kind, note, field.default, positional, also))
+        missing = field.default is dataclasses.MISSING
+        default = inspect.Parameter.empty if missing else field.default
+        also = more[0] if more else None
+        fields.append(Setting(field.name, kind, note, default, isinstance(note, Arg), also))
     return sorted(fields, key=lambda setting: not setting.required)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ...settings import command, write_resolved
 from ...terminal import print_table
 from ..config import AuditConfig
 from ..score_table import ScoreTable, byte_margins, load_complete_score_table, margins, pairs_at
-from .near_duplicates import Opposites, candidates, opposites, signature, text_of
+from .near_duplicates import Opposites, candidates, contradiction, signature, text_of
 from .suspicion import Suspicion, suspicion
 
 AGAINST, DIVIDED, LENGTH, DUPLICATE = REASONS = (
@@ -72,13 +72,8 @@ def audit(config: AuditConfig) -> Path:
     suspects = ranked(table, doubts, duplicates, config.top)
     texts = pairs_at(pairs, table.places[[suspect.row for suspect in suspects]])
     figures = figures_by_source(table, doubts, duplicates)
-    nats = margins(table)
-    lines = [
-        _line(table, doubts, nats[suspect.row], suspect, pair)
-        for suspect, pair in zip(suspects, texts)
-    ]
     content = io.StringIO(newline="")
-    csv.writer(content).writerows([_heading(table), *lines])
+    csv.writer(content).writerows(_lines(table, doubts, suspects, texts))
     write_text(out, content.getvalue())
     write_json(Path(f"{out}.json"), figures)
     write_resolved(config, Path(f"{out}.yaml"))
@@ -103,8 +98,10 @@ def find_opposites(pairs: PairShards, places: np.ndarray) -> list[Opposites]:
         block = similar[start : start + VERIFIED_AT_ONCE]
         distinct = np.unique(block)
         texts = dict(zip(distinct.tolist(), pairs_at(pairs, places[distinct])))
-        first, second = ([texts[row] for row in column] for column in block.T.tolist())
-        verified += opposites(block, first, second)
+        for row, twin in block.tolist():
+            similarity = contradiction(texts[row], texts[twin])
+            if similarity is not None:
+                verified.append(Opposites(row, twin, similarity))
     return sorted(verified, key=lambda entry: -entry.similarity)
 
 
@@ -183,38 +180,42 @@ def _evidence(reason: str, table: ScoreTable, doubts: Suspicion, row: int) -> st
     )
 
 
-def _heading(table: ScoreTable) -> list[str]:
-    return [
+def _lines(
+    table: ScoreTable, doubts: Suspicion, suspects: Sequence[Suspect], pairs: Sequence[Pair]
+) -> Iterator[list[str]]:
+    """The heading, and a line for each suspect with its pair."""
+    yield [
         *(ID, DECISION, "reasons", "evidence", "source", "split", "row", "label probability"),
         *(f"margin {alias}" for alias in table.aliases),
         *("near duplicate of", "prompt", "chosen", "rejected"),
     ]
+    nats = margins(table)
+    for suspect, pair in zip(suspects, pairs):
+        row, twin = suspect.row, suspect.near_duplicate
+        probability = doubts.label_probability[row]
+        yield [
+            table.ids[row].tobytes().hex(),
+            "",
+            "; ".join(suspect.evidence),
+            "; ".join(suspect.evidence.values()),
+            _cell(pair.source),
+            pair.split,
+            str(row),
+            f"{probability:.3f}" if np.isfinite(probability) else "",
+            *(f"{margin:.2f}" if np.isfinite(margin) else "" for margin in nats[row]),
+            "" if twin is None else table.ids[twin].tobytes().hex(),
+            _cell(_last(text_of(pair.prompt), PROMPT_CHARACTERS)),
+            _cell(_first(text_of(pair.chosen), RESPONSE_CHARACTERS)),
+            _cell(_first(text_of(pair.rejected), RESPONSE_CHARACTERS)),
+        ]
 
 
-def _line(
-    table: ScoreTable, doubts: Suspicion, nats: np.ndarray, suspect: Suspect, pair: Pair
-) -> list[str]:
-    """A row of the table; `nats` [K] are the pair's margins."""
-    row, twin = suspect.row, suspect.near_duplicate
-    prompt, *responses = map(text_of, (pair.prompt, pair.chosen, pair.rejected))
-    probability = doubts.label_probability[row]
-    return [
-        table.ids[row].tobytes().hex(),
-        "",
-        "; ".join(suspect.evidence),
-        "; ".join(suspect.evidence.values()),
-        _cell(pair.source),
-        pair.split,
-        str(row),
-        f"{probability:.3f}" if np.isfinite(probability) else "",
-        *(f"{margin:.2f}" if np.isfinite(margin) else "" for margin in nats),
-        "" if twin is None else table.ids[twin].tobytes().hex(),
-        _cell(prompt if len(prompt) <= PROMPT_CHARACTERS else "… " + prompt[-PROMPT_CHARACTERS:]),
-        *(
-            _cell(text if len(text) <= RESPONSE_CHARACTERS else text[:RESPONSE_CHARACTERS] + " …")
-            for text in responses
-        ),
-    ]
+def _first(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + " …"
+
+
+def _last(text: str, length: int) -> str:
+    return text if len(text) <= length else "… " + text[-length:]
 
 
 def _cell(text: str) -> str:

@@ -2,14 +2,14 @@
 
 Texts are compared as sets of overlapping byte windows (shingles, Jaccard similarity). Candidates
 come from datasketch's MinHash by locality-sensitive hashing: pairs whose prompts and whose
-responses agree in at least one band of hashes. The responses of a pair are hashed together, so that the
-signature does not depend on which one was chosen. Every candidate is then compared exactly.
+responses agree in at least one band of hashes. The responses of a pair are hashed together, so
+that the signature does not depend on which one was chosen. Every candidate is then compared
+exactly.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +62,6 @@ def signature(pair: Pair) -> np.ndarray:
     sets = [prompt.tolist(), np.union1d(chosen, rejected).tolist()]
     sketches = MinHash.bulk(sets, hashfunc=int, **_SKETCH)
     return np.hstack([sketch.hashvalues.reshape(BANDS, ROWS) for sketch in sketches])
-
-
-def opposites(rows: np.ndarray, first: Sequence[Pair], second: Sequence[Pair]) -> list[Opposites]:
-    """Those of the candidates [C, 2] that contradict each other."""
-    return [
-        Opposites(row, twin, similarity)
-        for (row, twin), *texts in zip(rows.tolist(), first, second)
-        if (similarity := contradiction(*texts)) is not None
-    ]
 
 
 def contradiction(first: Pair, second: Pair) -> float | None:

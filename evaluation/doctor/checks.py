@@ -73,10 +73,9 @@ def check_rounding(subject: Subject) -> Finding | None:
         return None
     with np.errstate(over="ignore"):
         float16 = values.astype(np.float16)
-    for name, rounded, precision in (
-        ("bfloat16", _to_bfloat16(values), 2**-7),
-        ("float16", float16, 2**-10),
-    ):
+    bits = values.astype(np.float32).view(np.uint32)
+    bfloat16 = (bits & np.uint32(0xFFFF0000)).view(np.float32)  # truncated to 8 significant bits
+    for name, rounded, precision in (("bfloat16", bfloat16, 2**-7), ("float16", float16, 2**-10)):
         share = float((values == rounded).mean())
         if share > 0.9:
             step = np.abs(np.median(values)) * precision
@@ -222,12 +221,6 @@ def _run(group: Sequence[Check], subject: Subject) -> None:
         if finding is not None:
             subject.findings.append(finding)
             return
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Truncated to the 8 significant bits of bfloat16."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _is_the_copy(

@@ -36,12 +36,6 @@ class Tolerance:
     sequence: float
     token: float
 
-    def fits(self, stored: float, recomputed: float, tokens: int) -> bool:
-        return bool(abs(stored - recomputed) <= self.of_sum(tokens))
-
-    def of_sum(self, tokens: int) -> float:
-        return self.sequence + self.token * tokens
-
 
 FLOAT32 = Tolerance(2e-3, 2e-5)  # throughout
 LOWER_PRECISION = Tolerance(0.1, 0.1)  # a token's log-prob is off by 0.05
@@ -58,14 +52,24 @@ class ProbedResponse:
     stored_prompt_tokens: float  # in front of the chosen response
     score: TokenLogps
     other_score: TokenLogps  # of the pair's other response
+    tolerance: Tolerance
 
     @property
     def difference(self) -> float:
         """|stored − recomputed|, nats per token."""
         return abs(self.stored - self.score.logp) / self.score.tokens
 
-    def agrees(self, tolerance: Tolerance) -> bool:
-        return tolerance.fits(self.stored, self.score.logp, self.score.tokens)
+    @property
+    def agrees(self) -> bool:
+        return self.is_of(self.score.logp, self.score.tokens)
+
+    def is_of(self, logp: float, tokens: int, factor: float = 1.0) -> bool:
+        """Whether the stored number, times a factor, is this sum over so many tokens."""
+        return bool(abs(self.stored * factor - logp) <= self.off_by(tokens))
+
+    def off_by(self, tokens: int) -> float:
+        """How far a sum over so many tokens may be from the stored one, in nats."""
+        return self.tolerance.sequence + self.tolerance.token * tokens
 
     def same_tokens(self, score: TokenLogps) -> bool:
         """Whether the stored counts, where known, are those of a score of this response."""
@@ -75,15 +79,15 @@ class ProbedResponse:
         return all(np.isnan(stored) or stored == actual for stored, actual in counts)
 
 
-Gives = Callable[[ProbedResponse, Tolerance], bool]  # whether a mistake gives the stored score
+Gives = Callable[[ProbedResponse], bool]  # whether a mistake gives the stored score
 Renders = Callable[[ProbedResponse], PlainSequence | None]  # None where a mistake does not apply
 
 
-def mistaken_numbers(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Finding | None:
+def mistaken_numbers(responses: Sequence[ProbedResponse]) -> Finding | None:
     """The first of `MISTAKES` that gives the stored scores."""
-    right = np.array([response.agrees(tolerance) for response in responses])
+    right = np.array([response.agrees for response in responses])
     for code, cause, gives, share in MISTAKES:
-        hits = np.array([gives(response, tolerance) for response in responses])
+        hits = np.array([gives(response) for response in responses])
         if (hits | right).mean() >= share and (hits & ~right).sum() >= FEWEST_EXPLAINED:
             return _explained(code, cause, responses, int((hits | right).sum()))
     return None
@@ -94,7 +98,6 @@ def mistaken_rendering(
     tokenizer: PlainTokenizer,
     responses: Sequence[ProbedResponse],
     others: Sequence[ReferenceSpec],
-    tolerance: Tolerance,
 ) -> Finding | None:
     """The first wrong rendering that gives the stored scores of nearly all responses.
 
@@ -103,7 +106,7 @@ def mistaken_rendering(
     for code, cause, render in renderings(tokenizer, others, responses[0].pair.is_chat):
         hits: list[bool] = []
         for response in responses:
-            hits.append(_gives(model, render, response, tolerance))
+            hits.append(_gives(model, render, response))
             if len(hits) == SCREENED and np.mean(hits) < EXPLAINS:
                 break
         if len(hits) == len(responses) and np.mean(hits) >= EXPLAINS:
@@ -111,9 +114,9 @@ def mistaken_rendering(
     return None
 
 
-def unexplained(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Finding:
+def unexplained(responses: Sequence[ProbedResponse]) -> Finding:
     """What differs, where no known mistake gives the stored scores."""
-    agree = float(np.mean([response.agrees(tolerance) for response in responses]))
+    agree = float(np.mean([response.agrees for response in responses]))
     same = float(np.mean([response.same_tokens(response.score) for response in responses]))
     stored = [response.stored for response in responses]
     recomputed = [response.score.logp for response in responses]
@@ -132,54 +135,49 @@ def unexplained(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Fi
 
 
 def _scaled(factor: float) -> Gives:
-    return lambda response, tolerance: tolerance.fits(
-        response.stored * factor, response.score.logp, response.score.tokens
-    )
+    return lambda response: response.is_of(response.score.logp, response.score.tokens, factor)
 
 
-def _mean(response: ProbedResponse, tolerance: Tolerance) -> bool:
-    return _scaled(response.score.tokens)(response, tolerance)
+def _mean(response: ProbedResponse) -> bool:
+    return _scaled(response.score.tokens)(response)
 
 
-def _swapped(response: ProbedResponse, tolerance: Tolerance) -> bool:
-    other = response.other_score
-    return tolerance.fits(response.stored, other.logp, other.tokens)
+def _swapped(response: ProbedResponse) -> bool:
+    return response.is_of(response.other_score.logp, response.other_score.tokens)
 
 
-def _rounded(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _rounded(response: ProbedResponse) -> bool:
     """The nearest float16, or the next to it."""
     step = abs(float(np.spacing(np.float16(response.score.logp))))
     near = abs(response.stored - response.score.logp) <= 2 * step
     return bool(near and float(np.float16(response.stored)) == response.stored)
 
 
-def _without_end(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _without_end(response: ProbedResponse) -> bool:
     score = response.score
     ended = score.sequence.end_start < len(score.sequence.token_ids)
-    return ended and tolerance.fits(response.stored, score.content_logp, score.tokens - 1)
+    return ended and response.is_of(score.content_logp, score.tokens - 1)
 
 
-def _cut_short(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _cut_short(response: ProbedResponse) -> bool:
     """The sum of the response's first tokens."""
     sums = np.cumsum(response.score.response)[:-1]
     if not np.isnan(response.stored_tokens) and response.stored_tokens < response.score.tokens:
         last = int(response.stored_tokens)
         sums = sums[last - 1 : last]
-    return any(
-        tolerance.fits(response.stored, value, count + 1) for count, value in enumerate(sums)
-    )
+    return any(response.is_of(value, count + 1) for count, value in enumerate(sums))
 
 
-def _shifted(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _shifted(response: ProbedResponse) -> bool:
     """The sum of as many tokens, beginning inside the prompt; not where any number would fit."""
     width, start = response.score.tokens, response.score.sequence.start
     sums = np.concatenate([[0.0], np.cumsum(response.score.token_logps[1:])])  # [i]: tokens 1 to i
     first = np.arange(1, start)
     windows = sums[first + width - 1] - sums[first - 1]
-    covered = 2 * len(windows) * tolerance.of_sum(width)
+    covered = 2 * len(windows) * response.off_by(width)
     if len(windows) == 0 or covered > BY_CHANCE * np.ptp(windows):
         return False
-    return any(tolerance.fits(response.stored, value, width) for value in windows)
+    return any(response.is_of(value, width) for value in windows)
 
 
 # Code, cause, whether it gives the stored score, share of responses that it or the right way gives.
@@ -229,9 +227,7 @@ def renderings(
         yield "tokens", cause, _rendered(theirs)
 
 
-def _gives(
-    model: PlainModel, render: Renders, response: ProbedResponse, tolerance: Tolerance
-) -> bool:
+def _gives(model: PlainModel, render: Renders, response: ProbedResponse) -> bool:
     try:
         sequence = render(response)
     except REFUSED:
@@ -239,7 +235,7 @@ def _gives(
     if sequence is None or not model.accepts(sequence):
         return False
     score = model.score(sequence)
-    return response.same_tokens(score) and tolerance.fits(response.stored, score.logp, score.tokens)
+    return response.same_tokens(score) and response.is_of(score.logp, score.tokens)
 
 
 def _with_bos(bos: int, sequence: PlainSequence) -> PlainSequence:

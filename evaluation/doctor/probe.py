@@ -85,17 +85,32 @@ def probe(
     model = PlainModel(resolved.model, resolved.revision, resolved.dtype, resolved.adapter)
     tokenizer = PlainTokenizer(resolved.model, resolved.revision, resolved.spec)
     exact = resolved.dtype == "float32" and "autocast" not in reference.record.inputs
-    tolerance = FLOAT32 if exact else LOWER_PRECISION
     texts = pairs_at(pairs, table.places[rows])
-    responses = _score_again(model, tokenizer, texts, reference, rows)
-    agree = sum(response.agrees(tolerance) for response in responses)
+    responses: list[ProbedResponse] = []
+    bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
+    for pair, row in zip(bar, rows):
+        scores = [model.score(tokenizer.sequence(pair, branch)) for branch in (0, 1)]
+        responses += [
+            ProbedResponse(
+                pair=pair,
+                branch=branch,
+                stored=float(reference.logps[row, branch]),
+                stored_tokens=float(reference.tokens[row, branch]),
+                stored_prompt_tokens=float(reference.prompt_tokens[row]),
+                score=scores[branch],
+                other_score=scores[1 - branch],
+                tolerance=FLOAT32 if exact else LOWER_PRECISION,
+            )
+            for branch in (0, 1)
+        ]
+    agree = sum(response.agrees for response in responses)
     other_tokens = sum(not response.same_tokens(response.score) for response in responses)
     finding: Finding | None
     if agree < AGREE * len(responses) or other_tokens > OTHER_TOKENS * len(responses):
         finding = (
-            mistaken_numbers(responses, tolerance)
-            or mistaken_rendering(model, tokenizer, responses, others, tolerance)
-            or unexplained(responses, tolerance)
+            mistaken_numbers(responses)
+            or mistaken_rendering(model, tokenizer, responses, others)
+            or unexplained(responses)
         )
     else:
         finding = check_template(model, tokenizer, responses)
@@ -135,7 +150,8 @@ def check_template(
     chat = responses[0].pair.is_chat
     if chat and tokenizer.template is None:
         return None
-    if chat and (markers := _split_markers(tokenizer, own)):
+    markers = _split_markers(tokenizer, tokenizer.template)
+    if chat and markers and not _split_markers(tokenizer, own):
         evidence = (
             f"its chat template writes {markers[0]!r}, which its tokenizer splits into pieces, "
             "where the model's own has tokens"
@@ -171,46 +187,11 @@ def _resolve(
     return resolved
 
 
-def _score_again(
-    model: PlainModel,
-    tokenizer: PlainTokenizer,
-    texts: Sequence[Pair],
-    reference: ReferenceColumns,
-    rows: np.ndarray,
-) -> list[ProbedResponse]:
-    """Both responses of every pair, one after the other."""
-    responses = []
-    bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
-    for pair, row in zip(bar, rows):
-        scores = [model.score(tokenizer.sequence(pair, branch)) for branch in (0, 1)]
-        responses += [
-            ProbedResponse(
-                pair=pair,
-                branch=branch,
-                stored=float(reference.logps[row, branch]),
-                stored_tokens=float(reference.tokens[row, branch]),
-                stored_prompt_tokens=float(reference.prompt_tokens[row]),
-                score=scores[branch],
-                other_score=scores[1 - branch],
-            )
-            for branch in (0, 1)
-        ]
-    return responses
-
-
-def _split_markers(tokenizer: PlainTokenizer, own: str) -> list[str]:
-    """Control markers that the template in force writes and the tokenizer has no token for; none
-    where it has no tokens for the own template's markers either."""
-
-    def split(template: str | None) -> list[str]:
-        markers = dict.fromkeys(MARKER.findall(template or ""))
-        return [
-            marker
-            for marker in markers
-            if len(tokenizer.tokenizer(marker, add_special_tokens=False).input_ids) > 2
-        ]
-
-    return [] if split(own) else split(tokenizer.template)
+def _split_markers(tokenizer: PlainTokenizer, template: str | None) -> list[str]:
+    """Control markers that a template writes and the tokenizer has no token for."""
+    markers = dict.fromkeys(MARKER.findall(template or ""))
+    ids = {marker: tokenizer.tokenizer(marker, add_special_tokens=False) for marker in markers}
+    return [marker for marker, tokenized in ids.items() if len(tokenized.input_ids) > 2]
 
 
 def _saved(

@@ -158,14 +158,11 @@ def _lines(chart: Lines) -> ET.Element:
     for mark in ticks(low, high):
         _line(svg, "grid", LEFT, y(mark), right, y(mark))
         _text(svg, "tick", LEFT - 6, y(mark) + 4, _number(mark, chart.percent), "end")
-    _x_axis(svg, _x_ticks(xs, chart.log_x), x, chart.x_label, LEFT, bottom)
+    _x_axis(svg, chart, _x_ticks(xs, chart.log_x), x, bottom)
     middle = (TOP + bottom) / 2
-    turned = f"rotate(-90 12.0 {middle:.1f})"
-    _text(svg, "label", 12, middle, chart.y_label, transform=turned)
+    _text(svg, "label", 12, middle, chart.y_label, transform=f"rotate(-90 12.0 {middle:.1f})")
     for level in levels:
         _line(svg, "rule", LEFT, y(level), right, y(level))
-    if chart.upright is not None:
-        _line(svg, "rule", x(chart.upright), TOP, x(chart.upright), bottom)
     colors = _colors(chart)
     for at, curve in enumerate(chart.curves):
         color = colors[curve.name]
@@ -190,15 +187,9 @@ def _ranges(chart: Ranges) -> ET.Element:
     values = _known(v for row in chart.rows for v in astuple(row.value))
     if not values:
         return _nothing(svg)
-    levels = [] if chart.rule is None else [chart.rule]
-    low, high = _wide(values + levels, 0.05)
+    low, high = _wide(values if chart.rule is None else [*values, chart.rule], 0.05)
     x = _scale(low, high, RIGHT, WIDTH - RIGHT)
-    marks = ticks(low, high)
-    for mark in marks:
-        _line(svg, "grid", x(mark), TOP, x(mark), bottom)
-    _x_axis(svg, marks, x, chart.x_label, RIGHT, bottom, chart.percent)
-    for level in levels:
-        _line(svg, "rule", x(level), TOP, x(level), bottom)
+    _x_axis(svg, chart, ticks(low, high), x, bottom)
     colors = _colors(chart)
     for at, row in enumerate(chart.rows):
         top, value, color = TOP + ROW * at, row.value, colors[row.group]
@@ -274,20 +265,22 @@ def _text(
 
 
 def _x_axis(
-    svg: ET.Element,
-    marks: Sequence[float],
-    x: Scale,
-    label: str,
-    left: float,
-    bottom: float,
-    percent: bool = False,
+    svg: ET.Element, chart: Lines | Ranges, marks: Sequence[float], x: Scale, bottom: float
 ) -> None:
-    _line(svg, "axis", left, bottom, WIDTH - RIGHT, bottom)
+    """With the marks and what stands upright on it: the rule, of ranges also the grid."""
+    lines = isinstance(chart, Lines)
+    rule = chart.upright if isinstance(chart, Lines) else chart.rule
+    for mark in () if lines else marks:
+        _line(svg, "grid", x(mark), TOP, x(mark), bottom)
+    if rule is not None:
+        _line(svg, "rule", x(rule), TOP, x(rule), bottom)
+    _line(svg, "axis", LEFT if lines else RIGHT, bottom, WIDTH - RIGHT, bottom)
     for mark in marks:
         _line(svg, "axis", x(mark), bottom, x(mark), bottom + 4)
         anchor = "end" if x(mark) > WIDTH - RIGHT - 10 else "middle"
-        _text(svg, "tick", min(x(mark), WIDTH - 2), bottom + 17, _number(mark, percent), anchor)
-    _text(svg, "label", WIDTH / 2, bottom + 34, label)
+        shown = _number(mark, chart.percent and not lines)
+        _text(svg, "tick", min(x(mark), WIDTH - 2), bottom + 17, shown, anchor)
+    _text(svg, "label", WIDTH / 2, bottom + 34, chart.x_label)
 
 
 def _x_ticks(xs: Sequence[float], log: bool) -> list[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,7 @@ def audit_section(config: ReportConfig) -> list[Section]:
 
 
 # In the order of the page. Each takes the settings with their defaults filled in.
-SECTIONS: tuple[Callable[[ReportConfig], list[Section]], ...] = (
-    run_sections,
-    references_section,
-    audit_section,
-)
+SECTIONS = (run_sections, references_section, audit_section)
 
 
 def _settings(folder: Path) -> TrainConfig:
