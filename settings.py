@@ -201,12 +201,10 @@ def comma_separated(text: str | None, flag: str | None = None) -> list[str]:
 
     With `flag`, what messages call the list, raises `UserError` for a part that is given twice.
     """
-    parts = [part.strip() for part in (text or "").split(",")]
-    parts = [part for part in parts if part]
-    if flag is not None:
-        for part in parts:
-            if parts.count(part) > 1:
-                raise UserError(f"{flag}: {part!r} is given twice; name each once")
+    parts = [part for part in map(str.strip, (text or "").split(",")) if part]
+    for part in parts if flag else ():
+        if parts.count(part) > 1:
+            raise UserError(f"{flag}: {part!r} is given twice; name each once")
     return parts
 
 

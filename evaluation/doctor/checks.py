@@ -77,12 +77,11 @@ def check_rounding(subject: Subject) -> Finding | None:
     bfloat16 = (bits & np.uint32(0xFFFF0000)).view(np.float32)  # truncated to 8 significant bits
     for name, rounded, precision in (("bfloat16", bfloat16, 2**-7), ("float16", float16, 2**-10)):
         share = float((values == rounded).mean())
-        if share > 0.9:
-            step = np.abs(np.median(values)) * precision
-            evidence = (
-                f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart"
-            )
-            return Finding("fault", "rounded", evidence, f"sums were stored in {name}")
+        if share <= 0.9:
+            continue
+        step = np.abs(np.median(values)) * precision
+        evidence = f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart"
+        return Finding("fault", "rounded", evidence, f"sums were stored in {name}")
     return None
 
 

@@ -29,18 +29,6 @@ BETWEEN_TURNS = ("\n", "\n\n", " ", "")  # what joins messages where the templat
 REFUSED = (TemplateError, TypeError, ValueError, LookupError)
 
 
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far a recomputed log-prob may be from the stored one, in nats."""
-
-    sequence: float
-    token: float
-
-
-FLOAT32 = Tolerance(2e-3, 2e-5)  # throughout
-LOWER_PRECISION = Tolerance(0.1, 0.1)  # a token's log-prob is off by 0.05
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbedResponse:
     """One response: its stored score, and the recomputed one."""
@@ -52,7 +40,7 @@ class ProbedResponse:
     stored_prompt_tokens: float  # in front of the chosen response
     score: TokenLogps
     other_score: TokenLogps  # of the pair's other response
-    tolerance: Tolerance
+    exact: bool  # float32 throughout; else a token's log-prob is off by 0.05
 
     @property
     def difference(self) -> float:
@@ -69,7 +57,7 @@ class ProbedResponse:
 
     def off_by(self, tokens: int) -> float:
         """How far a sum over so many tokens may be from the stored one, in nats."""
-        return self.tolerance.sequence + self.tolerance.token * tokens
+        return 2e-3 + 2e-5 * tokens if self.exact else 0.1 + 0.1 * tokens
 
     def same_tokens(self, score: TokenLogps) -> bool:
         """Whether the stored counts, where known, are those of a score of this response."""

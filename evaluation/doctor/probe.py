@@ -24,15 +24,7 @@ from ...errors import UserError
 from ...precompute.identity import ResolvedReference, resolve_reference
 from ..score_table import ReferenceColumns, ScoreTable, pairs_at
 from .findings import Finding
-from .mistakes import (
-    FLOAT32,
-    LOWER_PRECISION,
-    REFUSED,
-    ProbedResponse,
-    mistaken_numbers,
-    mistaken_rendering,
-    unexplained,
-)
+from .mistakes import REFUSED, ProbedResponse, mistaken_numbers, mistaken_rendering, unexplained
 from .plain_model import PlainModel, PlainTokenizer
 
 LONGEST = 4096  # tokens of a sequence beyond which full logits take much memory
@@ -79,8 +71,6 @@ def probe(
     if isinstance(resolved, str):
         return ProbeReport(reference.alias, skipped=resolved)
     rows = choose(reference, count)
-    if len(rows) == 0:
-        return ProbeReport(reference.alias, skipped="no pair has a score")
     transformers_logging.disable_progress_bar()
     model = PlainModel(resolved.model, resolved.revision, resolved.dtype, resolved.adapter)
     tokenizer = PlainTokenizer(resolved.model, resolved.revision, resolved.spec)
@@ -99,7 +89,7 @@ def probe(
                 stored_prompt_tokens=float(reference.prompt_tokens[row]),
                 score=scores[branch],
                 other_score=scores[1 - branch],
-                tolerance=FLOAT32 if exact else LOWER_PRECISION,
+                exact=exact,
             )
             for branch in (0, 1)
         ]

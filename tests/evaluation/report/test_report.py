@@ -174,16 +174,16 @@ def a_comparison(root: Path) -> Comparison:
 
 @pytest.fixture(scope="module")
 def written(folder: Path, scored: Scored, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page on all of it, the audit's figures included."""
+    """The page on all of it, the audit's figures included; both beside the stem `all`."""
     out = tmp_path_factory.mktemp("page")
     where = {
         "pairs": str(scored.folder / "pairs"),
         "refs_config": str(scored.folder / "refs.yaml"),
         "store": scored.store.root,
     }
-    table = audit(refs=["llama", "qwen"], out=out / "audit.csv", **where)
-    assert table == out / "audit.csv"
-    return report(folders=[folder], audit=table, out=out / "report.html")
+    table = audit(refs=["llama", "qwen"], out=out / "all.csv", **where)
+    assert table == out / "all.csv"
+    return report(folders=[folder], audit=table, out=out / "all.html")
 
 
 def test_markup_in_pairs_sources_and_names_does_nothing(written: Path) -> None:
@@ -215,6 +215,12 @@ def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path)
     loss = next(chart for chart in charts if chart["title"] == "Loss")
     assert len(loss["curves"]) == 3
     assert len(loss["curves"][0]["x"]) <= 60
+
+
+def test_outputs_of_one_stem_do_not_overwrite_each_other(written: Path) -> None:
+    names = ["all.csv", "all.csv.json", "all.csv.yaml", "all.html", "all.html.json"]
+    assert sorted(path.name for path in written.parent.iterdir()) == [*names, "all.html.yaml"]
+    assert "sources" in json.loads((written.parent / "all.csv.json").read_text())
 
 
 def test_folders_that_moved_are_still_found(mrpo: Run, folder: Path, tmp_path: Path) -> None:
