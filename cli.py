@@ -14,13 +14,12 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
-from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 from mrpo.errors import UserError
-from mrpo.settings import ELSEWHERE, Setting, build, options, settings_of
+from mrpo.settings import ELSEWHERE, Setting, build, imported, keyword, options, settings_of
 
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
@@ -44,7 +43,6 @@ STORE_COMMANDS = {
     "pull": ("data.config:PullConfig", "data.store.commands:pull"),
     "import": ("data.config:ImportConfig", "data.store.import_scores:import_scores"),
 }
-CONFIG_HELP = "A YAML file of these settings; flags win over it."
 
 
 def main() -> None:
@@ -107,14 +105,12 @@ def _command(config: type, function: str) -> Callable[..., int]:
         result = imported(function)(build(config, given, file))
         return result if isinstance(result, int) else int(getattr(result, "exit_code", 0))
 
+    option = typer.Option("--config", help="A YAML file of these settings; flags win over it.")
     parameters = [
-        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        keyword("context", annotation=typer.Context),
+        *map(_parameter, settings_of(config)),
+        keyword("config", default=None, annotation=Annotated[str | None, option]),
     ]
-    parameters += [_parameter(setting) for setting in settings_of(config)]
-    note = Annotated[str | None, typer.Option("--config", help=CONFIG_HELP)]
-    parameters.append(
-        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=note)
-    )
     invoke.__doc__ = inspect.getdoc(config)
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -139,15 +135,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         also = [f"--{setting.also.replace('_', '-')}"] if setting.also else []
         note = typer.Option(setting.flag, *also, help=text)
     annotation: Any = Annotated[kind | None if default is None else kind, note]
-    return inspect.Parameter(
-        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
-
-
-def imported(path: str) -> Any:
-    """`folder.module:name` inside the package."""
-    module, name = path.split(":")
-    return getattr(import_module(f"mrpo.{module}"), name)
+    return keyword(setting.name, default=default, annotation=annotation)
 
 
 def _hyphened(argument: str) -> str:

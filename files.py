@@ -63,15 +63,11 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def output_file(out: str | Path, suffix: str) -> Path:
-    """The path of a result that a command will write, its folder made.
-
-    Raises `UserError` for a path that is a folder or does not end with `suffix`, and where its
-    folder cannot be made.
-    """
+def output_file(out: str | Path) -> Path:
+    """The path of a result that a command will write, its folder made; `UserError` if it can't."""
     path = Path(out).expanduser()
-    if path.suffix != suffix or path.is_dir():
-        raise UserError(f"--out {out}: must be a {suffix} file; name one like {path.stem}{suffix}")
+    if path.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
     try:
         make_folder(path.parent)
     except OSError as error:
@@ -103,16 +99,13 @@ def locked(path: Path) -> Iterator[bool]:
     from filelock import FileLock, Timeout
 
     make_folder(path.parent)
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(path, timeout=0))
+        except Timeout:
+            yield False
+        else:
+            yield True
 
 
 def make_folder(folder: Path) -> None:

@@ -10,12 +10,9 @@ A command's class stands in the `config.py` of the folder that does the work:
         shard_pairs: Annotated[int, "An option, --shard-pairs."] = 8192
         policy: Annotated[str, "An option with two names.", Also("model_name_or_path")]
 
-        def __post_init__(self) -> None:
-            above_zero(self, "shard_pairs")
-
-`cli.py` makes the flags from it. This module has the fields and the checks that several classes
-share, merges a YAML file with flags, and writes the result beside a command's output. Standard
-library and PyYAML only, so that `mrpo --help` stays fast.
+`cli.py` makes the flags from it. This module has the fields that several classes share and the
+checks that they call in `__post_init__`, merges a YAML file with flags, and writes the result
+beside a command's output. Standard library and PyYAML only, so that `mrpo --help` stays fast.
 """
 
 from __future__ import annotations
@@ -40,6 +37,9 @@ Given = ParamSpec("Given")
 Takes = TypeVar("Takes", contravariant=True)
 Result = TypeVar("Result")
 Returns = TypeVar("Returns", covariant=True)
+
+
+keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 class Command(Protocol[Given, Takes, Returns]):
@@ -74,36 +74,25 @@ def command(
         def call(*args: Any, **settings: Any) -> Result:
             return work(*args) if args else work(build(kind, settings))
 
-        call.__doc__ = f"{inspect.getdoc(work) or ''}\n\n{described(kind)}"
+        parameters = [
+            keyword(setting.name, default=setting.default, annotation=setting.type)
+            for setting in settings_of(kind)
+        ]
         returns = work.__annotations__.get("return")
-        vars(call).update(config=kind, __signature__=signature_of(kind, returns))
+        signature = inspect.Signature(parameters, return_annotation=returns)
+        call.__doc__ = f"{inspect.getdoc(work) or ''}\n\n{_described(kind)}"
+        vars(call).update(config=kind, __signature__=signature)
         return typing.cast(Command[Given, Config, Result], call)
 
     return decorate
 
 
-def signature_of(config: type, returns: Any) -> inspect.Signature:
-    """The settings of a class as keyword parameters with plain types."""
-    parameters = [
-        inspect.Parameter(
-            setting.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if setting.required else setting.default,
-            annotation=setting.type,
-        )
-        for setting in settings_of(config)
-    ]
-    return inspect.Signature(parameters, return_annotation=returns)
-
-
-def described(config: type) -> str:
+def _described(config: type) -> str:
     """The settings of a class, with type, default and meaning, as the "Args" of a docstring."""
     lines = ["Args:"]
     for setting in settings_of(config):
-        kinds = (
-            kind.__name__ if isinstance(kind, type) else repr(kind)
-            for kind in options(setting.type)
-        )
+        admitted = options(setting.type)
+        kinds = (kind.__name__ if isinstance(kind, type) else repr(kind) for kind in admitted)
         kind = " | ".join(kinds).replace("NoneType", "None")
         default = "" if setting.required else f" = {setting.default!r}"
         lines += [f"    {setting.name}: {kind}{default}"]
@@ -118,31 +107,31 @@ class CallablePackage(types.ModuleType):
     callable for the name to mean the same whatever was imported before.
     """
 
-    _config: str
-    _function: str
+    _function: str  # as `imported` takes it
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        return self._load(self._function)(*args, **settings)
+        return imported(self._function)(*args, **settings)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return signature_of(self._load(self._config), Any)
+        return inspect.signature(imported(self._function))
 
     @property
-    def __doc__(self) -> str:  # type: ignore[override]
-        config = self._load(self._config)
-        return f"{inspect.getdoc(config)}\n\n{described(config)}"
-
-    def _load(self, path: str) -> Any:
-        module, name = path.split(":")
-        return getattr(import_module(f"{self.__name__}.{module}"), name)
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return inspect.getdoc(imported(self._function))
 
 
-def make_callable(package: str, config: str, function: str) -> None:
-    """Make a package callable as `function`; both given as `module:name` inside of it."""
+def make_callable(package: str, function: str) -> None:
+    """Make a package callable as a command, given as `imported` takes it."""
     module = sys.modules[package]
     module.__class__ = CallablePackage
-    vars(module).update(_config=config, _function=function)
+    vars(module).update(_function=function)
+
+
+def imported(path: str) -> Any:
+    """`folder.module:name` inside mrpo."""
+    module, name = path.split(":")
+    return getattr(import_module(f"mrpo.{module}"), name)
 
 
 # Fields that several commands share. Where one needs other words, it builds them on these.
@@ -190,11 +179,10 @@ def share(config: Any, *names: str) -> None:
     _check(config, names, lambda value: 0 <= value <= 1, "in [0, 1]")
 
 
-def file_type(config: Any, suffix: str, content: str, name: str = "out") -> None:
-    """Raise `UserError` where the file that a setting names does not end in `suffix`."""
-    value = getattr(config, name)
-    if value is not None and not value.endswith(suffix):
-        raise UserError(f"{_flag(name)} is {value}; {content}, so name a file like NAME{suffix}")
+def file_type(out: str | None, suffix: str, content: str) -> None:
+    """Raise `UserError` where the file that --out names does not end in `suffix`."""
+    if out is not None and not out.endswith(suffix):
+        raise UserError(f"--out is {out}; {content}, so name a file like NAME{suffix}")
 
 
 def _check(config: Any, names: Iterable[str], rule: Callable[[float], bool], words: str) -> None:
@@ -213,27 +201,19 @@ def comma_separated(text: str | None, flag: str | None = None) -> list[str]:
 
     With `flag`, what messages call the list, raises `UserError` for a part that is given twice.
     """
-    parts = [part.strip() for part in (text or "").split(",")]
-    parts = [part for part in parts if part]
-    if flag is not None:
-        for part in parts:
-            if parts.count(part) > 1:
-                raise UserError(f"{flag}: {part!r} is given twice; name each once")
+    parts = [part for part in map(str.strip, (text or "").split(",")) if part]
+    for part in parts if flag else ():
+        if parts.count(part) > 1:
+            raise UserError(f"{flag}: {part!r} is given twice; name each once")
     return parts
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Arg:
-    """Marks a field as a positional argument."""
-
-    help: str
+class Arg(str):
+    """The help of a field that is a positional argument."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Also:
+class Also(str):
     """A second name of a field, which users of another tool know it by; as a flag and in YAML."""
-
-    name: str
 
 
 # Names of TRL that nothing here equals, and what takes their place.
@@ -253,13 +233,13 @@ class Setting:
     name: str
     type: Any
     help: str
-    default: Any
+    default: Any  # `inspect.Parameter.empty` where it is required
     positional: bool
     also: str | None = None
 
     @property
     def required(self) -> bool:
-        return self.default is dataclasses.MISSING
+        return self.default is inspect.Parameter.empty
 
     @property
     def flag(self) -> str:
@@ -279,10 +259,10 @@ def settings_of(config: type) -> list[Setting]:
         if not field.init:
             continue
         kind, note, *more = typing.get_args(hints[field.name])
-        positional = isinstance(note, Arg)
-        text = note.help if positional else note
-        also = more[0].name if more else None
-        fields.append(Setting(field.name, kind, text, field.default, positional, also))
+        missing = field.default is dataclasses.MISSING
+        default = inspect.Parameter.empty if missing else field.default
+        also = more[0] if more else None
+        fields.append(Setting(field.name, kind, note, default, isinstance(note, Arg), also))
     return sorted(fields, key=lambda setting: not setting.required)
 
 
@@ -351,14 +331,11 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
     """
     admitted = options(setting.type)
     if isinstance(value, list | tuple):
-        value = ",".join(str(item) for item in value)
+        value = ",".join(map(str, value))
     if isinstance(value, Path):
         value = str(value)
-    if value is None and type(None) in admitted:
-        return None
-    if value in [option for option in admitted if not isinstance(option, type)]:
-        return value
-    if type(value) in admitted:
+    literals = [option for option in admitted if not isinstance(option, type)]
+    if type(value) in admitted or value in literals:
         return value
     for kind in (int, float, str):
         exact = not isinstance(value, bool) and (kind is not int or isinstance(value, str))

@@ -66,7 +66,7 @@ class EvaluateConfig:
         if not (self.policies or self.runs):
             raise UserError("nothing to evaluate; name models with --policies or runs with --runs")
         above_zero(self, "max_tokens")
-        file_type(self, ".json", "results are JSON")
+        file_type(self.out, ".json", "results are JSON")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,7 +135,7 @@ class DoctorConfig(ScoredPairSettings):
     def __post_init__(self) -> None:
         at_least_zero(self, "probe", "epsilon")
         above_zero(self, "sample", "beta")
-        file_type(self, ".json", "results are JSON")
+        file_type(self.out, ".json", "results are JSON")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,12 +151,12 @@ class AuditConfig(ScoredPairSettings):
     """
 
     refs: References
-    out: Annotated[str, "Table to write; figures by source go beside it as .json."] = "audit.csv"
+    out: Annotated[str, "Table to write; figures by source go to NAME.csv.json."] = "audit.csv"
     top: Annotated[int, "Pairs to list for each reason."] = 100
 
     def __post_init__(self) -> None:
         above_zero(self, "top")
-        file_type(self, ".csv", "the table is CSV")
+        file_type(self.out, ".csv", "the table is CSV")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,4 +187,4 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not (self.folders or self.refs):
             raise UserError("nothing to report on; name folders of runs, or references with --refs")
-        file_type(self, ".html", "the page is HTML")
+        file_type(self.out, ".html", "the page is HTML")

@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Raises `UserError` where the base lacks scores, or a policy can't be loaded or scored.
     """
-    out = output_file(config.out, ".json")
+    out = output_file(config.out)
     runs = comma_separated(config.runs)
     settings = [run_settings(run) for run in runs]
     policies = [policy_at(path) for path in comma_separated(config.policies)]

@@ -2,4 +2,4 @@
 
 from ..settings import make_callable
 
-make_callable(__name__, "config:PrecomputeConfig", "run:precompute")  # mrpo.precompute(…)
+make_callable(__name__, "precompute.run:precompute")  # mrpo.precompute(…)

@@ -16,7 +16,7 @@ import yaml
 import mrpo
 from mrpo import cli
 from mrpo.data.store import Store
-from mrpo.settings import settings_of
+from mrpo.settings import imported, settings_of
 
 COMMANDS = ("prepare", "precompute", "train", "evaluate", "compare", "doctor", "audit", "report",
             "export")  # fmt: skip
@@ -51,7 +51,7 @@ def test_importing_the_package_loads_none_of_it() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_setting_with_its_type_default_and_meaning(name: str) -> None:
-    config = cli.imported(cli.COMMANDS[name][0])
+    config = imported(cli.COMMANDS[name][0])
     function = getattr(mrpo, name)
     parameters = inspect.signature(function).parameters
     text = " ".join((inspect.getdoc(function) or "").split())

@@ -2,4 +2,4 @@
 
 from ..settings import make_callable
 
-make_callable(__name__, "config:TrainConfig", "run:train")  # mrpo.train(…)
+make_callable(__name__, "train.run:train")  # mrpo.train(…)

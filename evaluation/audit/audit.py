@@ -2,11 +2,12 @@
 
     scores → doubts of the references (suspicion.py)  \
                                                        rank → top of each reason → audit.csv
-    texts  → near duplicates with opposite labels     /                         → audit.json
+    texts  → near duplicates with opposite labels     /                         → audit.csv.json
 
 The table has one line a pair, evidence in words and an empty column `decision`. Filled in with
 keep, exclude or flip, it is what `mrpo prepare --exclude audit.csv --flip audit.csv` reads.
-audit.json has the figures by source, which `mrpo report` shows.
+audit.csv.json has the figures by source, which `mrpo report` shows; the settings are in
+audit.csv.yaml. Full names, so that no other command's output of the same stem is overwritten.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,8 @@ from ...files import output_file, write_json, write_text
 from ...settings import command, write_resolved
 from ...terminal import print_table
 from ..config import AuditConfig
-from ..score_table import (
-    ScoreTable,
-    byte_margins,
-    load_complete_score_table,
-    margins,
-    pairs_at,
-)
-from .near_duplicates import Opposites, candidates, opposites, signature, text_of
+from ..score_table import ScoreTable, byte_margins, load_complete_score_table, margins, pairs_at
+from .near_duplicates import Opposites, candidates, contradiction, signature, text_of
 from .suspicion import Suspicion, suspicion
 
 AGAINST, DIVIDED, LENGTH, DUPLICATE = REASONS = (
@@ -61,31 +56,27 @@ class Suspect:
     row: int
     rank: int
     evidence: dict[str, str] = field(default_factory=dict)
-    near_duplicate: int | None = None  # its row
+    near_duplicate: int | None = None  # the row of the most alike
 
 
 @command(AuditConfig)
 def audit(config: AuditConfig) -> Path:
     """Write the table and the figures; returns the table's path."""
-    out = output_file(config.out, ".csv")
+    out = output_file(config.out)
     _refuse_to_overwrite_decisions(out)
     pairs = PairShards(config.pairs)
-    table = load_complete_score_table(
-        pairs, open_store(config.store), config.refs, config.refs_config
-    )
+    store = open_store(config.store)
+    table = load_complete_score_table(pairs, store, config.refs, config.refs_config)
     doubts = suspicion(byte_margins(table), table.response_bytes, table.prompts)
     duplicates = find_opposites(pairs, table.places)
     suspects = ranked(table, doubts, duplicates, config.top)
     texts = pairs_at(pairs, table.places[[suspect.row for suspect in suspects]])
     figures = figures_by_source(table, doubts, duplicates)
-    nats = margins(table)
-    lines = [
-        _line(table, doubts, nats[suspect.row], suspect, pair)
-        for suspect, pair in zip(suspects, texts)
-    ]
-    write_text(out, _to_csv([_heading(table), *lines]))
-    write_json(out.with_suffix(".json"), figures)
-    write_resolved(config, out.with_suffix(".yaml"))
+    content = io.StringIO(newline="")
+    csv.writer(content).writerows(_lines(table, doubts, suspects, texts))
+    write_text(out, content.getvalue())
+    write_json(Path(f"{out}.json"), figures)
+    write_resolved(config, Path(f"{out}.yaml"))
     _print_summary(figures, len(suspects))
     prepare = ["mrpo", "prepare", "--config", str(pairs.path / SETTINGS)]
     review = shlex.join([*prepare, "--exclude", str(out), "--flip", str(out)])
@@ -107,8 +98,10 @@ def find_opposites(pairs: PairShards, places: np.ndarray) -> list[Opposites]:
         block = similar[start : start + VERIFIED_AT_ONCE]
         distinct = np.unique(block)
         texts = dict(zip(distinct.tolist(), pairs_at(pairs, places[distinct])))
-        first, second = ([texts[row] for row in column] for column in block.T.tolist())
-        verified += opposites(block, first, second)
+        for row, twin in block.tolist():
+            similarity = contradiction(texts[row], texts[twin])
+            if similarity is not None:
+                verified.append(Opposites(row, twin, similarity))
     return sorted(verified, key=lambda entry: -entry.similarity)
 
 
@@ -126,8 +119,10 @@ def ranked(
 
     scores = {AGAINST: doubts.against, DIVIDED: doubts.divided, LENGTH: doubts.length}
     for reason, score in scores.items():
-        for rank, row in enumerate(_largest(score, top)):
-            add(row, rank, reason, _evidence(reason, table, doubts, row))
+        largest = np.argsort(-score, kind="stable")[:top].tolist()  # NaN, not suspect, comes last
+        for rank, row in enumerate(largest):
+            if not np.isnan(score[row]):
+                add(row, rank, reason, _evidence(reason, table, doubts, row))
     for rank, match in enumerate(duplicates[:top]):
         for row, twin in ((match.first, match.second), (match.second, match.first)):
             evidence = f"row {twin} has its responses exchanged ({match.similarity:.0%} alike)"
@@ -144,14 +139,14 @@ def figures_by_source(
     in_duplicate = np.zeros(len(table), bool)
     in_duplicate[[row for match in duplicates for row in (match.first, match.second)]] = True
     flags = {
+        "pairs": np.ones(len(table), bool),
         AGAINST: doubts.label_probability < UNLIKELY if doubts.informed else doubts.against > 1,
         DIVIDED: ~np.isnan(doubts.divided),
         LENGTH: ~np.isnan(doubts.length),
         DUPLICATE: in_duplicate,
     }
     by_source = {
-        name: {"pairs": int((table.sources == name).sum())}
-        | {reason: int(flag[table.sources == name].sum()) for reason, flag in flags.items()}
+        name: {counted: int(flag[table.sources == name].sum()) for counted, flag in flags.items()}
         for name in sorted(set(table.sources.tolist()))
     }
     return {
@@ -179,54 +174,40 @@ def _evidence(reason: str, table: ScoreTable, doubts: Suspicion, row: int) -> st
             f"{table.aliases[worst]} opposes it by {-units[worst]:.1f}"
         )
     chosen, rejected = table.response_bytes[row]
-    lengths = f"{chosen:.0f} against {rejected:.0f} bytes"
     return (
-        f"from its lengths ({lengths}) alone the label has {doubts.length_probability[row]:.0%}; "
-        "adjusted for length, the references are against it"
+        f"from its lengths ({chosen:.0f} against {rejected:.0f} bytes) alone the label has "
+        f"{doubts.length_probability[row]:.0%}; adjusted for length, the references are against it"
     )
 
 
-def _largest(scores: np.ndarray, top: int) -> list[int]:
-    """Rows in descending order of score, without those that have none."""
-    order = np.argsort(-scores, kind="stable")  # NaN comes last
-    return [row for row in order[:top].tolist() if not np.isnan(scores[row])]
-
-
-def _heading(table: ScoreTable) -> list[str]:
-    return [
+def _lines(
+    table: ScoreTable, doubts: Suspicion, suspects: Sequence[Suspect], pairs: Sequence[Pair]
+) -> Iterator[list[str]]:
+    """The heading, and a line for each suspect with its pair."""
+    yield [
         *(ID, DECISION, "reasons", "evidence", "source", "split", "row", "label probability"),
         *(f"margin {alias}" for alias in table.aliases),
         *("near duplicate of", "prompt", "chosen", "rejected"),
     ]
-
-
-def _line(
-    table: ScoreTable, doubts: Suspicion, nats: np.ndarray, suspect: Suspect, pair: Pair
-) -> list[str]:
-    """A row of the table; `nats` [K] are the pair's margins."""
-    row, twin = suspect.row, suspect.near_duplicate
-    probability = doubts.label_probability[row]
-    return [
-        table.ids[row].tobytes().hex(),
-        "",
-        "; ".join(suspect.evidence),
-        "; ".join(suspect.evidence.values()),
-        _cell(pair.source),
-        pair.split,
-        str(row),
-        f"{probability:.3f}" if np.isfinite(probability) else "",
-        *(f"{margin:.2f}" if np.isfinite(margin) else "" for margin in nats),
-        "" if twin is None else table.ids[twin].tobytes().hex(),
-        _cell(_last(text_of(pair.prompt), PROMPT_CHARACTERS)),
-        _cell(_first(text_of(pair.chosen), RESPONSE_CHARACTERS)),
-        _cell(_first(text_of(pair.rejected), RESPONSE_CHARACTERS)),
-    ]
-
-
-def _to_csv(lines: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(lines)
-    return text.getvalue()
+    nats = margins(table)
+    for suspect, pair in zip(suspects, pairs):
+        row, twin = suspect.row, suspect.near_duplicate
+        probability = doubts.label_probability[row]
+        yield [
+            table.ids[row].tobytes().hex(),
+            "",
+            "; ".join(suspect.evidence),
+            "; ".join(suspect.evidence.values()),
+            _cell(pair.source),
+            pair.split,
+            str(row),
+            f"{probability:.3f}" if np.isfinite(probability) else "",
+            *(f"{margin:.2f}" if np.isfinite(margin) else "" for margin in nats[row]),
+            "" if twin is None else table.ids[twin].tobytes().hex(),
+            _cell(_last(text_of(pair.prompt), PROMPT_CHARACTERS)),
+            _cell(_first(text_of(pair.chosen), RESPONSE_CHARACTERS)),
+            _cell(_first(text_of(pair.rejected), RESPONSE_CHARACTERS)),
+        ]
 
 
 def _first(text: str, length: int) -> str:
@@ -253,14 +234,11 @@ def _print_summary(figures: Mapping[str, Any], listed: int) -> None:
     tendency = f"the {longer} response tends to be chosen" if figures["length_weight"] else ""
     print(f"length     {tendency or 'predicts no label here'}")
     sources = sorted(figures["sources"].items(), key=lambda item: -item[1]["pairs"])
-    rows: list[tuple[str, ...]] = [
-        ("source", "pairs", "label unlikely", "divided", "by length", "opposite")
-    ]
-    rows += [
-        (ascii(name)[1:-1][:40], *(f"{count:,}" for count in counts.values()))
+    rows = [
+        [ascii(name)[1:-1][:40], *(f"{count:,}" for count in counts.values())]
         for name, counts in sources[:SOURCES_SHOWN]
     ]
-    print_table(rows)
+    print_table([["source", "pairs", "label unlikely", "divided", "by length", "opposite"], *rows])
     if len(sources) > SOURCES_SHOWN:
         print(f"and {len(sources) - SOURCES_SHOWN:,} smaller sources")
     print(f"listed     {listed:,} pairs")

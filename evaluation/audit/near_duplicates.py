@@ -1,27 +1,26 @@
 """Pairs that ask nearly the same question and carry opposite labels.
 
 Texts are compared as sets of overlapping byte windows (shingles, Jaccard similarity). Candidates
-come from datasketch's MinHash LSH: two pairs become candidates where, in at least one band, both
-their prompts and their responses agree. The responses of a pair are hashed together, so that the
-signature does not depend on which one was chosen. Every candidate is then compared exactly.
+come from datasketch's MinHash by locality-sensitive hashing: pairs whose prompts and whose
+responses agree in at least one band of hashes. The responses of a pair are hashed together, so
+that the signature does not depend on which one was chosen. Every candidate is then compared
+exactly.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 
 from ...data.pairs import Pair, Turns
 
 WINDOW = 8  # bytes of a shingle, as many as a 64-bit number holds
 # Two pairs whose prompts and whose responses are each 0.8 alike share a band in 95 of 100 cases.
 BANDS, ROWS = 10, 3
-INDEXED_BANDS = 2  # bands whose index is in memory at once, about 2 kB a pair
 ALIKE = 0.7  # Jaccard similarity from which two texts count as nearly the same
 LARGEST_GROUP = 64  # in a larger bucket only neighbors are compared; equal texts are neighbors
 
@@ -41,12 +40,17 @@ class Opposites:
 def candidates(signatures: np.ndarray) -> np.ndarray:
     """Rows [C, 2] that share a band, first < second, from signatures [N, BANDS, 2·ROWS]."""
     rows = [np.empty((0, 2), np.int64)]
-    for start in range(0, BANDS, INDEXED_BANDS):
-        for members in _buckets(signatures[:, start : start + INDEXED_BANDS]):
-            size = len(members)
-            if size > LARGEST_GROUP:  # equal pairs agree in every band, and stay side by side
-                members = members[np.lexsort(signatures[members].reshape(size, -1).T)]
-            for step in range(1, min(size, LARGEST_GROUP)):
+    for band in range(BANDS):
+        _, bucket, size = np.unique(
+            signatures[:, band], axis=0, return_inverse=True, return_counts=True
+        )
+        shared = np.flatnonzero(size[bucket] > 1)
+        shared = shared[np.argsort(bucket[shared], kind="stable")]
+        for members in np.split(shared, np.flatnonzero(np.diff(bucket[shared])) + 1):
+            if len(members) > LARGEST_GROUP:  # equal pairs agree in every band, stay side by side
+                values = signatures[members].reshape(len(members), -1)
+                members = members[np.lexsort(values.T)]
+            for step in range(1, min(len(members), LARGEST_GROUP)):
                 rows.append(np.sort(np.stack([members[:-step], members[step:]], axis=1), axis=1))
     return np.unique(np.concatenate(rows), axis=0)
 
@@ -58,16 +62,6 @@ def signature(pair: Pair) -> np.ndarray:
     sets = [prompt.tolist(), np.union1d(chosen, rejected).tolist()]
     sketches = MinHash.bulk(sets, hashfunc=int, **_SKETCH)
     return np.hstack([sketch.hashvalues.reshape(BANDS, ROWS) for sketch in sketches])
-
-
-def opposites(rows: np.ndarray, first: Sequence[Pair], second: Sequence[Pair]) -> list[Opposites]:
-    """Those of the candidates [C, 2] that contradict each other, the most alike first."""
-    contradictions = []
-    for (row, other_row), *pair in zip(rows.tolist(), first, second):
-        similarity = contradiction(*pair)
-        if similarity is not None:
-            contradictions.append(Opposites(row, other_row, similarity))
-    return sorted(contradictions, key=lambda entry: -entry.similarity)
 
 
 def contradiction(first: Pair, second: Pair) -> float | None:
@@ -116,18 +110,6 @@ def text_of(turns: Turns) -> str:
     if isinstance(turns, str):
         return turns
     return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
-
-
-def _buckets(bands: np.ndarray) -> list[np.ndarray]:
-    """The rows that share a band, in ascending order, from values [N, B, 2·ROWS]."""
-    num_bands, width = bands.shape[1:]
-    index = MinHashLSH(num_perm=num_bands * width, params=(num_bands, width))
-    permutations = MinHash(num_bands * width, scheme="affine64").permutations
-    for row, values in enumerate(bands.reshape(len(bands), -1)):
-        sketch = MinHash(hashvalues=values, permutations=permutations, scheme="affine64")
-        index.insert(row, sketch, check_duplication=False)
-    buckets = [table.get(key) for table in index.hashtables for key in list(table.keys())]
-    return [np.array(sorted(members)) for members in buckets if len(members) > 1]
 
 
 def _texts(pair: Pair) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from ...method.fitted import fit_weights, logistic_regression
 
@@ -63,8 +64,8 @@ def suspicion(
     return Suspicion(
         units=units,
         weights=weights,
-        label_probability=sigmoid(logits),
-        length_probability=sigmoid(length_logits),
+        label_probability=expit(logits),
+        length_probability=expit(length_logits),
         length_weight=length_weight,
         against=np.where(logits < 0, -logits, np.nan),
         divided=np.where(divided > 1, divided, np.nan),
@@ -78,10 +79,6 @@ def usual_size(margins: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         usual = np.nanmedian(np.where(sizes > 0, sizes, np.nan), axis=0)
     return np.where(usual > 0, usual, 1.0)
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(logits / 2)
 
 
 def _weights(units: np.ndarray, prompts: np.ndarray) -> np.ndarray:

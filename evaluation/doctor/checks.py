@@ -1,7 +1,7 @@
 """The checks of `mrpo doctor` on stored scores: each looks for one fault.
 
 A new check is a function here (in `length_checks.py` if it is about lengths) and one entry in the
-lists at the end of this file. Most faults change how log-probs relate to lengths, set a reference
+lists below them. Most faults change how log-probs relate to lengths, set a reference
 apart from the others, or produce numbers that no model produces. Thresholds lie between what
 healthy references show and what injected faults do (docs/doctor.md has the figures). A fault that
 no score can show needs the probe (`probe.py`).
@@ -9,7 +9,8 @@ no score can show needs the probe (`probe.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import permutations
 
 import numpy as np
 
@@ -28,29 +29,29 @@ AGREED = 0.85  # ... where others agree with one another this much
 
 
 def check_scores(
-    table: ScoreTable, figures: Sequence[ReferenceFigures], vocabularies: Mapping[str, int]
+    table: ScoreTable, figures: Sequence[ReferenceFigures], vocabularies: Sequence[int | None]
 ) -> dict[str, list[Finding]]:
     """Run all checks; the findings by alias, none for a healthy reference.
 
     Args:
         figures: of the table's references.
-        vocabularies: by alias the number of tokens, where it is known.
+        vocabularies: the number of tokens of each, None where it is not known.
     """
-    subjects = [
-        Subject(table, figures, k, vocabularies.get(alias)) for k, alias in enumerate(table.aliases)
-    ]
+    subjects = [Subject(table, figures, k, size) for k, size in enumerate(vocabularies)]
     scored = [subject for subject in subjects if subject.reference.scored.sum() >= FEWEST]
     for subject in scored:
-        _run(BY_ITSELF, subject)
+        for group in BY_ITSELF:
+            _run(group, subject)
     # References with a fault of their own are no measure for the others.
     sound = [subject.k for subject in scored if not subject.findings]
     for subject in scored:
-        _run(AGAINST_ALL, subject)
+        _run((check_copies,), subject)
         if subject.k in sound:
             subject.sound = [k for k in sound if k != subject.k]
-            _run(AGAINST_SOUND, subject)
-    for subject in subjects:
-        _run(COVERAGE, subject)
+            for group in AGAINST_SOUND:
+                _run(group, subject)
+    for subject in subjects:  # those with too few scores for the rest, too
+        _run((check_missing,), subject)
     return {subject.reference.alias: subject.findings for subject in subjects}
 
 
@@ -70,17 +71,17 @@ def check_rounding(subject: Subject) -> Finding | None:
     values = values[np.abs(values) > 0.01]
     if len(values) < FEWEST:
         return None
-    for name, rounded, precision in (
-        ("bfloat16", _to_bfloat16(values), 2**-7),
-        ("float16", _to_float16(values), 2**-10),
-    ):
+    with np.errstate(over="ignore"):
+        float16 = values.astype(np.float16)
+    bits = values.astype(np.float32).view(np.uint32)
+    bfloat16 = (bits & np.uint32(0xFFFF0000)).view(np.float32)  # truncated to 8 significant bits
+    for name, rounded, precision in (("bfloat16", bfloat16, 2**-7), ("float16", float16, 2**-10)):
         share = float((values == rounded).mean())
-        if share > 0.9:
-            step = np.abs(np.median(values)) * precision
-            evidence = (
-                f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart"
-            )
-            return Finding("fault", "rounded", evidence, f"sums were stored in {name}")
+        if share <= 0.9:
+            continue
+        step = np.abs(np.median(values)) * precision
+        evidence = f"{share:.0%} of its log-probs are {name} numbers, about {step:.2g} nats apart"
+        return Finding("fault", "rounded", evidence, f"sums were stored in {name}")
     return None
 
 
@@ -93,13 +94,9 @@ def check_uniform(subject: Subject) -> Finding | None:
         return None
     nats = -logps.sum() / tokens.sum()
     spread = float(np.sqrt(np.mean((logps + nats * tokens) ** 2 / tokens)) / nats)
-    others = [
-        figures.chosen_bits_per_byte
-        for j, figures in enumerate(subject.all_figures)
-        if j != subject.k
-    ]
-    bits = subject.figures.chosen_bits_per_byte
-    if spread > UNIFORM or (others and not bits > 1.1 * min(others)):
+    bits = [figures.chosen_bits_per_byte for figures in subject.all_figures]
+    own = bits.pop(subject.k)
+    if spread > UNIFORM or (bits and not own > 1.1 * min(bits)):
         return None
     evidence = f"every token costs about the same, {nats:.1f} nats (spread {spread:.0%})"
     cause = "random weights: missing or unmatched tensors when the model was loaded"
@@ -181,11 +178,8 @@ def check_difficulty(subject: Subject) -> Finding | None:
     Judged only where nothing else was found.
     """
     others = [subject.all_figures[j] for j in subject.sound]
-    names = [figures.alias for figures in others]
-    own = max((subject.figures.difficulty[name] for name in names), default=np.nan)
-    among = [
-        figures.difficulty[name] for figures in others for name in names if name != figures.alias
-    ]
+    own = max((subject.figures.difficulty[other.alias] for other in others), default=np.nan)
+    among = (first.difficulty[second.alias] for first, second in permutations(others, 2))
     best = max(among, default=np.nan)
     if subject.findings or not (own < ODD and best > AGREED):
         return None
@@ -215,38 +209,25 @@ BY_ITSELF: Groups = (
     (check_rounding,),
     (check_swapped, check_means, check_truncated, check_shuffled, check_uniform),
 )
-AGAINST_ALL: Groups = ((check_copies,),)
 # For references in which no check by itself found anything, against others of the same kind.
 AGAINST_SOUND: Groups = ((check_other_tokenizer, check_likelihood), (check_difficulty,))
-COVERAGE: Groups = ((check_missing,),)  # also for references with too few scores for the rest
 
 
-def _run(groups: Groups, subject: Subject) -> None:
-    """Add to the subject's findings."""
-    for group in groups:
-        findings = (check(subject) for check in group)
-        first = next((finding for finding in findings if finding is not None), None)
-        if first is not None:
-            subject.findings.append(first)
-
-
-def _to_float16(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float64)
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Truncated to the 8 significant bits of bfloat16."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+def _run(group: Sequence[Check], subject: Subject) -> None:
+    """Add what the first check finds that finds anything to the subject's findings."""
+    for check in group:
+        finding = check(subject)
+        if finding is not None:
+            subject.findings.append(finding)
+            return
 
 
 def _is_the_copy(
     table: ScoreTable, reference: ReferenceColumns, other: ReferenceColumns, equal: np.ndarray
 ) -> bool:
     """Whether the reference, not the other, is out of line on its equal rows; True if unclear."""
-    rest = [third for third in table.references if third is not reference and third is not other]
-    third = rest[0] if rest else None
+    rest = (third for third in table.references if third not in (reference, other))
+    third = next(rest, None)
     own, theirs = (_shift(table, suspect, third, equal) for suspect in (reference, other))
     return not (theirs > 3 and own < theirs)
 

@@ -29,11 +29,9 @@ from ..score_table import ScoreTable, load_score_table
 from .checks import check_scores
 from .findings import Finding
 from .probe import REFUTED, ProbeReport, probe
-from .verdicts import Advice, Verdict, advise, verdicts
+from .verdicts import Advice, Verdict, advise, verdict_on
 
 MARGINS = "summed margins, log pi(chosen) - log pi(rejected)"
-AGREEMENT = "pairs on which two references agree, % (correlation of their margins)"
-DOMINANCE = "pairs that a reference decides alone, %"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +56,7 @@ class Diagnosis:
 @command(DoctorConfig)
 def doctor(config: DoctorConfig) -> Diagnosis:
     """Print the diagnosis and write it to `out`."""
-    out = output_file(config.out, ".json")
+    out = output_file(config.out)
     diagnosis = diagnose(config)
     for line in diagnosis_lines(diagnosis):
         print(line)
@@ -98,18 +96,16 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
     specs = load_refs(config.refs_config)
     known = [_spec_of(reference.record, specs) for reference in table.references]
     numbers = figures(table, config.beta, config.epsilon)
-    findings = check_scores(table, numbers, _vocabularies(known))
+    findings = check_scores(table, numbers, list(map(_vocabulary, known)))
     probes = []
     for k, spec in enumerate(known if config.probe else []):
         others = [other for j, other in enumerate(known) if j != k and other is not None]
         probes.append(probe(table, k, spec, others, pairs, store, config.probe))
     for report in probes:
-        alias = report.alias
-        if report.confirms:
-            findings[alias] = [
-                finding for finding in findings[alias] if finding.code not in REFUTED
-            ]
-        findings[alias] += report.findings
+        kept = findings[report.alias]
+        if report.skipped is None and not report.findings:  # it confirms the stored scores
+            kept = [finding for finding in kept if finding.code not in REFUTED]
+        findings[report.alias] = kept + report.findings
     advice = advise(table, numbers, findings)
     return Diagnosis(
         pairs=len(table),
@@ -117,7 +113,10 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
         references=numbers,
         findings=findings,
         probes=probes,
-        verdicts=verdicts(numbers, findings, advice, store.root),
+        verdicts=[
+            verdict_on(reference, findings[reference.alias], advice, store.root)
+            for reference in numbers
+        ],
         advice=advice,
         first_loss=method_first_loss(table.pair_scores(), table.aliases, "mrpo", config.beta),
     )
@@ -129,13 +128,10 @@ def _spec_of(record: ReferenceRecord, specs: Mapping[str, ReferenceSpec]) -> Ref
     return spec if spec is not None and spec.entry() == record.entry else None
 
 
-def _vocabularies(specs: Sequence[ReferenceSpec | None]) -> dict[str, int]:
-    """Tokens of each reference's vocabulary, where its configuration is on this machine."""
-    sizes = {spec.alias: _vocabulary(spec) for spec in specs if spec is not None}
-    return {alias: size for alias, size in sizes.items() if size}
-
-
-def _vocabulary(spec: ReferenceSpec) -> int | None:
+def _vocabulary(spec: ReferenceSpec | None) -> int | None:
+    """Tokens of the reference's vocabulary; None where its configuration is not on this machine."""
+    if spec is None:
+        return None
     try:
         path: Any = spec.model_folder and spec.model_folder / "config.json"
         path = path or try_to_load_from_cache(spec.model, "config.json", revision=spec.revision)
@@ -153,13 +149,22 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     yield f"{diagnosis.pairs:,}{total} pairs, {len(references)} references, base {base}"
     tables = {"": likelihood_rows(references), MARGINS: margin_rows(references)}
     if len(references) > 1:
-        tables |= {AGREEMENT: _agreement(references), DOMINANCE: _dominance(references)}
+        agreement = "pairs on which two references agree, % (correlation of their margins)"
+        dominance = "pairs that a reference decides alone, %"
+        tables |= {agreement: _agreement(references), dominance: _dominance(references)}
     for title, rows in tables.items():
         yield from ["", title] if title else [""]
         yield from table_lines(rows)
     if diagnosis.probes:
         yield ""
-        yield from map(_probe_line, diagnosis.probes)
+    for probed in diagnosis.probes:
+        line = f"none, {probed.skipped}"
+        if probed.skipped is None:
+            line = (
+                f"{probed.agree} of {probed.responses} responses score the same again, "
+                f"{probed.difference:.1e} nats per token off"
+            )
+        yield f"probe  {probed.alias}: {line}"
     yield ""
     width = max(len(reference.alias) for reference in references)
     for verdict in diagnosis.verdicts:
@@ -197,6 +202,7 @@ def likelihood_rows(references: Sequence[ReferenceFigures]) -> Rows:
 def margin_rows(references: Sequence[ReferenceFigures]) -> Rows:
     """The summed margins, what moves them, and what is missing."""
     heading = ["reference", "mean", "scale", "by length", "CTRO moves", "per byte", "first loss"]
+    heading += ["end of turn", "boundary", "missing"]
     rows = [
         [
             reference.alias,
@@ -213,7 +219,7 @@ def margin_rows(references: Sequence[ReferenceFigures]) -> Rows:
         ]
         for reference in references
     ]
-    return [[*heading, "end of turn", "boundary", "missing"], *rows]
+    return [heading, *rows]
 
 
 def _agreement(references: Sequence[ReferenceFigures]) -> Rows:
@@ -233,15 +239,6 @@ def _dominance(references: Sequence[ReferenceFigures]) -> Rows:
         for reference in references
     ]
     return [["weights of ARWC", *references[0].dominance], *rows]
-
-
-def _probe_line(report: ProbeReport) -> str:
-    if report.skipped is not None:
-        return f"probe  {report.alias}: none, {report.skipped}"
-    return (
-        f"probe  {report.alias}: {report.agree} of {report.responses} responses score the same "
-        f"again, {report.difference:.1e} nats per token off"
-    )
 
 
 def _percent(share: float) -> str:

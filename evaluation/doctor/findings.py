@@ -51,14 +51,3 @@ class Subject:
 
 
 Check = Callable[[Subject], Finding | None]
-
-
-def is_broken(findings: Sequence[Finding]) -> bool:
-    return any(finding.level == "fault" for finding in findings)
-
-
-def worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    """Faults before suspicions; among equals the probe's first, whose cause is the more certain."""
-    return sorted(
-        findings, key=lambda finding: (finding.level != "fault", finding.shown_by != "probe")
-    )

@@ -6,6 +6,7 @@ language model that scored the right text.
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -33,15 +34,11 @@ def check_swapped(subject: Subject) -> Finding | None:
     ):
         own, crossed = _follows(values, lengths), _follows(values, lengths[:, ::-1])
         if crossed > max(own + CLEARLY, FOLLOWS) and _surely_above(crossed, own, len(values)):
-            return _swapped(
-                f"{name} follow the other response's length (r {crossed:.2f}), not its own "
-                f"({own:.2f})"
-            )
+            correlations = f"(r {crossed:.2f}), not its own ({own:.2f})"
+            return _swapped(f"{name} follow the other response's length {correlations}")
     margins = [other.margins for other in subject.others]
     against = [correlation(subject.reference.margins, other) for other in margins]
-    among = [
-        correlation(first, second) for i, first in enumerate(margins) for second in margins[i + 1 :]
-    ]
+    among = [correlation(*pair) for pair in combinations(margins, 2)]
     if among and max(against) < -FOLLOWS and min(among) > FOLLOWS:
         return _swapped(f"its margins oppose those of all others (r {max(against):.2f})")
     return None
@@ -102,10 +99,8 @@ def check_shuffled(subject: Subject) -> Finding | None:
         return None
     for name, field in (("token counts", "tokens"), ("log-probs", "nats")):
         related = correlation(getattr(own, field), own.response_bytes)
-        best = max(
-            (correlation(getattr(other, field), other.response_bytes) for other in others),
-            default=np.nan,
-        )
+        theirs = (correlation(getattr(other, field), other.response_bytes) for other in others)
+        best = max(theirs, default=np.nan)
         if related < NO_RELATION or related < min(best, 1.0) - BELOW_OTHERS:
             comparison = "" if np.isnan(best) else f", {best:.2f} for another reference"
             evidence = (

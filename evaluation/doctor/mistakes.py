@@ -3,13 +3,14 @@
 First mistakes in the numbers, which need no further forward pass (`MISTAKES`), then mistakes in the
 text that the model was shown, which are rendered and scored (`renderings`). A mistake that gives
 the stored scores of nearly all responses is named; otherwise the finding says what differs. A new
-mistake is one entry of `MISTAKES` or one `Rendering`.
+mistake is one entry of `MISTAKES` or of `renderings`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from jinja2 import TemplateError
@@ -28,25 +29,6 @@ BETWEEN_TURNS = ("\n", "\n\n", " ", "")  # what joins messages where the templat
 REFUSED = (TemplateError, TypeError, ValueError, LookupError)
 
 
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far a recomputed log-prob may be from the stored one, in nats."""
-
-    sequence: float
-    token: float
-
-    @classmethod
-    def of(cls, exact: bool) -> Tolerance:
-        """float32 throughout; or a lower precision, where a token's log-prob is off by 0.05."""
-        return cls(2e-3, 2e-5) if exact else cls(0.1, 0.1)
-
-    def fits(self, stored: float, recomputed: float, tokens: int) -> bool:
-        return bool(abs(stored - recomputed) <= self.of_sum(tokens))
-
-    def of_sum(self, tokens: int) -> float:
-        return self.sequence + self.token * tokens
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbedResponse:
     """One response: its stored score, and the recomputed one."""
@@ -58,14 +40,24 @@ class ProbedResponse:
     stored_prompt_tokens: float  # in front of the chosen response
     score: TokenLogps
     other_score: TokenLogps  # of the pair's other response
+    exact: bool  # float32 throughout; else a token's log-prob is off by 0.05
 
     @property
     def difference(self) -> float:
         """|stored − recomputed|, nats per token."""
         return abs(self.stored - self.score.logp) / self.score.tokens
 
-    def agrees(self, tolerance: Tolerance) -> bool:
-        return tolerance.fits(self.stored, self.score.logp, self.score.tokens)
+    @property
+    def agrees(self) -> bool:
+        return self.is_of(self.score.logp, self.score.tokens)
+
+    def is_of(self, logp: float, tokens: int, factor: float = 1.0) -> bool:
+        """Whether the stored number, times a factor, is this sum over so many tokens."""
+        return bool(abs(self.stored * factor - logp) <= self.off_by(tokens))
+
+    def off_by(self, tokens: int) -> float:
+        """How far a sum over so many tokens may be from the stored one, in nats."""
+        return 2e-3 + 2e-5 * tokens if self.exact else 0.1 + 0.1 * tokens
 
     def same_tokens(self, score: TokenLogps) -> bool:
         """Whether the stored counts, where known, are those of a score of this response."""
@@ -75,14 +67,15 @@ class ProbedResponse:
         return all(np.isnan(stored) or stored == actual for stored, actual in counts)
 
 
-Gives = Callable[[ProbedResponse, Tolerance], bool]  # whether a mistake gives the stored score
+Gives = Callable[[ProbedResponse], bool]  # whether a mistake gives the stored score
+Renders = Callable[[ProbedResponse], PlainSequence | None]  # None where a mistake does not apply
 
 
-def mistaken_numbers(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Finding | None:
+def mistaken_numbers(responses: Sequence[ProbedResponse]) -> Finding | None:
     """The first of `MISTAKES` that gives the stored scores."""
-    right = np.array([response.agrees(tolerance) for response in responses])
+    right = np.array([response.agrees for response in responses])
     for code, cause, gives, share in MISTAKES:
-        hits = np.array([gives(response, tolerance) for response in responses])
+        hits = np.array([gives(response) for response in responses])
         if (hits | right).mean() >= share and (hits & ~right).sum() >= FEWEST_EXPLAINED:
             return _explained(code, cause, responses, int((hits | right).sum()))
     return None
@@ -93,26 +86,25 @@ def mistaken_rendering(
     tokenizer: PlainTokenizer,
     responses: Sequence[ProbedResponse],
     others: Sequence[ReferenceSpec],
-    tolerance: Tolerance,
 ) -> Finding | None:
     """The first wrong rendering that gives the stored scores of nearly all responses.
 
     Each is tried on the shortest pairs first and given up where it does not explain these.
     """
-    for rendering in renderings(tokenizer, others, responses[0].pair.is_chat):
+    for code, cause, render in renderings(tokenizer, others, responses[0].pair.is_chat):
         hits: list[bool] = []
         for response in responses:
-            hits.append(_gives(model, rendering, response, tolerance))
+            hits.append(_gives(model, render, response))
             if len(hits) == SCREENED and np.mean(hits) < EXPLAINS:
                 break
         if len(hits) == len(responses) and np.mean(hits) >= EXPLAINS:
-            return _explained(rendering.code, rendering.cause, responses, sum(hits))
+            return _explained(code, cause, responses, sum(hits))
     return None
 
 
-def unexplained(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Finding:
+def unexplained(responses: Sequence[ProbedResponse]) -> Finding:
     """What differs, where no known mistake gives the stored scores."""
-    agree = float(np.mean([response.agrees(tolerance) for response in responses]))
+    agree = float(np.mean([response.agrees for response in responses]))
     same = float(np.mean([response.same_tokens(response.score) for response in responses]))
     stored = [response.stored for response in responses]
     recomputed = [response.score.logp for response in responses]
@@ -131,54 +123,49 @@ def unexplained(responses: Sequence[ProbedResponse], tolerance: Tolerance) -> Fi
 
 
 def _scaled(factor: float) -> Gives:
-    return lambda response, tolerance: tolerance.fits(
-        response.stored * factor, response.score.logp, response.score.tokens
-    )
+    return lambda response: response.is_of(response.score.logp, response.score.tokens, factor)
 
 
-def _mean(response: ProbedResponse, tolerance: Tolerance) -> bool:
-    return _scaled(response.score.tokens)(response, tolerance)
+def _mean(response: ProbedResponse) -> bool:
+    return _scaled(response.score.tokens)(response)
 
 
-def _swapped(response: ProbedResponse, tolerance: Tolerance) -> bool:
-    other = response.other_score
-    return tolerance.fits(response.stored, other.logp, other.tokens)
+def _swapped(response: ProbedResponse) -> bool:
+    return response.is_of(response.other_score.logp, response.other_score.tokens)
 
 
-def _rounded(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _rounded(response: ProbedResponse) -> bool:
     """The nearest float16, or the next to it."""
     step = abs(float(np.spacing(np.float16(response.score.logp))))
     near = abs(response.stored - response.score.logp) <= 2 * step
     return bool(near and float(np.float16(response.stored)) == response.stored)
 
 
-def _without_end(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _without_end(response: ProbedResponse) -> bool:
     score = response.score
     ended = score.sequence.end_start < len(score.sequence.token_ids)
-    return ended and tolerance.fits(response.stored, score.content_logp, score.tokens - 1)
+    return ended and response.is_of(score.content_logp, score.tokens - 1)
 
 
-def _cut_short(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _cut_short(response: ProbedResponse) -> bool:
     """The sum of the response's first tokens."""
     sums = np.cumsum(response.score.response)[:-1]
     if not np.isnan(response.stored_tokens) and response.stored_tokens < response.score.tokens:
         last = int(response.stored_tokens)
         sums = sums[last - 1 : last]
-    return any(
-        tolerance.fits(response.stored, value, count + 1) for count, value in enumerate(sums)
-    )
+    return any(response.is_of(value, count + 1) for count, value in enumerate(sums))
 
 
-def _shifted(response: ProbedResponse, tolerance: Tolerance) -> bool:
+def _shifted(response: ProbedResponse) -> bool:
     """The sum of as many tokens, beginning inside the prompt; not where any number would fit."""
     width, start = response.score.tokens, response.score.sequence.start
     sums = np.concatenate([[0.0], np.cumsum(response.score.token_logps[1:])])  # [i]: tokens 1 to i
     first = np.arange(1, start)
     windows = sums[first + width - 1] - sums[first - 1]
-    covered = 2 * len(windows) * tolerance.of_sum(width)
+    covered = 2 * len(windows) * response.off_by(width)
     if len(windows) == 0 or covered > BY_CHANCE * np.ptp(windows):
         return False
-    return any(tolerance.fits(response.stored, value, width) for value in windows)
+    return any(response.is_of(value, width) for value in windows)
 
 
 # Code, cause, whether it gives the stored score, share of responses that it or the right way gives.
@@ -199,59 +186,44 @@ MISTAKES: tuple[tuple[str, str, Gives, float], ...] = (
 # Mistakes in the text
 
 
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """One way to show a pair to the model."""
-
-    code: str
-    cause: str
-    sequence: Callable[[ProbedResponse], PlainSequence | None]  # None: it does not apply
-
-
 def renderings(
     tokenizer: PlainTokenizer, others: Sequence[ReferenceSpec], chat: bool
-) -> Iterator[Rendering]:
-    """Known mistakes; another reference's tokenizer only where it is on this machine."""
+) -> Iterator[tuple[str, str, Renders]]:
+    """Code, cause, and how the pair was shown to the model.
+
+    Another reference's tokenizer is tried only where it is on this machine.
+    """
     bos = tokenizer.tokenizer.bos_token_id
     if bos is not None:
         cause = "BOS was added twice, by the template and by the tokenizer"
-        yield Rendering("bos", cause, lambda response: _with_bos(bos, response.score.sequence))
+        yield "bos", cause, lambda response: _with_bos(bos, response.score.sequence)
         cause = "BOS was left out"
-        yield Rendering("bos", cause, lambda response: _without_bos(bos, response.score.sequence))
-    for between in BETWEEN_TURNS if chat else ():
-        for ended in (True, False):
-            yield Rendering(
-                "no_template", "the chat template was left out", _joined(tokenizer, between, ended)
-            )
+        yield "bos", cause, lambda response: _without_bos(bos, response.score.sequence)
+    for between, ended in product(BETWEEN_TURNS if chat else (), (True, False)):
+        cause = "the chat template was left out"
+        yield "no_template", cause, _joined(tokenizer, between, ended)
     for other in others:
         try:
-            theirs = PlainTokenizer(
-                str(other.model_folder or other.model),
-                revision=other.revision,
-                template=other.chat_template,
-                kwargs=other.chat_template_kwargs,
-            )
+            theirs = PlainTokenizer(str(other.model_folder or other.model), other.revision, other)
         except (OSError, ValueError):  # not on this machine
             continue
         template = theirs.template or theirs.tokenizer.chat_template
         if chat and template:
             cause = f"the chat template was {other.alias}'s"
-            yield Rendering("template", cause, _rendered(tokenizer, template))
+            yield "template", cause, _rendered(tokenizer, template)
         cause = f"it was given the token ids of {other.alias}'s tokenizer"
-        yield Rendering("tokens", cause, _rendered(theirs))
+        yield "tokens", cause, _rendered(theirs)
 
 
-def _gives(
-    model: PlainModel, rendering: Rendering, response: ProbedResponse, tolerance: Tolerance
-) -> bool:
+def _gives(model: PlainModel, render: Renders, response: ProbedResponse) -> bool:
     try:
-        sequence = rendering.sequence(response)
+        sequence = render(response)
     except REFUSED:
         return False
     if sequence is None or not model.accepts(sequence):
         return False
     score = model.score(sequence)
-    return response.same_tokens(score) and tolerance.fits(response.stored, score.logp, score.tokens)
+    return response.same_tokens(score) and response.is_of(score.logp, score.tokens)
 
 
 def _with_bos(bos: int, sequence: PlainSequence) -> PlainSequence:
@@ -264,9 +236,7 @@ def _without_bos(bos: int, sequence: PlainSequence) -> PlainSequence | None:
     return PlainSequence(sequence.token_ids[1:], sequence.start - 1, sequence.end_start - 1)
 
 
-def _joined(
-    tokenizer: PlainTokenizer, between: str, ended: bool
-) -> Callable[[ProbedResponse], PlainSequence]:
+def _joined(tokenizer: PlainTokenizer, between: str, ended: bool) -> Renders:
     def sequence(response: ProbedResponse) -> PlainSequence:
         pair = response.pair
         prompt, turns = map(_contents, (pair.prompt, (pair.chosen, pair.rejected)[response.branch]))
@@ -275,9 +245,7 @@ def _joined(
     return sequence
 
 
-def _rendered(
-    tokenizer: PlainTokenizer, template: str | None = None
-) -> Callable[[ProbedResponse], PlainSequence]:
+def _rendered(tokenizer: PlainTokenizer, template: str | None = None) -> Renders:
     return lambda response: tokenizer.sequence(response.pair, response.branch, template)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ...data.pairs import Message, Pair, Turns
+from ...data.references import ReferenceSpec
 from ...data.rendering import TODAY
 
 LOGITS_AT_ONCE = 512  # positions whose logits are float32 at a time
@@ -59,14 +59,7 @@ class TokenLogps:
 class PlainModel:
     """A causal LM as transformers' Auto class loads it."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        revision: str | None = None,
-        dtype: str = "float32",
-        adapter: str | Path | None = None,
-    ) -> None:
+    def __init__(self, model: str, revision: str | None, dtype: str, adapter: str | None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=getattr(torch, dtype)
@@ -95,20 +88,13 @@ class PlainModel:
 
 
 class PlainTokenizer:
-    """A tokenizer with its own chat template or another one, as transformers uses them."""
+    """A tokenizer with its own chat template or that of refs.yaml, as transformers uses them."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        revision: str | None = None,
-        template: str | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: str, revision: str | None, spec: ReferenceSpec) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(
             model, revision=revision, mistral_format=False
         )
-        self.template, self.kwargs = template, dict(kwargs or {})
+        self.template, self.kwargs = spec.chat_template, dict(spec.chat_template_kwargs or {})
         added = self.tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special}
         self._special = special | set(self.tokenizer.all_special_ids)
@@ -134,9 +120,7 @@ class PlainTokenizer:
         assert isinstance(pair.prompt, list)
         assert isinstance(turns, list)
         variables = {"tools": pair.tools, **self.kwargs, **(pair.chat_template_kwargs or {})}
-        before = self._ids(
-            self._rendered(pair.prompt, template, variables, add_generation_prompt=True)
-        )
+        before = self._ids(self._rendered(pair.prompt, template, variables, asks=True))
         text = self._rendered([*pair.prompt, *turns], template, variables)
         ids = self._ids(text)
         start = max(1, _common_prefix(before, ids))
@@ -153,18 +137,17 @@ class PlainTokenizer:
         messages: Sequence[Message],
         template: str | None,
         variables: Mapping[str, Any],
-        **options: Any,
+        asks: bool = False,
     ) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template,
-                tokenize=False,
-                strftime_now=TODAY.strftime,
-                **options,
-                **variables,
-            )
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=asks,
+            strftime_now=TODAY.strftime,
+            **variables,
         )
+        return text
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ...data.pairs import Pair, Turns
+from ...data.pairs import Pair
 from ...data.references import ReferenceSpec
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
@@ -24,14 +24,7 @@ from ...errors import UserError
 from ...precompute.identity import ResolvedReference, resolve_reference
 from ..score_table import ReferenceColumns, ScoreTable, pairs_at
 from .findings import Finding
-from .mistakes import (
-    REFUSED,
-    ProbedResponse,
-    Tolerance,
-    mistaken_numbers,
-    mistaken_rendering,
-    unexplained,
-)
+from .mistakes import REFUSED, ProbedResponse, mistaken_numbers, mistaken_rendering, unexplained
 from .plain_model import PlainModel, PlainTokenizer
 
 LONGEST = 4096  # tokens of a sequence beyond which full logits take much memory
@@ -57,11 +50,6 @@ class ProbeReport:
     other_tokens: int = 0  # responses whose stored token counts differ
     findings: list[Finding] = field(default_factory=list)
 
-    @property
-    def confirms(self) -> bool:
-        """Whether the stored scores are those of the text that they should be of."""
-        return self.skipped is None and not self.findings
-
 
 def probe(
     table: ScoreTable,
@@ -83,32 +71,36 @@ def probe(
     if isinstance(resolved, str):
         return ProbeReport(reference.alias, skipped=resolved)
     rows = choose(reference, count)
-    if len(rows) == 0:
-        return ProbeReport(reference.alias, skipped="no pair has a score")
     transformers_logging.disable_progress_bar()
-    model = PlainModel(
-        resolved.model,
-        revision=resolved.revision,
-        dtype=resolved.dtype,
-        adapter=resolved.adapter,
-    )
-    tokenizer = PlainTokenizer(
-        resolved.model,
-        revision=resolved.revision,
-        template=resolved.spec.chat_template,
-        kwargs=resolved.spec.chat_template_kwargs,
-    )
+    model = PlainModel(resolved.model, resolved.revision, resolved.dtype, resolved.adapter)
+    tokenizer = PlainTokenizer(resolved.model, resolved.revision, resolved.spec)
     exact = resolved.dtype == "float32" and "autocast" not in reference.record.inputs
-    tolerance = Tolerance.of(exact)
     texts = pairs_at(pairs, table.places[rows])
-    responses = _score_again(model, tokenizer, texts, reference, rows)
-    agree = sum(response.agrees(tolerance) for response in responses)
+    responses: list[ProbedResponse] = []
+    bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
+    for pair, row in zip(bar, rows):
+        scores = [model.score(tokenizer.sequence(pair, branch)) for branch in (0, 1)]
+        responses += [
+            ProbedResponse(
+                pair=pair,
+                branch=branch,
+                stored=float(reference.logps[row, branch]),
+                stored_tokens=float(reference.tokens[row, branch]),
+                stored_prompt_tokens=float(reference.prompt_tokens[row]),
+                score=scores[branch],
+                other_score=scores[1 - branch],
+                exact=exact,
+            )
+            for branch in (0, 1)
+        ]
+    agree = sum(response.agrees for response in responses)
     other_tokens = sum(not response.same_tokens(response.score) for response in responses)
+    finding: Finding | None
     if agree < AGREE * len(responses) or other_tokens > OTHER_TOKENS * len(responses):
-        finding: Finding | None = (
-            mistaken_numbers(responses, tolerance)
-            or mistaken_rendering(model, tokenizer, responses, others, tolerance)
-            or unexplained(responses, tolerance)
+        finding = (
+            mistaken_numbers(responses)
+            or mistaken_rendering(model, tokenizer, responses, others)
+            or unexplained(responses)
         )
     else:
         finding = check_template(model, tokenizer, responses)
@@ -148,7 +140,8 @@ def check_template(
     chat = responses[0].pair.is_chat
     if chat and tokenizer.template is None:
         return None
-    if chat and (markers := _split_markers(tokenizer, own)):
+    markers = _split_markers(tokenizer, tokenizer.template)
+    if chat and markers and not _split_markers(tokenizer, own):
         evidence = (
             f"its chat template writes {markers[0]!r}, which its tokenizer splits into pieces, "
             "where the model's own has tokens"
@@ -184,46 +177,11 @@ def _resolve(
     return resolved
 
 
-def _score_again(
-    model: PlainModel,
-    tokenizer: PlainTokenizer,
-    texts: Sequence[Pair],
-    reference: ReferenceColumns,
-    rows: np.ndarray,
-) -> list[ProbedResponse]:
-    """Both responses of every pair, one after the other."""
-    responses = []
-    bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
-    for pair, row in zip(bar, rows):
-        scores = [model.score(tokenizer.sequence(pair, branch)) for branch in (0, 1)]
-        for branch in (0, 1):
-            responses.append(
-                ProbedResponse(
-                    pair=pair,
-                    branch=branch,
-                    stored=float(reference.logps[row, branch]),
-                    stored_tokens=float(reference.tokens[row, branch]),
-                    stored_prompt_tokens=float(reference.prompt_tokens[row]),
-                    score=scores[branch],
-                    other_score=scores[1 - branch],
-                )
-            )
-    return responses
-
-
-def _split_markers(tokenizer: PlainTokenizer, own: str) -> list[str]:
-    """Control markers that the template in force writes and the tokenizer has no token for; none
-    where it has no tokens for the own template's markers either."""
-
-    def split(template: str | None) -> list[str]:
-        markers = dict.fromkeys(MARKER.findall(template or ""))
-        return [
-            marker
-            for marker in markers
-            if len(tokenizer.tokenizer(marker, add_special_tokens=False).input_ids) > 2
-        ]
-
-    return [] if split(own) else split(tokenizer.template)
+def _split_markers(tokenizer: PlainTokenizer, template: str | None) -> list[str]:
+    """Control markers that a template writes and the tokenizer has no token for."""
+    markers = dict.fromkeys(MARKER.findall(template or ""))
+    ids = {marker: tokenizer.tokenizer(marker, add_special_tokens=False) for marker in markers}
+    return [marker for marker, tokenized in ids.items() if len(tokenized.input_ids) > 2]
 
 
 def _saved(
@@ -240,12 +198,6 @@ def _saved(
 
 def _as_chat(pair: Pair) -> Pair:
     """A text pair as one user and one assistant message."""
-
-    def message(role: str, text: Turns) -> list[dict[str, str]]:
-        return [{"role": role, "content": str(text).strip()}]
-
-    return Pair(
-        message("user", pair.prompt),
-        message("assistant", pair.chosen),
-        message("assistant", pair.rejected),
-    )
+    texts = zip(("user", "assistant", "assistant"), (pair.prompt, pair.chosen, pair.rejected))
+    turns = [[{"role": role, "content": str(text).strip()}] for role, text in texts]
+    return Pair(turns[0], turns[1], turns[2])

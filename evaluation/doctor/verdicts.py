@@ -16,7 +16,7 @@ from ...method.fitted import fit_weights
 from ..figures import UNITS, ReferenceFigures
 from ..intervals import Interval
 from ..score_table import ScoreTable
-from .findings import FEWEST, Finding, is_broken, worst_first
+from .findings import FEWEST, Finding
 
 TOO_MUCH = 0.5  # of the margins' variance explained by length, or of responses moved by CTRO
 LESS = 0.8  # times the saturation of summed log-probs that per-byte ones must not exceed
@@ -57,34 +57,23 @@ class Advice:
     drop: list[str]  # of these, the ones whose weight may be 0
 
 
-def verdicts(
-    figures: Sequence[ReferenceFigures],
-    findings: Mapping[str, Sequence[Finding]],
-    advice: Advice,
-    store: str,
-) -> list[Verdict]:
-    """One for each reference, in their order; `store` is the store's root."""
-    return [
-        _verdict(reference, worst_first(findings[reference.alias]), advice, store)
-        for reference in figures
-    ]
-
-
 def advise(
     table: ScoreTable,
     figures: Sequence[ReferenceFigures],
     findings: Mapping[str, Sequence[Finding]],
 ) -> Advice:
     """Normalization by length bias and saturation, weights by a fit to the labels."""
-    sound = [k for k, alias in enumerate(table.aliases) if not is_broken(findings[alias])]
+    levels = [{finding.level for finding in findings[alias]} for alias in table.aliases]
+    sound = [k for k, found in enumerate(levels) if "fault" not in found]
     normalize, reason = _normalization([figures[k] for k in sound])
     weights, drop = _fitted(table, sound, normalize)
     return Advice(normalize, reason, weights, drop)
 
 
-def _verdict(
+def verdict_on(
     figures: ReferenceFigures, findings: Sequence[Finding], advice: Advice, store: str
 ) -> Verdict:
+    """What findings and advice say about a reference; `store` is the store's root."""
     alias, weight = figures.alias, advice.weights.get(figures.alias)
     if not findings:
         accuracy = figures.accuracy[advice.normalize]
@@ -93,8 +82,9 @@ def _verdict(
             f"of the pairs, {figures.chosen_bits_per_byte:.2f} bits per byte"
         )
         return Verdict(alias, "healthy", reason, _worth(alias, advice), weight)
-    worst = findings[0]
-    state: State = "broken" if is_broken(findings) else "suspect"
+    # Faults before suspicions; among equals the probe's first, whose cause is the more certain.
+    worst = min(findings, key=lambda found: (found.level != "fault", found.shown_by != "probe"))
+    state: State = "broken" if worst.level == "fault" else "suspect"
     suggestion = TO_DO.get(worst.code, RESCORE.format(folder=f"{store}/{figures.identity}"))
     return Verdict(alias, state, f"{worst.evidence}: {worst.cause}", suggestion, weight)
 

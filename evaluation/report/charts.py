@@ -14,9 +14,9 @@ classes `axis`, `grid`, `rule`, `c0` to `c7`. An element tree escapes every text
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
 from ..intervals import Interval
@@ -114,18 +114,6 @@ class Section:
     charts: Sequence[Chart] = ()
 
 
-def thinned(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
-    """A curve as means of neighbors, at most `points` of them, each at its last neighbor's x."""
-    size = max(math.ceil(len(x) / points), 1)
-    last, means = [], []
-    for start in range(0, len(x), size):
-        group = slice(start, start + size)
-        if known := _known(y[group]):
-            last.append(x[group][-1])
-            means.append(sum(known) / len(known))
-    return last, means
-
-
 def to_svg(chart: Chart) -> str:
     """The drawing, without its title and legend, which the page sets as text."""
     if isinstance(chart, Lines):
@@ -139,10 +127,8 @@ def to_svg(chart: Chart) -> str:
 
 def legend(chart: Chart) -> list[tuple[str, str]]:
     """(class of the color, name), where colors need names."""
-    if isinstance(chart, Heatmap):
-        return []
-    names = _names(chart)
-    return [(_color(chart, name), name) for name in names] if len(names) > 1 else []
+    colors = {} if isinstance(chart, Heatmap) else _colors(chart)
+    return [(color, name) for name, color in colors.items()] if len(colors) > 1 else []
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -162,68 +148,59 @@ def _lines(chart: Lines) -> ET.Element:
     svg = _svg(chart.title, HEIGHT)
     xs = _known(x for curve in chart.curves for x in curve.x)
     ys = _known(y for c in chart.curves for y in (*c.y, *c.low, *c.high))
-    ys += [chart.rule] if chart.rule is not None and ys else []
     if not xs or not ys:
         return _nothing(svg)
-    x = _scale(*_wide(xs, chart.log_x, 0.0), LEFT, WIDTH - RIGHT, chart.log_x)
-    low, high = _wide(ys, False, 0.05)
-    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
-    _y_axis(svg, ticks(low, high), y, chart.percent)
-    _x_axis(svg, _x_ticks(xs, chart.log_x), x, chart.x_label, HEIGHT - BOTTOM)
-    _text(svg, 12, TOP + (HEIGHT - TOP - BOTTOM) / 2, chart.y_label, "label", turn=True)
-    if chart.rule is not None:
-        _line(svg, LEFT, y(chart.rule), WIDTH - RIGHT, y(chart.rule), "rule")
-    if chart.upright is not None:
-        _line(svg, x(chart.upright), TOP, x(chart.upright), HEIGHT - BOTTOM, "rule")
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    levels = [] if chart.rule is None else [chart.rule]
+    low, high = _wide(ys + levels, 0.05)
+    x = _scale(*_wide(xs, 0.0, chart.log_x), LEFT, right, chart.log_x)
+    y = _scale(low, high, bottom, TOP)
+    for mark in ticks(low, high):
+        _line(svg, "grid", LEFT, y(mark), right, y(mark))
+        _text(svg, "tick", LEFT - 6, y(mark) + 4, _number(mark, chart.percent), "end")
+    _x_axis(svg, chart, _x_ticks(xs, chart.log_x), x, bottom)
+    middle = (TOP + bottom) / 2
+    _text(svg, "label", 12, middle, chart.y_label, transform=f"rotate(-90 12.0 {middle:.1f})")
+    for level in levels:
+        _line(svg, "rule", LEFT, y(level), right, y(level))
+    colors = _colors(chart)
     for at, curve in enumerate(chart.curves):
+        color = colors[curve.name]
         apart = (at - (len(chart.curves) - 1) / 2) * APART if curve.low else 0.0
-        _curve(svg, curve, x, y, _color(chart, curve.name), chart.percent, apart)
+        for place, *ends in zip(curve.x, curve.low, curve.high):
+            if all(map(math.isfinite, ends)):
+                left = x(place) + apart
+                _line(svg, f"whisker {color}", left, y(ends[0]), left, y(ends[1]))
+        points = [point for point in zip(curve.x, curve.y) if math.isfinite(point[1])]
+        if len(points) > 1:
+            path = "L".join(f"{x(place) + apart:.1f} {y(value):.1f}" for place, value in points)
+            _add(svg, "path", f"curve {color}", d=f"M{path}")
+        for place, value in points if len(points) <= MOST_MARKED else ():
+            tip = f"{curve.name}: {_number(value, chart.percent)} at {_number(place)}"
+            _add(svg, "circle", f"dot {color}", tip, cx=x(place) + apart, cy=y(value), r=3)
     return svg
 
 
-def _curve(
-    svg: ET.Element, curve: Curve, x: Scale, y: Scale, color: str, percent: bool, apart: float
-) -> None:
-    for at, low, high in zip(curve.x, curve.low, curve.high):
-        if math.isfinite(low) and math.isfinite(high):
-            _line(svg, x(at) + apart, y(low), x(at) + apart, y(high), f"whisker {color}")
-    points = [(at, value) for at, value in zip(curve.x, curve.y) if math.isfinite(value)]
-    if len(points) > 1:
-        path = "L".join(f"{x(at) + apart:.1f} {y(value):.1f}" for at, value in points)
-        ET.SubElement(svg, "path", {"d": f"M{path}", "class": f"curve {color}"})
-    for at, value in points if len(points) <= MOST_MARKED else ():
-        tip = f"{curve.name}: {_number(value, percent)} at {_number(at)}"
-        _dot(svg, x(at) + apart, y(value), color, tip)
-
-
 def _ranges(chart: Ranges) -> ET.Element:
-    height = TOP + ROW * len(chart.rows) + BOTTOM
-    svg = _svg(chart.title, height)
-    values = _known(
-        v for row in chart.rows for v in (row.value.value, row.value.low, row.value.high)
-    )
-    values += [chart.rule] if chart.rule is not None and values else []
+    bottom = TOP + ROW * len(chart.rows)
+    svg = _svg(chart.title, bottom + BOTTOM)
+    values = _known(v for row in chart.rows for v in astuple(row.value))
     if not values:
         return _nothing(svg)
-    low, high = _wide(values, False, 0.05)
+    low, high = _wide(values if chart.rule is None else [*values, chart.rule], 0.05)
     x = _scale(low, high, RIGHT, WIDTH - RIGHT)
-    marks = ticks(low, high)
-    for mark in marks:
-        _line(svg, x(mark), TOP, x(mark), height - BOTTOM, "grid")
-    _x_axis(svg, marks, x, chart.x_label, height - BOTTOM, chart.percent, RIGHT)
-    if chart.rule is not None:
-        _line(svg, x(chart.rule), TOP, x(chart.rule), height - BOTTOM, "rule")
+    _x_axis(svg, chart, ticks(low, high), x, bottom)
+    colors = _colors(chart)
     for at, row in enumerate(chart.rows):
-        top, value = TOP + ROW * at, row.value
-        color = _color(chart, row.group)
-        _text(svg, RIGHT, top + 13, row.name, "name", anchor="start")
+        top, value, color = TOP + ROW * at, row.value, colors[row.group]
+        _text(svg, "name", RIGHT, top + 13, row.name, "start")
         if not math.isfinite(value.value):
             continue
         if math.isfinite(value.low) and math.isfinite(value.high):
-            _line(svg, x(value.low), top + 25, x(value.high), top + 25, f"interval {color}")
-        low_high = ", ".join(_number(v, chart.percent) for v in (value.low, value.high))
-        tip = f"{row.name}: {_number(value.value, chart.percent)} ({low_high})"
-        _dot(svg, x(value.value), top + 25, color, tip, radius=4.5)
+            _line(svg, f"interval {color}", x(value.low), top + 25, x(value.high), top + 25)
+        shown, least, most = (_number(v, chart.percent) for v in astuple(value))
+        tip = f"{row.name}: {shown} ({least}, {most})"
+        _add(svg, "circle", f"dot {color}", tip, cx=x(value.value), cy=top + 25, r=4.5)
     return svg
 
 
@@ -232,21 +209,21 @@ def _heatmap(chart: Heatmap) -> ET.Element:
     height = width * 0.62
     svg = _svg(chart.title, HEAD + height * len(chart.rows) + 6)
     for column, name in enumerate(chart.columns):
-        _text(svg, LABELS + width * (column + 0.5), 20, _short(name, width), "tick", tip=name)
+        _text(svg, "tick", LABELS + width * (column + 0.5), 20, _short(name, width), tip=name)
     for row, name in enumerate(chart.rows):
         top = HEAD + height * row
         baseline = top + height / 2 + 4
-        _text(svg, LABELS - 6, baseline, _short(name, 84), "name", anchor="end", tip=name)
+        _text(svg, "name", LABELS - 6, baseline, _short(name, 84), "end", tip=name)
         for column, value in enumerate(chart.values[row]):
             if not math.isfinite(value):
                 continue
             shade = min(max((value - chart.floor) / (1 - chart.floor), 0.0), 1.0)
             left = LABELS + width * column
-            cell = {"x": left + 1, "y": top + 1, "width": width - 2, "height": height - 2}
-            look = {"rx": "3", "class": "cell", "fill-opacity": f"{0.08 + 0.52 * shade:.3f}"}
-            ET.SubElement(svg, "rect", _units(cell) | look)
+            size: dict[str, Any] = {"width": width - 2, "height": height - 2, "rx": "3"}
+            size["fill_opacity"] = f"{0.08 + 0.52 * shade:.3f}"
+            _add(svg, "rect", "cell", x=left + 1, y=top + 1, **size)
             tip = f"{name}, {chart.columns[column]}: {_number(value, True)}"
-            _text(svg, left + width / 2, baseline, f"{100 * value:.0f}", "value", tip=tip)
+            _text(svg, "value", left + width / 2, baseline, f"{100 * value:.0f}", tip=tip)
     return svg
 
 
@@ -259,65 +236,51 @@ def _svg(title: str, height: float) -> ET.Element:
 
 
 def _nothing(svg: ET.Element) -> ET.Element:
-    _text(svg, WIDTH / 2, 40, "nothing to show", "label")
+    _text(svg, "label", WIDTH / 2, 40, "nothing to show")
     return svg
 
 
-def _line(svg: ET.Element, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-    ends = _units({"x1": x1, "y1": y1, "x2": x2, "y2": y2})
-    ET.SubElement(svg, "line", ends | {"class": kind})
+def _add(
+    svg: ET.Element, tag: str, kind: str, tip: str = "", text: str = "", **look: float | str
+) -> None:
+    """A shape of a CSS class, with a tooltip; places in tenths of a unit."""
+    attributes = {
+        name.replace("_", "-"): value if isinstance(value, str) else f"{value:.1f}"
+        for name, value in look.items()
+    }
+    shape = ET.SubElement(svg, tag, attributes | {"class": kind})
+    shape.text = text
+    if tip:
+        ET.SubElement(shape, "title").text = tip
 
 
-def _dot(svg: ET.Element, x: float, y: float, color: str, tip: str, radius: float = 3.0) -> None:
-    look = {"r": f"{radius}", "class": f"dot {color}"}
-    circle = ET.SubElement(svg, "circle", _units({"cx": x, "cy": y}) | look)
-    ET.SubElement(circle, "title").text = tip
+def _line(svg: ET.Element, kind: str, x1: float, y1: float, x2: float, y2: float) -> None:
+    _add(svg, "line", kind, x1=x1, y1=y1, x2=x2, y2=y2)
 
 
 def _text(
-    svg: ET.Element,
-    x: float,
-    y: float,
-    text: str,
-    kind: str,
-    anchor: str = "middle",
-    turn: bool = False,
-    tip: str = "",
+    svg: ET.Element, kind: str, x: float, y: float, text: str, anchor: str = "middle", **more: str
 ) -> None:
-    look = {"class": kind, "text-anchor": anchor}
-    if turn:
-        look["transform"] = f"rotate(-90 {x:.1f} {y:.1f})"
-    element = ET.SubElement(svg, "text", _units({"x": x, "y": y}) | look)
-    element.text = text
-    if tip:
-        ET.SubElement(element, "title").text = tip
-
-
-def _units(values: Mapping[str, float]) -> dict[str, str]:
-    return {name: f"{value:.1f}" for name, value in values.items()}
-
-
-def _y_axis(svg: ET.Element, marks: Sequence[float], y: Scale, percent: bool) -> None:
-    for mark in marks:
-        _line(svg, LEFT, y(mark), WIDTH - RIGHT, y(mark), "grid")
-        _text(svg, LEFT - 6, y(mark) + 4, _number(mark, percent), "tick", anchor="end")
+    _add(svg, "text", kind, text=text, x=x, y=y, text_anchor=anchor, **more)
 
 
 def _x_axis(
-    svg: ET.Element,
-    marks: Sequence[float],
-    x: Scale,
-    label: str,
-    bottom: float,
-    percent: bool = False,
-    start: float = LEFT,
+    svg: ET.Element, chart: Lines | Ranges, marks: Sequence[float], x: Scale, bottom: float
 ) -> None:
-    _line(svg, start, bottom, WIDTH - RIGHT, bottom, "axis")
+    """With the marks and what stands upright on it: the rule, of ranges also the grid."""
+    lines = isinstance(chart, Lines)
+    rule = chart.upright if isinstance(chart, Lines) else chart.rule
+    for mark in () if lines else marks:
+        _line(svg, "grid", x(mark), TOP, x(mark), bottom)
+    if rule is not None:
+        _line(svg, "rule", x(rule), TOP, x(rule), bottom)
+    _line(svg, "axis", LEFT if lines else RIGHT, bottom, WIDTH - RIGHT, bottom)
     for mark in marks:
-        _line(svg, x(mark), bottom, x(mark), bottom + 4, "axis")
+        _line(svg, "axis", x(mark), bottom, x(mark), bottom + 4)
         anchor = "end" if x(mark) > WIDTH - RIGHT - 10 else "middle"
-        _text(svg, min(x(mark), WIDTH - 2), bottom + 17, _number(mark, percent), "tick", anchor)
-    _text(svg, WIDTH / 2, bottom + 34, label, "label")
+        shown = _number(mark, chart.percent and not lines)
+        _text(svg, "tick", min(x(mark), WIDTH - 2), bottom + 17, shown, anchor)
+    _text(svg, "label", WIDTH / 2, bottom + 34, chart.x_label)
 
 
 def _x_ticks(xs: Sequence[float], log: bool) -> list[float]:
@@ -336,7 +299,7 @@ def _scale(low: float, high: float, start: float, end: float, log: bool = False)
     return lambda value: start + (to(value) - first) / (last - first) * (end - start)
 
 
-def _wide(values: Sequence[float], log: bool, margin: float) -> tuple[float, float]:
+def _wide(values: Sequence[float], margin: float, log: bool = False) -> tuple[float, float]:
     """The range of the values with some room; never of no width."""
     low, high = min(values), max(values)
     if log:
@@ -361,13 +324,11 @@ def _short(text: str, width: float) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _names(chart: Lines | Ranges) -> list[str]:
-    """What colors distinguish, without repeats."""
+def _colors(chart: Lines | Ranges) -> dict[str, str]:
+    """The class of each name's color, where colors distinguish curves or groups of rows."""
     if isinstance(chart, Lines):
-        return [curve.name for curve in chart.curves]
-    return list(dict.fromkeys(row.group for row in chart.rows))
-
-
-def _color(chart: Lines | Ranges, name: str) -> str:
-    order = list(dict.fromkeys([*chart.palette, *_names(chart)]))
-    return f"c{order.index(name) % COLORS}"
+        names = [curve.name for curve in chart.curves]
+    else:
+        names = [row.group for row in chart.rows]
+    order = list(dict.fromkeys([*chart.palette, *names]))
+    return {name: f"c{order.index(name) % COLORS}" for name in names}

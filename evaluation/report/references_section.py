@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ...method.weightings import arwc_weights
+from ...settings import build
 from ..config import DoctorConfig, ReportConfig
 from ..doctor.doctor import (
     MARGINS,
@@ -29,12 +28,8 @@ QUARTILES = (0.5, 0.25, 0.75)
 
 def references_section(config: ReportConfig) -> list[Section]:
     """Everything that scores alone can show. Raises `UserError` where there are no scores."""
-    assert config.refs is not None
-    assert config.pairs is not None
-    assert config.refs_config is not None
-    doctor = DoctorConfig(
-        refs=config.refs, pairs=config.pairs, refs_config=config.refs_config, store=config.store
-    )
+    shared = ("refs", "pairs", "refs_config", "store")
+    doctor = build(DoctorConfig, {name: getattr(config, name) for name in shared})
     table = load_references(doctor)
     diagnosis = diagnose(doctor, table)
     advice, references = diagnosis.advice, diagnosis.references
@@ -92,13 +87,13 @@ def _agreement(table: ScoreTable, diagnosis: Diagnosis) -> Heatmap:
 
 def _margins(table: ScoreTable) -> Lines:
     nats = margins(table)
-    low, high = np.nanquantile(nats, SHOWN) if np.isfinite(nats).any() else (-1.0, 1.0)
+    low, high = np.nanquantile(nats, SHOWN)
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     middles = ((edges[:-1] + edges[1:]) / 2).tolist()
     curves = []
     for alias, values in zip(table.aliases, nats.T):
-        known = values[np.isfinite(values)]
-        shares = np.histogram(known, edges)[0] / max(len(known), 1)
+        known = values[~np.isnan(values)]
+        shares = np.histogram(known, edges)[0] / len(known)
         curves.append(Curve(name=alias, x=middles, y=shares.tolist()))
     return Lines(
         title="Margins: log-prob of the chosen minus that of the rejected response",
@@ -115,12 +110,13 @@ def _margins(table: ScoreTable) -> Lines:
 def _weights(table: ScoreTable, diagnosis: Diagnosis) -> list[Chart]:
     scores = table.pair_scores()
     weights = arwc_weights(scores.ref_chosen_logps, scores.ref_rejected_logps)
+    quartiles = np.nanquantile(weights, QUARTILES, axis=0).T.tolist()
     adaptive = Ranges(
         title="Adaptive weights (ARWC): median pair and the middle half of the pairs",
         x_label="weight",
         rows=[
-            Range(name=alias, value=Interval(*_quartiles(column)), group=alias)
-            for alias, column in zip(table.aliases, weights.T)
+            Range(name=alias, value=Interval(*three), group=alias)
+            for alias, three in zip(table.aliases, quartiles)
         ],
         rule=1 / len(table.aliases),
         note="The line is the uniform weight.",
@@ -157,9 +153,3 @@ def _saturation(table: ScoreTable) -> Lines:
         upright=0.1,
         note="Where nearly all are moved, MRPO is DPO with the base and a term of length.",
     )
-
-
-def _quartiles(values: np.ndarray) -> Sequence[float]:
-    """Median, first and third quartile of the known values."""
-    known = values[np.isfinite(values)]
-    return np.quantile(known, QUARTILES).tolist() if len(known) else [float("nan")] * 3

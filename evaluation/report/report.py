@@ -1,6 +1,6 @@
 """`mrpo report`: references, runs and comparisons on one page, and the same figures as JSON.
 
-    settings of the folders -> sections (tables, charts) -> report.html, report.json
+    settings of the folders -> sections (tables, charts) -> report.html, report.html.json
 
 The page (`page.html`) is self-contained: no script, no request, every text escaped; its content
 policy forbids a browser to load or run anything. A new section is a function from settings to
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from ..audit.audit import REASONS
 from ..compare.cells import methods_of
 from ..compare.compare import SETTINGS, aliases_over
 from ..config import CompareConfig, ReportConfig
-from .charts import Chart, Section, Table, legend, to_svg
+from .charts import Section, Table, legend, to_svg
 from .references_section import references_section
-from .runs_section import comparison_sections, training_section
+from .runs_section import run_sections
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -40,8 +40,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 @command(ReportConfig)
 def report(config: ReportConfig) -> Path:
     """Write the page and the figures; returns the page's path."""
-    folders = [Path(folder) for folder in comma_separated(config.folders)]
-    out = output_file(config.out or (folders[0] if folders else Path()) / PAGE, ".html")
+    folders = list(map(Path, comma_separated(config.folders)))
+    out = output_file(config.out or (folders[0] if folders else Path()) / PAGE)
     settings = with_defaults(config, folders)
     facts = [("made from", ", ".join(map(str, folders)))] if folders else []
     facts += [
@@ -60,9 +60,9 @@ def report(config: ReportConfig) -> Path:
             print(f"WARNING: the page leaves out the references: {error}")
     title = f"{', '.join(folder.name for folder in folders) or settings.refs}: mrpo report"
     write_text(out, to_html(title, facts, sections))
-    figures = out.with_suffix(".json")
+    figures = Path(f"{out}.json")
     write_json(figures, {"title": title, "facts": facts, "sections": sections})
-    write_resolved(config, out.with_suffix(".yaml"))
+    write_resolved(config, Path(f"{out}.yaml"))
     print(f"figures    {figures}")
     print(out)
     return out
@@ -77,9 +77,12 @@ def to_html(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Sec
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template(TEMPLATE.name)
-    return template.render(
-        title=title, facts=facts, sections=sections, legend=legend, drawing=_drawing
+    return environment.get_template(TEMPLATE.name).render(
+        title=title,
+        facts=facts,
+        sections=sections,
+        legend=legend,
+        drawing=lambda chart: Markup(to_svg(chart)),  # an element tree has escaped its texts
     )
 
 
@@ -99,7 +102,7 @@ def audit_section(config: ReportConfig) -> list[Section]:
     """The figures that `mrpo audit` wrote beside its table; none without --audit."""
     if config.audit is None:
         return []
-    path = Path(config.audit).with_suffix(".json")
+    path = Path(f"{config.audit}.json")
     try:
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -117,16 +120,7 @@ def audit_section(config: ReportConfig) -> list[Section]:
 
 
 # In the order of the page. Each takes the settings with their defaults filled in.
-SECTIONS: tuple[Callable[[ReportConfig], list[Section]], ...] = (
-    comparison_sections,
-    training_section,
-    references_section,
-    audit_section,
-)
-
-
-def _drawing(chart: Chart) -> Markup:
-    return Markup(to_svg(chart))  # an element tree has escaped its texts
+SECTIONS = (run_sections, references_section, audit_section)
 
 
 def _settings(folder: Path) -> TrainConfig:

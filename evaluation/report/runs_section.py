@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +19,7 @@ from ..compare.compare import RESULT, SETTINGS
 from ..compare.results import Comparison, Result, accuracy_rows, read_comparison
 from ..compare.verdict import percent
 from ..config import ReportConfig
-from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table, thinned
+from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table
 
 POINTS = 60  # of a curve; longer logs are averaged down to these
 CURVES = {
@@ -34,64 +36,37 @@ WEIGHT, CLIPPED = "refs/weight/", "refs/clipped/"  # of a log's keys; an alias f
 Log = Sequence[Mapping[str, float | None]]
 
 
-def comparison_sections(config: ReportConfig) -> list[Section]:
-    """Everything in the compare.json of each comparison."""
-    return [_comparison(comparison) for comparison in _comparisons(config).values()]
+def run_sections(config: ReportConfig) -> list[Section]:
+    """What each comparison concludes, and curves of all runs; none where there is no run.
 
-
-def training_section(config: ReportConfig) -> list[Section]:
-    """Curves of all runs; none where there is no run."""
-    comparisons = _comparisons(config)
-    logs: dict[str, list[Log]] = {}
-    for folder in _folders(config):
-        if folder in comparisons:
-            for method, runs in logs_by_method(comparisons[folder], folder).items():
-                logs.setdefault(method, []).extend(runs)
-        else:
-            logs.setdefault(folder.resolve().name, []).append(read_log(folder))
-    charts = [
-        chart
-        for name, (title, unit) in CURVES.items()
-        if (chart := _training_chart(logs, name, title, unit)) is not None
-    ]
-    return [Section(title="Training", tables=[_weights(logs)], charts=charts)] if logs else []
-
-
-def logs_by_method(comparison: Comparison, root: Path) -> dict[str, list[Log]]:
-    """The logs of each method's runs on the largest fraction.
-
-    Folders are looked up below the comparison's own, wherever it has been moved.
+    Of a comparison, runs on the largest fraction have curves. Their folders are looked up below
+    the comparison's own, wherever it has been moved.
     """
+    sections: list[Section] = []
     logs: dict[str, list[Log]] = {}
-    for run in comparison.runs:
-        if run.fraction == comparison.fractions[-1]:
-            folder = root.joinpath(*Path(run.folder).parts[-4:])
-            logs.setdefault(run.method, []).append(read_log(folder))
-    return logs
-
-
-def _folders(config: ReportConfig) -> list[Path]:
-    return [Path(folder) for folder in comma_separated(config.folders)]
-
-
-def _comparisons(config: ReportConfig) -> dict[Path, Comparison]:
-    return {
-        folder: read_comparison(folder / RESULT)
-        for folder in _folders(config)
-        if (folder / SETTINGS).is_file()
-    }
+    for folder in map(Path, comma_separated(config.folders)):
+        if not (folder / SETTINGS).is_file():
+            logs.setdefault(folder.resolve().name, []).append(read_log(folder))
+            continue
+        comparison = read_comparison(folder / RESULT)
+        sections.append(_comparison(comparison))
+        for run in comparison.runs:
+            if run.fraction == comparison.fractions[-1]:
+                found = folder.joinpath(*Path(run.folder).parts[-4:])
+                logs.setdefault(run.method, []).append(read_log(found))
+    if logs:
+        charts = [_training_chart(logs, name, *words) for name, words in CURVES.items()]
+        known = [chart for chart in charts if any(len(curve.x) > 1 for curve in chart.curves)]
+        sections.append(Section(title="Training", tables=[_weights(logs)], charts=known))
+    return sections
 
 
 # Training
 
 
-def _training_chart(
-    logs: Mapping[str, Sequence[Log]], name: str, title: str, unit: str
-) -> Lines | None:
-    """A logged value over the steps, a curve for each group of runs; None without any curve."""
+def _training_chart(logs: Mapping[str, Sequence[Log]], name: str, title: str, unit: str) -> Lines:
+    """A logged value over the steps, a curve for each group of runs that logged it."""
     curves = [_curve(label, runs, name) for label, runs in logs.items()]
-    if all(len(curve.x) < 2 for curve in curves):
-        return None
     return Lines(
         title=title,
         x_label="optimizer step",
@@ -104,23 +79,29 @@ def _training_chart(
 
 
 def _curve(label: str, logs: Sequence[Log], name: str) -> Curve:
-    """The mean of the runs at each step that any of them logged."""
+    """The mean of the runs at each step that any of them logged, thinned."""
     values: dict[float, list[float]] = {}
-    for log in logs:
-        for line in log:
-            value = line.get(name)
-            if value is not None and math.isfinite(value):
-                values.setdefault(float(line["step"] or 0), []).append(value)
+    for line in chain.from_iterable(logs):
+        value = line.get(name)
+        if value is not None and math.isfinite(value):
+            values.setdefault(float(line["step"] or 0), []).append(value)
     steps = sorted(values)
     x, y = thinned(steps, [fmean(values[step]) for step in steps], POINTS)
     return Curve(name=label, x=x, y=y)
+
+
+def thinned(x: Sequence[float], y: Sequence[float], points: int) -> tuple[list[float], list[float]]:
+    """A curve as means of neighbors, at most `points` of them, each at its last neighbor's x."""
+    size = max(math.ceil(len(x) / points), 1)
+    groups = [slice(start, start + size) for start in range(0, len(x), size)]
+    return [x[group][-1] for group in groups], [sum(y[group]) / len(y[group]) for group in groups]
 
 
 def _weights(logs: Mapping[str, Sequence[Log]]) -> Table:
     """Each reference's weight in training, and how often it was clipped: means."""
     rows = [("run", "reference", "mean weight", "clipped")]
     for label, runs in logs.items():
-        lines = [line for log in runs for line in log]
+        lines = list(chain.from_iterable(runs))
         keys = dict.fromkeys(key for line in lines for key in line if key.startswith(WEIGHT))
         for name in (key.removeprefix(WEIGHT) for key in keys):
             clipped = _mean(lines, CLIPPED + name)
@@ -156,11 +137,7 @@ def _comparison(comparison: Comparison) -> Section:
     ]
     heading = ("reference", "pairs", "tokens", "seconds")
     tables.append(Table(title="Scoring, paid once for all runs", rows=[heading, *costs]))
-    charts: list[Chart] = [
-        _accuracies(comparison),
-        *_gains(comparison),
-        *_learning(comparison),
-    ]
+    charts: list[Chart] = [_accuracies(comparison), *_gains(comparison), *_learning(comparison)]
     return Section(title="Comparison", words=comparison.verdict, tables=tables, charts=charts)
 
 
@@ -175,15 +152,15 @@ def _final(comparison: Comparison) -> list[Result]:
 
 
 def _accuracies(comparison: Comparison) -> Ranges:
-    def group(method: str) -> str:
-        single = len(comparison.references[method]) == 1
-        return "one reference" if single else "several references"
-
+    groups = {
+        method: "one reference" if len(references) == 1 else "several references"
+        for method, references in comparison.references.items()
+    }
     return Ranges(
         title=f"Held-out accuracy by {_metric(comparison)}",
         x_label="share of pairs, with 95 % intervals",
         rows=[
-            Range(name=result.method, value=result.accuracy, group=group(result.method))
+            Range(name=result.method, value=result.accuracy, group=groups[result.method])
             for result in _final(comparison)
         ],
         percent=True,
@@ -211,23 +188,15 @@ def _gains(comparison: Comparison) -> list[Ranges]:
 def _learning(comparison: Comparison) -> list[Lines]:
     if len(comparison.fractions) < 2:
         return []
+    accuracy = {
+        (result.method, result.fraction): astuple(result.accuracy)
+        for result in comparison.results
+        if result.metric == comparison.metric
+    }
     curves = []
     for method in comparison.methods:
-        by_fraction = {
-            result.fraction: result.accuracy
-            for result in comparison.results
-            if result.method == method and result.metric == comparison.metric
-        }
-        values = [by_fraction[fraction] for fraction in comparison.fractions]
-        curves.append(
-            Curve(
-                name=method,
-                x=comparison.fractions,
-                y=[value.value for value in values],
-                low=[value.low for value in values],
-                high=[value.high for value in values],
-            )
-        )
+        y, low, high = zip(*(accuracy[method, fraction] for fraction in comparison.fractions))
+        curves.append(Curve(name=method, x=comparison.fractions, y=y, low=low, high=high))
     return [
         Lines(
             title="Learning curves over the size of the training data",

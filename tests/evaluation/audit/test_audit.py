@@ -70,7 +70,7 @@ def test_flipped_labels_come_first_and_noise_has_no_say(
     against = [line for line in table if "references against label" in line["reasons"]]
     right = sum(int(line["row"]) in FLIPPED for line in against)
     assert right >= 18, f"{right} of {len(against)}"
-    figures = json.loads((tmp_path / "audit.json").read_text())
+    figures = json.loads((tmp_path / "audit.csv.json").read_text())
     assert figures["reference_weights"]["noise"] < 0.2 * figures["reference_weights"]["llama"]
     assert figures["sources"]["web"]["pairs"] + figures["sources"]["=books"]["pairs"] == PAIRS
     line = next(line for line in against if int(line["row"]) in FLIPPED)

@@ -59,13 +59,12 @@ def test_no_false_alarm_in_200_draws_of_pairs_and_references(
     rng = np.random.default_rng(0)
     kinds = [np.flatnonzero(table.sources == name) for name in np.unique(table.sources)]
     kinds.append(np.arange(len(table)))
-    vocabularies = dict.fromkeys(table.aliases, 700)
     for _ in range(200):
         kind = kinds[rng.integers(len(kinds))]
         size = min(len(kind), int(rng.choice([20, 30, 50, 100])))
         columns = rng.permutation(3)[: rng.integers(1, 4)].tolist()
         drawn = part(table, rng.choice(kind, size, replace=False), columns)
-        findings = check_scores(drawn, figures(drawn, beta=0.1), vocabularies)
+        findings = check_scores(drawn, figures(drawn, beta=0.1), [700] * len(columns))
         assert not any(findings.values()), findings
 
 

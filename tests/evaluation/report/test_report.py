@@ -26,11 +26,11 @@ from mrpo.evaluation.report.charts import (
     Ranges,
     Section,
     Table,
-    thinned,
     ticks,
     to_svg,
 )
 from mrpo.evaluation.report.report import report, to_html
+from mrpo.evaluation.report.runs_section import thinned
 from mrpo.files import write_json
 from mrpo.settings import write_resolved
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
@@ -174,16 +174,16 @@ def a_comparison(root: Path) -> Comparison:
 
 @pytest.fixture(scope="module")
 def written(folder: Path, scored: Scored, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page on all of it, the audit's figures included."""
+    """The page on all of it, the audit's figures included; both beside the stem `all`."""
     out = tmp_path_factory.mktemp("page")
     where = {
         "pairs": str(scored.folder / "pairs"),
         "refs_config": str(scored.folder / "refs.yaml"),
         "store": scored.store.root,
     }
-    table = audit(refs=["llama", "qwen"], out=out / "audit.csv", **where)
-    assert table == out / "audit.csv"
-    return report(folders=[folder], audit=table, out=out / "report.html")
+    table = audit(refs=["llama", "qwen"], out=out / "all.csv", **where)
+    assert table == out / "all.csv"
+    return report(folders=[folder], audit=table, out=out / "all.html")
 
 
 def test_markup_in_pairs_sources_and_names_does_nothing(written: Path) -> None:
@@ -202,7 +202,7 @@ def test_nothing_is_asked_for_from_outside(written: Path) -> None:
 
 
 def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path) -> None:
-    content = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+    content = json.loads(Path(f"{written}.json").read_text(encoding="utf-8"))
     titles = [section["title"] for section in content["sections"]]
     assert titles == ["Comparison", "Training", "References", "Labels to look at"]
     page = Page(written.read_text(encoding="utf-8"))
@@ -215,6 +215,12 @@ def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path)
     loss = next(chart for chart in charts if chart["title"] == "Loss")
     assert len(loss["curves"]) == 3
     assert len(loss["curves"][0]["x"]) <= 60
+
+
+def test_outputs_of_one_stem_do_not_overwrite_each_other(written: Path) -> None:
+    names = ["all.csv", "all.csv.json", "all.csv.yaml", "all.html", "all.html.json"]
+    assert sorted(path.name for path in written.parent.iterdir()) == [*names, "all.html.yaml"]
+    assert "sources" in json.loads((written.parent / "all.csv.json").read_text())
 
 
 def test_folders_that_moved_are_still_found(mrpo: Run, folder: Path, tmp_path: Path) -> None:
@@ -305,4 +311,4 @@ def test_ticks_are_round_and_inside() -> None:
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:
-    assert thinned([1, 2, 3, 4, 5], [1.0, 3.0, 5.0, math.nan, 9.0], 3) == ([2, 4, 5], [2, 5, 9])
+    assert thinned([1, 2, 3, 4, 5], [1.0, 3.0, 5.0, 7.0, 9.0], 3) == ([2, 4, 5], [2, 6, 9])
