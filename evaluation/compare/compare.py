@@ -101,11 +101,11 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
             f"{pairs.path}: no pair is held out to compare on; prepare the pairs with "
             "--validation-fraction"
         )
-    references: dict[str, tuple[str, ...]] = {}
+    references: dict[str, list[str]] = {}
     written: dict[str, str] = {}  # by the method in full, as the user wrote it
     for cell in cells_of(config)[: len(methods)]:
         method = method_of(settings_for(config, cell, ",".join(aliases), pairs))
-        references[cell.method] = method.references
+        references[cell.method] = list(method.references)
         earlier = written.setdefault(str(method), cell.method)
         if earlier != cell.method:
             raise UserError(f"--methods: {earlier} and {cell.method} are the same ({method})")
