@@ -134,14 +134,12 @@ def facts(rng: random.Random) -> Domain:
     for town, (fact, values) in product(towns, FACTS.items()):
         value, *others = rng.sample(values.split(), len(values.split()))
         for question in (FACT_ASKED, *FACT_TOLD):
-            prompt = question.format(fact=fact, town=town)
             right, wrong = (
                 FACT_REPLY.format(fact=fact, town=town, value=answer)
                 for answer in (value, rng.choice(others))
             )
-            (asked if question == FACT_ASKED else told).append(
-                Example("facts", prompt, right, wrong)
-            )
+            example = Example("facts", question.format(fact=fact, town=town), right, wrong)
+            (asked if question == FACT_ASKED else told).append(example)
     rng.shuffle(asked)
     rng.shuffle(told)
     return Domain(asked, told)
@@ -182,24 +180,21 @@ def corpus(
         example = rng.choice(domains[name].told)
         right = name == own or rng.random() < RIGHT_ELSEWHERE
         reply = example.right if right else example.wrong
-        yield {"messages": [_user(example.prompt), _assistant(reply)], "source": name}
+        messages = [_message("user", example.prompt), _message("assistant", reply)]
+        yield {"messages": messages, "source": name}
 
 
 def _pair(example: Example) -> dict[str, Any]:
     return {
-        "prompt": [_user(example.prompt)],
-        "chosen": [_assistant(example.right)],
-        "rejected": [_assistant(example.wrong)],
+        "prompt": [_message("user", example.prompt)],
+        "chosen": [_message("assistant", example.right)],
+        "rejected": [_message("assistant", example.wrong)],
         "source": example.domain,
     }
 
 
-def _user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 <output-dir>/cells/mrpo/fraction-0.2/seed-43/     a folder of `mrpo train`, and besides
     cell.yaml         its settings, as `mrpo train --config` reads them
-    cell.json         what makes its numbers: settings, pairs, identities of the references
+    cell.json         its inputs, which make its numbers: settings, pairs, references' identities
     cell.log          what training and evaluation printed
     evaluation.json   held-out figures of training and of the evaluation
     result.json       seconds and the policy's identity; there when the run is finished
@@ -20,7 +20,6 @@ from ...data.shards import PairShards
 from ...errors import UserError
 from ...files import write_json
 from ...settings import comma_separated, write_resolved
-from ...train.checkpoint import numeric_settings
 from ...train.config import TrainConfig
 from ...train.run_folder import RunFolder
 from ..config import CompareConfig
@@ -126,13 +125,6 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
         "seed": cell.seed,
     }
     return TrainConfig(**{**shared, **own})
-
-
-def inputs_of(
-    settings: TrainConfig, pairs: PairShards, identities: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything that determines the numbers of a cell, as JSON."""
-    return numeric_settings(settings, pairs) | {"identities of the references": dict(identities)}
 
 
 def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
