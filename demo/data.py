@@ -4,15 +4,9 @@
 - arithmetic: sums of two-digit numbers in two steps; wrong ends 1, 2 or 10 off the result;
 - style: requests in a formal or a casual tone; wrong is the same answer in the other tone.
 
-Each domain has questions for the pairs (`asked`) and others for what the references read (`told`):
-facts are asked in other words than they are told in, sums and requests differ. No fact, sum or
-request is asked twice, so a held-out pair is new to the policy in every domain. Written are
-
-    pairs.jsonl           {"prompt": [user], "chosen": [assistant], "rejected": …, "source": domain}
-    corpus-llama.jsonl …  {"messages": [user, assistant], "source": domain}
-
-A corpus is mostly about its reference's own domain, and right there; about the other domains it
-has little, and every second reply is wrong. The same seed gives the same files, byte for byte.
+No fact, sum or request is asked twice in the pairs (`asked`), so a held-out pair is new to the
+policy. References read others (`told`): other sums and requests, the facts in other words; mostly
+of their own domain and right there, little of the others, where every second reply is wrong.
 """
 
 from __future__ import annotations
@@ -91,10 +85,10 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """What `write_data` writes."""
+    """What `write_data` writes: the same for the same seed, byte for byte."""
 
-    pairs: Path
-    corpora: dict[Family, Path]
+    pairs: Path  # {"prompt": [user], "chosen": [assistant], "rejected": …, "source": domain}
+    corpora: dict[Family, Path]  # {"messages": [user, assistant], "source": domain}
 
 
 def write_data(folder: Path, *, pairs: int, chats: int, seed: int) -> DemoFiles:

@@ -42,11 +42,6 @@ from .data import DOMAINS, write_data
 from .models import FAMILIES
 from .pretrain import pretrain_all
 
-COMMANDS: Mapping[str, Callable[..., object]] = {
-    "prepare": prepare,
-    "precompute": precompute,
-    "train": train,
-}
 REFS = ",".join(FAMILIES)  # the first is the base: the policy starts from it
 METHODS = {**{f"dpo-{family}": f"dpo:{family}" for family in FAMILIES}, "mrpo": "mrpo"}
 # The rate that gave DPO with the base the best accuracy in one pass, in a demo of another seed.
@@ -71,13 +66,13 @@ class Demonstration:
 class Step:
     """A command with its settings."""
 
-    command: str
+    command: Callable[..., Any]
     settings: Mapping[str, Any]
     made: Path | None = None  # there when the step is done; None: the command itself finds out
 
     def line(self) -> str:
         """What one would type for it."""
-        words = ["mrpo", self.command]
+        words = ["mrpo", self.command.__name__]
         for name, value in self.settings.items():
             if name != "source":
                 words.append(f"--{name.replace('_', '-')}")
@@ -87,7 +82,7 @@ class Step:
 
     def run(self) -> int:
         """Run it in this process; returns its exit code."""
-        return getattr(COMMANDS[self.command](**self.settings), "exit_code", 0)
+        return getattr(self.command(**self.settings), "exit_code", 0)
 
 
 @command(DemoConfig)
@@ -129,13 +124,13 @@ def steps(out: Path, pairs: Path, seed: int) -> list[Step]:
     }
     prepared = {"source": pairs, "out": out / "pairs", "validation_fraction": 0.25}
     every = [
-        Step("prepare", prepared, out / "pairs" / "manifest.json"),
-        Step("precompute", {**scored, "engine": "hf"}),
+        Step(prepare, prepared, out / "pairs" / "manifest.json"),
+        Step(precompute, {**scored, "engine": "hf"}),
     ]
     for name, method in METHODS.items():
         folder = out / "runs" / name
         own = {"method": method, "output_dir": folder, **TRAINING, "seed": seed, "resume": True}
-        every.append(Step("train", {**scored, **own}, folder / "model"))
+        every.append(Step(train, {**scored, **own}, folder / "model"))
     return every
 
 
@@ -173,11 +168,9 @@ def held_out_table(out: Path, methods: Mapping[str, str]) -> str:
 
 
 def domain_rows(right: Mapping[str, np.ndarray], sources: np.ndarray) -> list[list[str]]:
-    """The table's rows: a heading of two, then for each model its accuracy by domain, and over all.
+    """A heading of two rows, then for each model its accuracy by domain, and over all.
 
-    Args:
-        right: by model [N] 1 where it ranks a pair rightly, else 0.
-        sources: [N] the pairs' domains.
+    `right` [N] is 1 where a model ranks a pair rightly, else 0; `sources` [N] are the domains.
     """
     parts = [*(sources == domain for domain in DOMAINS), np.ones(len(sources), dtype=bool)]
     rows = [["", *DOMAINS, "overall"], ["", *(f"{part.sum():,} pairs" for part in parts)]]

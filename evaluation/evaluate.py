@@ -33,7 +33,7 @@ from .config import EvaluateConfig, Metric
 from .figures import preferred
 from .intervals import Interval, mean_intervals
 from .policies import Policy, policy_at, policy_of_run, references_of, run_names, run_settings
-from .score_table import ReferenceColumns, ScoreTable, load_score_table, scored_records
+from .score_table import ScoreTable, load_score_table, scored_records
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
@@ -136,16 +136,23 @@ def policy_figures(table: ScoreTable, k: int, name: str) -> PolicyFigures:
         [*right(table, k).values(), policy.margins, policy.margins - base.margins], axis=1
     )
     sources = sorted(set(table.sources[usable].tolist()))
+    reasons = np.where(policy.scored, base.reasons, policy.reasons)
+
+    def judgement(rows: np.ndarray) -> Judgement:
+        *accuracies, margin, reward_margin = mean_intervals(values[rows], table.prompts[rows])
+        return Judgement(
+            pairs=int(rows.sum()),
+            accuracy=dict(zip(METRICS, accuracies)),
+            margin=margin,
+            reward_margin=reward_margin,
+        )
+
     return PolicyFigures(
         name=name,
         identity=policy.record.identity,
-        missing=_missing(policy, base),
-        overall=_judgement(values[usable], table.prompts[usable]),
-        by_source={
-            source: _judgement(values[rows], table.prompts[rows])
-            for source in sources
-            for rows in [usable & (table.sources == source)]
-        },
+        missing=dict(sorted(Counter(reasons[reasons != ""].tolist()).items())),
+        overall=judgement(usable),
+        by_source={source: judgement(usable & (table.sources == source)) for source in sources},
     )
 
 
@@ -193,23 +200,6 @@ def _rows(evaluation: Evaluation, source: str | None = None) -> list[list[str]]:
             name, cells[0], rewards = f"base {name}", "–", "–"
         rows.append([name, f"{judgement.pairs:,}", *cells, str(judgement.margin), rewards])
     return rows
-
-
-def _judgement(values: np.ndarray, prompts: np.ndarray) -> Judgement:
-    """From columns [n, 6]: the metrics, the margin, the reward margin."""
-    *accuracies, margin, reward_margin = mean_intervals(values, prompts)
-    return Judgement(
-        pairs=len(values),
-        accuracy=dict(zip(METRICS, accuracies)),
-        margin=margin,
-        reward_margin=reward_margin,
-    )
-
-
-def _missing(policy: ReferenceColumns, base: ReferenceColumns) -> dict[str, int]:
-    """Pairs without a score of the policy or the base; the policy's reason goes first."""
-    reasons = np.where(policy.scored, base.reasons, policy.reasons)
-    return dict(sorted(Counter(reasons[reasons != ""].tolist()).items()))
 
 
 def _completed(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> EvaluateConfig:

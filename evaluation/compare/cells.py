@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,14 @@ class Cell:
 
 def cells_of(config: CompareConfig) -> list[Cell]:
     """Every combination, small fractions first, so that mistakes show early."""
-    root = Path(config.output_dir) / CELLS
-    return [
-        Cell(
-            method,
-            fraction,
-            seed,
-            root / folder_name(method) / f"fraction-{fraction:g}" / f"seed-{seed}",
-        )
-        for fraction in fractions_of(config.fractions)
-        for seed in range(config.seed, config.seed + config.seeds)
-        for method in methods_of(config.methods)
-    ]
+    cells = []
+    seeds = range(config.seed, config.seed + config.seeds)
+    for choice in product(fractions_of(config.fractions), seeds, methods_of(config.methods)):
+        fraction, seed, method = choice
+        name = method.replace(":", "=").replace("/", "~")  # not in aliases, nor in weightings
+        folder = Path(config.output_dir) / CELLS / name / f"fraction-{fraction:g}" / f"seed-{seed}"
+        cells.append(Cell(method, fraction, seed, folder))
+    return cells
 
 
 def methods_of(text: str) -> list[str]:
@@ -101,15 +98,6 @@ def fractions_of(text: str) -> list[float]:
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise UserError(f"--fractions {text}: must be numbers above 0, up to 1, as 0.05,0.2,1")
     return fractions
-
-
-def folder_name(method: str) -> str:
-    """A method as a folder's name; aliases and weightings contain neither = nor ~.
-
-    >>> folder_name("mrpo:llama/qwen+fitted")
-    'mrpo=llama~qwen+fitted'
-    """
-    return method.replace(":", "=").replace("/", "~")
 
 
 def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards) -> TrainConfig:
@@ -145,10 +133,9 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
 def write_inputs(cell: Cell, settings: TrainConfig, inputs: Mapping[str, Any]) -> None:
     """Make the cell's folder with its settings."""
     try:
-        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_resolved(settings, cell.folder / SETTINGS)
+        write_json(cell.folder / INPUTS, inputs)
     except OSError as error:
         raise UserError(
             f"--output-dir {cell.folder}: {error.strerror}; name another folder"
         ) from None
-    write_resolved(settings, cell.folder / SETTINGS)
-    write_json(cell.folder / INPUTS, inputs)

@@ -104,7 +104,14 @@ def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:
 
 
 def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> RunResult:
-    pairs, seconds = training_cost(read_log(cell.folder))
+    pairs = seconds = last_step = 0.0
+    for line in read_log(cell.folder):
+        step_seconds, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
+        if step_seconds is None or rate is None:
+            continue
+        step = line["step"] or 0.0
+        elapsed = step_seconds * (step - last_step)  # a line has the means since the one before
+        pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
     return RunResult(
         method=cell.method,
         fraction=cell.fraction,
@@ -116,20 +123,6 @@ def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> Run
         seconds=seconds,
         pairs_per_second=pairs / seconds if seconds else float("nan"),
     )
-
-
-def training_cost(log: Sequence[Mapping[str, float | None]]) -> tuple[float, float]:
-    """(pairs trained on, seconds of optimizer steps) of a run, from the lines of its log."""
-    pairs = seconds = 0.0
-    last_step = 0.0
-    for line in log:
-        step_seconds, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
-        if step_seconds is None or rate is None:
-            continue
-        step = line["step"] or 0.0
-        elapsed = step_seconds * (step - last_step)
-        pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
-    return pairs, seconds
 
 
 def _scoring(record: ReferenceRecord) -> ScoringCost:

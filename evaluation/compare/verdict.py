@@ -58,11 +58,7 @@ def judge(
     fractions: Sequence[float],
     metric: Metric,
 ) -> list[Result]:
-    """Every method at every fraction.
-
-    Args:
-        references: of each method, in the order of the draws.
-    """
+    """Every method at every fraction; `references` has the methods in the order of the draws."""
     results = []
     for at, fraction in enumerate(fractions):
         means, drawn = draws.means[:, at], draws.draws[:, :, at]
