@@ -52,7 +52,7 @@ class ReferenceFigures:
     dominance: dict[str, float]  # by kind: share of pairs that it decides alone
 
 
-def figures(table: ScoreTable, beta: float, epsilon: float) -> list[ReferenceFigures]:
+def figures(table: ScoreTable, beta: float, epsilon: float = 0.1) -> list[ReferenceFigures]:
     """The figures of every reference; the first is the base. `beta` is DPO's, `epsilon` CTRO's."""
     scores, columns, size = table.pair_scores(), table.references, table.response_bytes
     saturated = {unit: saturation(scores, epsilon, unit) for unit in UNITS}

@@ -65,7 +65,7 @@ def test_no_false_alarm_in_200_draws_of_pairs_and_references(
         size = min(len(kind), int(rng.choice([20, 30, 50, 100])))
         columns = rng.permutation(3)[: rng.integers(1, 4)].tolist()
         drawn = part(table, rng.choice(kind, size, replace=False), columns)
-        findings = check_scores(drawn, figures(drawn, beta=0.1, epsilon=0.1), vocabularies)
+        findings = check_scores(drawn, figures(drawn, beta=0.1), vocabularies)
         assert not any(findings.values()), findings
 
 
