@@ -4,15 +4,9 @@
 - arithmetic: sums of two-digit numbers in two steps; wrong ends 1, 2 or 10 off the result;
 - style: requests in a formal or a casual tone; wrong is the same answer in the other tone.
 
-Each domain has questions for the pairs (`asked`) and others for what the references read (`told`):
-facts are asked in other words than they are told in, sums and requests differ. No fact, sum or
-request is asked twice, so a held-out pair is new to the policy in every domain. Written are
-
-    pairs.jsonl           {"prompt": [user], "chosen": [assistant], "rejected": …, "source": domain}
-    corpus-llama.jsonl …  {"messages": [user, assistant], "source": domain}
-
-A corpus is mostly about its reference's own domain, and right there; about the other domains it
-has little, and every second reply is wrong. The same seed gives the same files, byte for byte.
+No fact, sum or request is asked twice in the pairs (`asked`), so a held-out pair is new to the
+policy. References read others (`told`): other sums and requests, the facts in other words; mostly
+of their own domain and right there, little of the others, where every second reply is wrong.
 """
 
 from __future__ import annotations
@@ -91,10 +85,10 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """What `write_data` writes."""
+    """What `write_data` writes: the same for the same seed, byte for byte."""
 
-    pairs: Path
-    corpora: dict[Family, Path]
+    pairs: Path  # {"prompt": [user], "chosen": [assistant], "rejected": …, "source": domain}
+    corpora: dict[Family, Path]  # {"messages": [user, assistant], "source": domain}
 
 
 def write_data(folder: Path, *, pairs: int, chats: int, seed: int) -> DemoFiles:
@@ -134,14 +128,12 @@ def facts(rng: random.Random) -> Domain:
     for town, (fact, values) in product(towns, FACTS.items()):
         value, *others = rng.sample(values.split(), len(values.split()))
         for question in (FACT_ASKED, *FACT_TOLD):
-            prompt = question.format(fact=fact, town=town)
             right, wrong = (
                 FACT_REPLY.format(fact=fact, town=town, value=answer)
                 for answer in (value, rng.choice(others))
             )
-            (asked if question == FACT_ASKED else told).append(
-                Example("facts", prompt, right, wrong)
-            )
+            example = Example("facts", question.format(fact=fact, town=town), right, wrong)
+            (asked if question == FACT_ASKED else told).append(example)
     rng.shuffle(asked)
     rng.shuffle(told)
     return Domain(asked, told)
@@ -182,24 +174,21 @@ def corpus(
         example = rng.choice(domains[name].told)
         right = name == own or rng.random() < RIGHT_ELSEWHERE
         reply = example.right if right else example.wrong
-        yield {"messages": [_user(example.prompt), _assistant(reply)], "source": name}
+        messages = [_message("user", example.prompt), _message("assistant", reply)]
+        yield {"messages": messages, "source": name}
 
 
 def _pair(example: Example) -> dict[str, Any]:
     return {
-        "prompt": [_user(example.prompt)],
-        "chosen": [_assistant(example.right)],
-        "rejected": [_assistant(example.wrong)],
+        "prompt": [_message("user", example.prompt)],
+        "chosen": [_message("assistant", example.right)],
+        "rejected": [_message("assistant", example.wrong)],
         "source": example.domain,
     }
 
 
-def _user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

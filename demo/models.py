@@ -70,12 +70,11 @@ def write_reference(
     *,
     vocab_size: int = 512,
     hidden_size: int = 48,
-    layers: int = 2,
     seed: int = 0,
 ) -> Path:
     """Write an untrained model with its tokenizer as `save_pretrained` does; return the folder."""
     tokenizer = build_tokenizer(family, texts, vocab_size)
-    model = build_model(family, len(tokenizer), hidden_size=hidden_size, layers=layers, seed=seed)
+    model = build_model(family, len(tokenizer), hidden_size=hidden_size, seed=seed)
     return save_reference(model, tokenizer, folder)
 
 
@@ -98,7 +97,6 @@ def build_model(
     *,
     hidden_size: int = 48,
     layers: int = 2,
-    heads: int = 4,
     context: int = 1024,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -113,9 +111,9 @@ def build_model(
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 3,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=hidden_size // heads,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 4,
         max_position_embeddings=context,
         tie_word_embeddings=family == "qwen",
         bos_token_id=None,
@@ -133,6 +131,7 @@ def build_tokenizer(
     family: Family, texts: Iterable[str], vocab_size: int
 ) -> PreTrainedTokenizerFast:
     """A fast tokenizer of the family's kind, trained on `texts`, with its chat template."""
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     if family == "mistral":
@@ -144,9 +143,13 @@ def build_tokenizer(
     else:
         raw, special = _byte_bpe(QWEN_SPLIT, nfc=True), {"eos": "<|im_end|>"}
         extra, template = ["<|endoftext|>", "<|im_start|>"], QWEN_TEMPLATE
-    names = [*special.values(), *extra]
-    raw = _train(raw, texts, vocab_size, names)
-    _add_bos(raw, special.get("bos"))
+    raw = _train(raw, texts, vocab_size, [*special.values(), *extra])
+    if bos := special.get("bos"):
+        raw.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, raw.token_to_id(bos))],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         chat_template=template,
@@ -209,15 +212,3 @@ def _train(raw: Tokenizer, texts: Iterable[str], vocab_size: int, special: list[
     vocab = state["model"]["vocab"]
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
     return Tokenizer.from_str(json.dumps(state))
-
-
-def _add_bos(raw: Tokenizer, bos: str | None) -> None:
-    """Put the beginning-of-sequence token in front where the family has one."""
-    from tokenizers import processors
-
-    if bos is not None:
-        raw.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, raw.token_to_id(bos))],
-        )

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..precompute.process import PYTHON
 from .models import Family, build_model, build_tokenizer, save_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 IGNORED = -100  # the label of padding
 
@@ -49,13 +49,13 @@ def pretrain_all(
     corpora: Mapping[Family, Path], folder: Path, seed: int, recipe: Recipe = DEMO
 ) -> int:
     """Train every reference that `folder` does not have yet; returns an exit code."""
-    missing = [family for family in corpora if not (folder / family).is_dir()]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     jobs = []
-    for family in missing:
-        settings = [family, corpora[family], folder / family, str(seed), json.dumps(asdict(recipe))]
-        command = [sys.executable, "-P", "-m", "mrpo.demo.pretrain", *settings]
-        jobs.append(subprocess.Popen(command, env=one_thread))
+    for family, corpus in corpora.items():
+        if not (folder / family).is_dir():
+            settings = [family, corpus, folder / family, str(seed), json.dumps(asdict(recipe))]
+            command = [*PYTHON, "mrpo.demo.pretrain", *settings]
+            jobs.append(subprocess.Popen(command, env=one_thread))
     return max((job.wait() for job in jobs), key=abs, default=0)
 
 
@@ -81,7 +81,14 @@ def pretrain(
     size = recipe.batch_chats
     batches = [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
-    model = _untrained(family, len(tokenizer), recipe, seed).train()
+    model = build_model(
+        family,
+        len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        layers=recipe.layers,
+        context=recipe.context,
+        seed=seed,
+    ).train()
     optimizer = optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     schedule = optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=len(batches), pct_start=0.1
@@ -103,28 +110,14 @@ def pretrain(
     )
 
 
-def _untrained(family: Family, vocab_size: int, recipe: Recipe, seed: int) -> PreTrainedModel:
-    return build_model(
-        family,
-        vocab_size,
-        hidden_size=recipe.hidden_size,
-        layers=recipe.layers,
-        context=recipe.context,
-        seed=seed,
-    )
-
-
 def pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and labels [B, L]. Padding is on the right, where causal attention never looks."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    length = max(map(len, sequences))
-    token_ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    labels = torch.full_like(token_ids, IGNORED)
-    for row, sequence in enumerate(sequences):
-        token_ids[row, : len(sequence)] = torch.tensor(sequence)
-        labels[row, : len(sequence)] = token_ids[row, : len(sequence)]
-    return token_ids, labels
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return pad_sequence(rows, batch_first=True), labels
 
 
 if __name__ == "__main__":

@@ -9,39 +9,33 @@
 
 Nothing is tuned for any of the methods: all train from the same policy with the same settings. The
 table counts the held-out pairs that a model ranks rightly, that is whose chosen response has the
-higher log-prob, summed over its tokens: references by the scores in the store, trained policies by
-scoring them here in the same way. It is printed whatever it says, with its uncertainty.
+higher log-prob, summed over its tokens; policies are scored as references are. It is printed
+whatever it says, with its uncertainty.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..data.config import PrepareConfig
-from ..data.pairs import Pair
 from ..data.prepare import prepare
 from ..data.references import load_refs
-from ..data.rendering import Renderer
 from ..data.shards import PairShards
 from ..data.store import Store
 from ..errors import UserError
 from ..evaluation.figures import preferred
 from ..evaluation.intervals import Interval, bootstrap_means, interval
+from ..evaluation.policies import policy_of_run, references_of
 from ..evaluation.score_table import load_score_table
 from ..files import write_text
-from ..precompute.config import PrecomputeConfig
-from ..precompute.engines import load_engine
-from ..precompute.engines.protocol import EngineSettings
-from ..precompute.run import precompute
+from ..precompute.run import precompute, score
 from ..settings import build, command, write_resolved
 from ..terminal import table_lines
-from ..train.config import TrainConfig
 from ..train.run import train
 from .config import DemoConfig
 from .data import DOMAINS, write_data
@@ -59,8 +53,6 @@ Held-out preference accuracy: the share of pairs, in %, whose right reply has th
 with its 95 % interval. No training pair asks for the same fact, sum or request.
 """
 
-Right = np.ndarray  # [N] 1 or 0, whether a model ranks each held-out pair rightly
-
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
@@ -74,13 +66,13 @@ class Demonstration:
 class Step:
     """A command with its settings."""
 
-    command: str
+    command: Callable[..., Any]
     settings: Mapping[str, Any]
     made: Path | None = None  # there when the step is done; None: the command itself finds out
 
     def line(self) -> str:
         """What one would type for it."""
-        words = ["mrpo", self.command]
+        words = ["mrpo", self.command.__name__]
         for name, value in self.settings.items():
             if name != "source":
                 words.append(f"--{name.replace('_', '-')}")
@@ -90,13 +82,7 @@ class Step:
 
     def run(self) -> int:
         """Run it in this process; returns its exit code."""
-        if self.command == "prepare":
-            result: object = prepare(build(PrepareConfig, self.settings))
-        elif self.command == "precompute":
-            result = precompute(build(PrecomputeConfig, self.settings))
-        else:
-            result = train(build(TrainConfig, self.settings))
-        return result if isinstance(result, int) else getattr(result, "exit_code", 0)
+        return getattr(self.command(**self.settings), "exit_code", 0)
 
 
 @command(DemoConfig)
@@ -138,60 +124,53 @@ def steps(out: Path, pairs: Path, seed: int) -> list[Step]:
     }
     prepared = {"source": pairs, "out": out / "pairs", "validation_fraction": 0.25}
     every = [
-        Step("prepare", prepared, out / "pairs" / "manifest.json"),
-        Step("precompute", {**scored, "engine": "hf"}),
+        Step(prepare, prepared, out / "pairs" / "manifest.json"),
+        Step(precompute, {**scored, "engine": "hf"}),
     ]
     for name, method in METHODS.items():
         folder = out / "runs" / name
         own = {"method": method, "output_dir": folder, **TRAINING, "seed": seed, "resume": True}
-        every.append(Step("train", {**scored, **own}, folder / "model"))
+        every.append(Step(train, {**scored, **own}, folder / "model"))
     return every
 
 
 def held_out_table(out: Path, methods: Mapping[str, str]) -> str:
     """Judge the references and the policies in a demo's folder; `methods` by name of the run."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     shards, store = PairShards(out / "pairs"), Store(out / "store")
     specs = load_refs(out / "refs.yaml")
-    records = [store.resolve(alias, specs) for alias in specs]
-    scores = load_score_table(shards, store, records, split="validation")
-    pairs = [
-        pair
-        for shard in range(len(shards.names))
-        for pair in shards.pairs(shard, scores.places[scores.places[:, 0] == shard, 1].tolist())
-    ]
-    right = {f"reference {column.alias}": preferred(column.logps) for column in scores.references}
-    right[f"policy untrained = {scores.aliases[0]}"] = right[f"reference {scores.aliases[0]}"]
-    policies = {
-        f"trained with {method}": preferred(policy_logps(out / "runs" / run / "model", pairs))
-        for run, method in methods.items()
+    policies = [policy_of_run(out / "runs" / run, method) for run, method in methods.items()]
+    scored = score(
+        references_of(policies), shards, store.policies, split="validation", in_process=True
+    )
+    table = load_score_table(
+        shards,
+        store,
+        [store.resolve(alias, specs) for alias in specs],
+        policies=scored.records,
+        split="validation",
+    )
+    every = [preferred(column.logps) for column in table.references]
+    right = {f"reference {alias}": answers for alias, answers in zip(specs, every)}
+    right[f"policy untrained = {table.aliases[0]}"] = every[0]
+    trained = {
+        f"trained with {policy.name}": answers
+        for policy, answers in zip(policies, every[len(specs) :])
     }
-    rows = domain_rows(right | policies, scores.sources)
-    gains = [[f"  {name}", text] for name, text in differences(policies, scores.prompts).items()]
-    title = f"{list(policies)[-1]} minus, in points, with a 95 % bootstrap interval over the pairs:"
+    rows = domain_rows(right | trained, table.sources)
+    gains = [[f"  {name}", text] for name, text in differences(trained, table.prompts).items()]
+    title = f"{list(trained)[-1]} minus, in points, with a 95 % bootstrap interval over the pairs:"
     return "\n".join(
         [HEADING, *table_lines(rows, "left"), "", title, *table_lines(gains, "left"), ""]
     )
 
 
-def policy_logps(model: Path, pairs: Sequence[Pair]) -> np.ndarray:
-    """Log-probs [N, 2] of chosen and rejected, from engine hf as in stage one."""
-    from transformers.utils import logging
+def domain_rows(right: Mapping[str, np.ndarray], sources: np.ndarray) -> list[list[str]]:
+    """A heading of two rows, then for each model its accuracy by domain, and over all.
 
-    logging.disable_progress_bar()
-    rendered = Renderer.load(model).render_many(pairs)
-    engine = load_engine("hf", EngineSettings(alias="policy", model=str(model)))
-    scored = engine.score(rendered)  # type: ignore[arg-type]  # it scored as reference: no refusal
-    return np.array(
-        [[pair.chosen.sum(dtype=float), pair.rejected.sum(dtype=float)] for pair in scored]
-    )
-
-
-def domain_rows(right: Mapping[str, Right], sources: np.ndarray) -> list[list[str]]:
-    """The table's rows: a heading of two, then for each model its accuracy by domain, and over all.
-
-    Args:
-        right: whether each model ranks each pair rightly.
-        sources: [N] the pairs' domains.
+    `right` [N] is 1 where a model ranks a pair rightly, else 0; `sources` [N] are the domains.
     """
     parts = [*(sources == domain for domain in DOMAINS), np.ones(len(sources), dtype=bool)]
     rows = [["", *DOMAINS, "overall"], ["", *(f"{part.sum():,} pairs" for part in parts)]]
@@ -201,7 +180,7 @@ def domain_rows(right: Mapping[str, Right], sources: np.ndarray) -> list[list[st
     return rows
 
 
-def wilson(right: Right) -> Interval:
+def wilson(right: np.ndarray) -> Interval:
     """A share with Wilson's 95 % interval, which also holds where all are right.
 
     >>> wilson(np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0])).percent()
@@ -214,7 +193,7 @@ def wilson(right: Right) -> Interval:
     return Interval(test.statistic, low, high)
 
 
-def differences(policies: Mapping[str, Right], prompts: np.ndarray) -> dict[str, str]:
+def differences(policies: Mapping[str, np.ndarray], prompts: np.ndarray) -> dict[str, str]:
     """The last policy against each other one, on the same resamples of the pairs."""
     means, draws = bootstrap_means(np.stack(list(policies.values()), axis=1), prompts)
     gains = {}

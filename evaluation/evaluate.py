@@ -6,23 +6,25 @@
 The reward is DPO's implicit reward up to beta: log pi(y) − log pi_base(y). Measured from one common
 base, policies of all methods are on one scale; a method's own references do not enter.
 
-    policies.py scores the policies -> score_table.py -> figures with intervals -> evaluation.json
+    policies.py -> scores -> score_table.py -> figures with intervals -> evaluation.json
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 
 from ..data.shards import PairShards
-from ..data.store import Store, open_store
+from ..data.store import open_store
 from ..errors import UserError
 from ..files import output_file, to_json
 from ..method.arrays import normalize_logps
 from ..method.grammar import aliases_of
+from ..precompute.run import score
 from ..settings import comma_separated, command, write_resolved
 from ..terminal import table_lines
 from ..train.config import TrainConfig
@@ -30,10 +32,10 @@ from ..train.run_folder import update_evaluation
 from .config import EvaluateConfig, Metric
 from .figures import preferred
 from .intervals import Interval, mean_intervals
-from .policies import Policy, policy_at, policy_of_run, run_names, run_settings, score_policies
-from .score_table import ReferenceColumns, ScoreTable, load_score_table, scored_records
+from .policies import Policy, policy_at, policy_of_run, references_of, run_names, run_settings
+from .score_table import ScoreTable, load_score_table, scored_records
 
-METRICS: tuple[Metric, ...] = ("reward", "sum", "token", "byte")
+METRICS: tuple[Metric, ...] = get_args(Metric)
 HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
 UNITS = {"sum": "none", "token": "token", "byte": "byte"}
 
@@ -69,16 +71,6 @@ class Evaluation:
     policies: list[PolicyFigures]
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationInputs:
-    """The pairs and the base reference that policies are measured with."""
-
-    pairs: PairShards
-    store: Store
-    base: str
-    refs_config: str
-
-
 @command(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Score the policies where they are not yet, print their figures and write them to --out.
@@ -90,16 +82,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     settings = [run_settings(run) for run in runs]
     policies = [policy_at(path) for path in comma_separated(config.policies)]
     policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
-    inputs = _inputs(config, settings)
-    evaluation = measure(
-        policies,
-        inputs,
-        split=config.split,
-        engine=config.engine,
-        max_tokens=config.max_tokens,
-    )
-    for line in evaluation_lines(evaluation):
-        print(line)
+    evaluation = measure(policies, _completed(config, settings))
+    print("\n".join(evaluation_lines(evaluation)))
     write_resolved(config, out.with_suffix(".yaml"))
     update_evaluation(out, to_json(evaluation))
     print(out)
@@ -107,35 +91,39 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def measure(
-    policies: Sequence[Policy],
-    inputs: EvaluationInputs,
-    *,
-    split: Literal["validation", "train", "all"] = "validation",
-    engine: Literal["hf", "vllm", "auto"] = "hf",
-    max_tokens: int | None = None,
-    in_process: bool = False,
+    policies: Sequence[Policy], config: EvaluateConfig, *, in_process: bool = False
 ) -> Evaluation:
-    """Score the policies into `store.policies` and compute their figures.
+    """Score the policies where they are not yet, and compute their figures.
 
-    With `in_process` engine hf scores in this process instead of a worker of its own.
+    The scores are kept in `store.policies`, apart from the references': a policy whose weights did
+    not change is never scored again.
+
+    Args:
+        config: with a base; `runs` and `policies` are not read.
+        in_process: engine hf scores in this process instead of a worker of its own.
     """
-    only = None if split == "all" else split
-    pairs, store = inputs.pairs, inputs.store
-    base = scored_records(pairs, store, [inputs.base], inputs.refs_config, split=only)
-    records = score_policies(
-        policies,
+    assert config.base is not None
+    split = None if config.split == "all" else config.split
+    pairs, store = PairShards(config.pairs or "pairs"), open_store(config.store)
+    refs_config = config.refs_config or "configs/refs.yaml"
+    base = scored_records(pairs, store, [config.base], refs_config, split=split)
+    result = score(
+        references_of(policies),
         pairs,
         store.policies,
-        split=only,
-        engine=engine,
-        max_tokens=max_tokens,
+        engine=config.engine,
+        split=split,
         in_process=in_process,
+        max_tokens=config.max_tokens,
+        update_refs=True,  # a policy on the Hub is evaluated at its newest commit
     )
-    table = load_score_table(pairs, store, base, policies=records, split=only)
+    if result.exit_code:
+        raise UserError("not all policies could be scored; see the lines above")
+    table = load_score_table(pairs, store, base, policies=result.records, split=split)
     return Evaluation(
         pairs=str(pairs.path),
-        split=split,
-        base=policy_figures(table, 0, inputs.base),
+        split=config.split,
+        base=policy_figures(table, 0, config.base),
         policies=[policy_figures(table, k, policy.name) for k, policy in enumerate(policies, 1)],
     )
 
@@ -148,16 +136,23 @@ def policy_figures(table: ScoreTable, k: int, name: str) -> PolicyFigures:
         [*right(table, k).values(), policy.margins, policy.margins - base.margins], axis=1
     )
     sources = sorted(set(table.sources[usable].tolist()))
+    reasons = np.where(policy.scored, base.reasons, policy.reasons)
+
+    def judgement(rows: np.ndarray) -> Judgement:
+        *accuracies, margin, reward_margin = mean_intervals(values[rows], table.prompts[rows])
+        return Judgement(
+            pairs=int(rows.sum()),
+            accuracy=dict(zip(METRICS, accuracies)),
+            margin=margin,
+            reward_margin=reward_margin,
+        )
+
     return PolicyFigures(
         name=name,
         identity=policy.record.identity,
-        missing=_missing(policy, base),
-        overall=_judgement(values[usable], table.prompts[usable]),
-        by_source={
-            source: _judgement(values[rows], table.prompts[rows])
-            for source in sources
-            for rows in [usable & (table.sources == source)]
-        },
+        missing=dict(sorted(Counter(reasons[reasons != ""].tolist()).items())),
+        overall=judgement(usable),
+        by_source={source: judgement(usable & (table.sources == source)) for source in sources},
     )
 
 
@@ -177,74 +172,55 @@ def right(table: ScoreTable, k: int) -> dict[Metric, np.ndarray]:
 
 def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     """The printed tables, line by line."""
-    base, policies = evaluation.base, evaluation.policies
+    base, sources = evaluation.base, list(evaluation.base.by_source)
     yield f"{evaluation.split} pairs of {evaluation.pairs}, rewards measured from {base.name}"
     yield "accuracy in % and mean margins in nats, with 95 % intervals over prompts"
     yield ""
-    rows = [_row(f"base {base.name}", base.overall, rewards=False)]
-    rows += [_row(policy.name, policy.overall) for policy in policies]
-    heads = ["", "pairs", *HEADS.values(), "margin", "reward margin / beta"]
-    yield from table_lines([heads, *rows])
-    for policy in policies:
+    yield from table_lines(_rows(evaluation))
+    for policy in evaluation.policies:
         if policy.missing:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in policy.missing.items())
             yield f"{policy.name}: left out {reasons}"
-    sources = list(base.by_source)
-    if len(sources) > 1:
-        for source in sources:
-            yield ""
-            rows = [_row(f"base {base.name}", base.by_source[source], rewards=False)]
-            rows += [
-                _row(policy.name, policy.by_source[source])
-                for policy in policies
-                if source in policy.by_source
-            ]
-            yield from table_lines([[source, *heads[1:]], *rows])
+    for source in sources if len(sources) > 1 else ():
+        yield ""
+        yield from table_lines(_rows(evaluation, source))
     yield ""
 
 
-def _row(name: str, judgement: Judgement, rewards: bool = True) -> list[str]:
-    accuracy = judgement.accuracy
-    cells = [accuracy[metric].percent() for metric in METRICS]
-    reward_margin = f"{judgement.reward_margin}"
-    if not rewards:
-        cells[0], reward_margin = "–", "–"
-    return [name, f"{judgement.pairs:,}", *cells, f"{judgement.margin}", reward_margin]
+def _rows(evaluation: Evaluation, source: str | None = None) -> list[list[str]]:
+    """The table over all pairs, or over those of a source."""
+    rows = [[source or "", "pairs", *HEADS.values(), "margin", "reward margin / beta"]]
+    for policy in [evaluation.base, *evaluation.policies]:
+        judgement = policy.overall if source is None else policy.by_source.get(source)
+        if judgement is None:
+            continue
+        name, rewards = policy.name, str(judgement.reward_margin)
+        cells = [judgement.accuracy[metric].percent() for metric in METRICS]
+        if policy is evaluation.base:
+            name, cells[0], rewards = f"base {name}", "–", "–"
+        rows.append([name, f"{judgement.pairs:,}", *cells, str(judgement.margin), rewards])
+    return rows
 
 
-def _judgement(values: np.ndarray, prompts: np.ndarray) -> Judgement:
-    """From columns [n, 6]: the metrics, the margin, the reward margin."""
-    *accuracies, margin, reward_margin = mean_intervals(values, prompts)
-    return Judgement(
-        pairs=len(values),
-        accuracy=dict(zip(METRICS, accuracies)),
-        margin=margin,
-        reward_margin=reward_margin,
-    )
+def _completed(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> EvaluateConfig:
+    """With what is not given taken from the runs, which must then agree."""
 
-
-def _missing(policy: ReferenceColumns, base: ReferenceColumns) -> dict[str, int]:
-    """Pairs without a score of the policy or the base; the policy's reason goes first."""
-    reasons = np.where(policy.scored, base.reasons, policy.reasons)
-    names: Sequence[str] = sorted(set(reasons[reasons != ""].tolist()))
-    return {name: int((reasons == name).sum()) for name in names}
-
-
-def _inputs(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> EvaluationInputs:
-    """Pairs, store and base: as given, else those of the runs, which must then agree."""
-
-    def of_runs(flag: str, value: Callable[[TrainConfig], str | None], default: str | None) -> str:
-        values = list(dict.fromkeys(value(run) or default for run in runs)) or [default]
-        if len(values) > 1:
-            raise UserError(f"the runs differ in {flag} ({values[0]}, {values[1]}); give {flag}")
-        if values[0] is None:
-            raise UserError(f"{flag} is missing; name the reference to measure rewards from")
-        return values[0]
-
-    pairs = config.pairs or of_runs("--pairs", lambda run: run.pairs, "pairs")
-    refs_config = config.refs_config or of_runs(
-        "--refs-config", lambda run: run.refs_config, "configs/refs.yaml"
-    )
-    store = config.store or of_runs("--store", lambda run: run.store, "")
-    base = config.base or of_runs("--base", lambda run: aliases_of(run.refs, run.method)[0], None)
-    return EvaluationInputs(PairShards(pairs), open_store(store or None), base, refs_config)
+    of_runs: dict[str, list[str | None]] = {
+        "--pairs": [run.pairs or "pairs" for run in runs],
+        "--refs-config": [run.refs_config for run in runs],
+        "--store": [run.store for run in runs],
+        "--base": [aliases_of(run.refs, run.method)[0] for run in runs],
+    }
+    found: dict[str, Any] = {}
+    for flag, values in of_runs.items():
+        name, distinct = flag[2:].replace("-", "_"), list(dict.fromkeys(values))
+        if values and not getattr(config, name):
+            if len(distinct) > 1:
+                raise UserError(
+                    f"the runs differ in {flag} ({distinct[0]}, {distinct[1]}); give {flag}"
+                )
+            found[name] = distinct[0]
+    completed = replace(config, **found)
+    if completed.base is None:
+        raise UserError("--base is missing; name the reference to measure rewards from")
+    return completed

@@ -7,12 +7,13 @@ them; evaluate, compare, report and the demo share `preferred`, `agreement` and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..method.arrays import NORMALIZATIONS, normalize_logps
+from ..method.arrays import normalize_logps
 from ..method.grammar import parse_method
 from ..method.objective import ReferenceLogps
 from ..method.virtual_reference import ctro_clip
@@ -20,7 +21,6 @@ from ..method.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceColumns, ScoreTable
 
-EPSILON = 0.1  # MRPO's default half-width of the clipping (CTRO)
 UNITS = {"none": "summed", "token": "per token", "byte": "per byte"}
 DOMINATES = 0.5  # a reference with a larger share of the virtual reference decides alone
 
@@ -52,63 +52,43 @@ class ReferenceFigures:
     dominance: dict[str, float]  # by kind: share of pairs that it decides alone
 
 
-def figures(table: ScoreTable, beta: float, epsilon: float = EPSILON) -> list[ReferenceFigures]:
-    """The figures of every reference; the first is the base. `beta` is DPO's."""
-    scores = table.pair_scores()
-    saturated = {unit: saturation(scores, epsilon, unit) for unit in NORMALIZATIONS}
+def figures(table: ScoreTable, beta: float, epsilon: float = 0.1) -> list[ReferenceFigures]:
+    """The figures of every reference; the first is the base. `beta` is DPO's, `epsilon` CTRO's."""
+    scores, columns, size = table.pair_scores(), table.references, table.response_bytes
+    saturated = {unit: saturation(scores, epsilon, unit) for unit in UNITS}
     dominant = dominance(scores, epsilon)
-    columns = table.references
     hard = [difficulty(table, reference) for reference in columns]
-    base = columns[0]
     result = []
     for k, reference in enumerate(columns):
-        logps, size = reference.logps, table.response_bytes
-        others = [j for j in range(len(columns)) if j != k]
-        bits = _bits_per_byte(logps, size)
+        logps, margins = reference.logps, reference.margins
+        others = [(j, other.alias) for j, other in enumerate(columns) if j != k]
+        right = [preferred(normalize_logps(logps, unit, reference.tokens, size)) for unit in UNITS]
         result.append(
             ReferenceFigures(
                 alias=reference.alias,
                 identity=reference.record.identity,
                 pairs=int(reference.scored.sum()),
                 missing=reference.missing,
-                chosen_bits_per_byte=bits[0],
-                rejected_bits_per_byte=bits[1],
+                chosen_bits_per_byte=_mean_ratio(-logps[:, 0], size[:, 0]) / math.log(2),
+                rejected_bits_per_byte=_mean_ratio(-logps[:, 1], size[:, 1]) / math.log(2),
                 nats_per_token=_mean_ratio(-logps, reference.tokens),
                 bytes_per_token=_mean_ratio(size, reference.tokens),
-                accuracy=accuracies(logps, reference.tokens, size, table.prompts),
-                margin=_mean(reference.margins),
-                margin_scale=float(np.nanstd(reference.margins))
-                if reference.scored.any()
-                else np.nan,
-                length_bias=correlation(reference.margins, size[:, 0] - size[:, 1]) ** 2,
-                saturation={unit: saturated[unit][k] for unit in NORMALIZATIONS},
-                first_loss=_mean(np.logaddexp(0, -beta * (base.margins - reference.margins))),
+                accuracy=dict(zip(UNITS, mean_intervals(np.stack(right, axis=1), table.prompts))),
+                margin=_mean(margins),
+                margin_scale=float(np.nanstd(margins)) if reference.scored.any() else math.nan,
+                length_bias=correlation(margins, size[:, 0] - size[:, 1]) ** 2,
+                saturation={unit: shares[k] for unit, shares in saturated.items()},
+                first_loss=_mean(np.logaddexp(0, -beta * (columns[0].margins - margins))),
                 boundary=_mean(reference.boundary),
                 end_of_turn=_mean_ratio(reference.end_logps, logps),
                 end_of_turn_nats=_mean(-reference.end_logps),
-                agreement={table.aliases[j]: agreement(reference, columns[j]) for j in others},
-                correlation={
-                    table.aliases[j]: correlation(reference.margins, columns[j].margins)
-                    for j in others
-                },
-                difficulty={table.aliases[j]: correlation(hard[k], hard[j]) for j in others},
+                agreement={name: agreement(reference, columns[j]) for j, name in others},
+                correlation={name: correlation(margins, columns[j].margins) for j, name in others},
+                difficulty={name: correlation(hard[k], hard[j]) for j, name in others},
                 dominance={kind: float(shares[k]) for kind, shares in dominant.items()},
             )
         )
     return result
-
-
-def accuracies(
-    logps: np.ndarray, tokens: np.ndarray, response_bytes: np.ndarray, prompts: np.ndarray
-) -> dict[str, Interval]:
-    """The share of pairs whose chosen response is the likelier one, by normalization.
-
-    `logps` (nats), `tokens` and `response_bytes` are [N, 2], `prompts` [N].
-    """
-    right = [
-        preferred(normalize_logps(logps, unit, tokens, response_bytes)) for unit in NORMALIZATIONS
-    ]
-    return dict(zip(NORMALIZATIONS, mean_intervals(np.stack(right, axis=1), prompts)))
 
 
 def preferred(logps: np.ndarray) -> np.ndarray:
@@ -195,14 +175,6 @@ def saturation(scores: ReferenceLogps, epsilon: float, unit: str) -> list[float]
     known = ~np.isnan(clipped[0])
     moved = 0.5 * (clipped[0] != chosen) + 0.5 * (clipped[1] != rejected)
     return [_mean(np.where(known, moved, np.nan)[:, k]) for k in range(chosen.shape[1])]
-
-
-def _bits_per_byte(logps: np.ndarray, response_bytes: np.ndarray) -> list[float]:
-    """[2] for the chosen and the rejected responses."""
-    return [
-        _mean_ratio(-logps[:, branch], response_bytes[:, branch]) / float(np.log(2))
-        for branch in (0, 1)
-    ]
 
 
 def _mean_ratio(values: np.ndarray, units: np.ndarray) -> float:

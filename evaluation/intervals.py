@@ -61,7 +61,7 @@ def bootstrap_means(
     distinct, cluster_of = np.unique(clusters, return_inverse=True)
     sums = _by_cluster(np.where(present, values, 0.0), cluster_of, len(distinct))
     counts = _by_cluster(present.astype(np.float64), cluster_of, len(distinct))
-    means = _ratio(sums.sum(0), counts.sum(0))
+    means = ratio(sums.sum(0), counts.sum(0))
     if len(distinct) < 2:
         return means, np.full((resamples, values.shape[1]), np.nan)
     rng = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def bootstrap_means(
         size = min(block, resamples - start)
         drawn = rng.integers(len(distinct), size=(size, len(distinct)))
         times = np.stack([np.bincount(row, minlength=len(distinct)) for row in drawn])
-        draws.append(_ratio(times @ sums, times @ counts))
+        draws.append(ratio(times @ sums, times @ counts))
     return means, np.concatenate(draws)
 
 
@@ -93,9 +93,9 @@ def mean_intervals(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> l
 
 def _by_cluster(values: np.ndarray, cluster_of: np.ndarray, num_clusters: int) -> np.ndarray:
     """Sums [C, M] of the rows of each cluster."""
-    columns = [np.bincount(cluster_of, column, num_clusters) for column in values.T]
-    return np.stack(columns, axis=1)
+    return np.stack([np.bincount(cluster_of, column, num_clusters) for column in values.T], axis=1)
 
 
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Means from sums and counts; NaN for a count of 0."""
     return sums / np.where(counts > 0, counts, np.nan)

@@ -1,8 +1,6 @@
-"""Policies to evaluate, scored as stage one scores references.
+"""Policies to evaluate: a model folder, a PEFT adapter's folder, a Hub id or a finished run.
 
-A policy is a model folder, a PEFT adapter's folder, a Hub id or a finished run. Its scores are
-kept in `store.policies`, apart from the references', under an identity of its own: a policy whose
-weights did not change is never scored again.
+They are scored as stage one scores references.
 """
 
 from __future__ import annotations
@@ -10,15 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..data.references import ReferenceSpec
-from ..data.shards import PairShards
-from ..data.store import ReferenceRecord, Store
 from ..errors import UserError
-from ..precompute.run import score
 from ..settings import build
 from ..train.checkpoint import checkpoints
 from ..train.config import TrainConfig
@@ -29,27 +24,12 @@ ADAPTER_CONFIG, TEMPLATE = "adapter_config.json", "chat_template.jinja"
 ALIAS_LENGTH = 48  # characters of a policy's name that become its alias
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Policy:
-    """A model to evaluate."""
+    """A model to evaluate, as a reference that stage one can score."""
 
     name: str
-    model: str  # a folder or a Hub id
-    revision: str | None = None
-    adapter: str | None = None  # a folder
-    chat_template: str | None = None  # the template's text, where it is not the model's own
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def reference(self, alias: str) -> ReferenceSpec:
-        """The policy as a reference that stage one can score."""
-        return ReferenceSpec(
-            alias=alias,
-            model=self.model,
-            revision=self.revision,
-            adapter=self.adapter,
-            chat_template=self.chat_template,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+    reference: ReferenceSpec  # its alias is set by `references_of`
 
 
 def policy_at(
@@ -63,19 +43,19 @@ def policy_at(
         raise UserError("--policies: one of them is a URL; name a folder or a Hub id (org/name)")
     folder = Path(path).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else path
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return Policy(name=name or path, model=model, chat_template_kwargs=kwargs or {})
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = adapter["base_model_name_or_path"]
-    template = folder / TEMPLATE  # its base model may have another one, or none
-    return Policy(
-        name=name or path,
-        model=str(Path(base).resolve()) if Path(base).is_dir() else base,
-        revision=adapter.get("revision"),
-        adapter=model,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
-        chat_template_kwargs=kwargs or {},
-    )
+    reference = ReferenceSpec("policy", model, chat_template_kwargs=kwargs or {})
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = adapter["base_model_name_or_path"]
+        template = folder / TEMPLATE  # its base model may have another one, or none
+        reference = replace(
+            reference,
+            model=str(Path(base).resolve()) if Path(base).is_dir() else base,
+            revision=adapter.get("revision"),
+            adapter=model,
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        )
+    return Policy(name or path, reference)
 
 
 def policy_of_run(run: str | Path, name: str) -> Policy:
@@ -114,38 +94,8 @@ def run_names(runs: Sequence[str]) -> list[str]:
     return names
 
 
-def score_policies(
-    policies: Sequence[Policy],
-    pairs: PairShards,
-    store: Store,
-    *,
-    split: Literal["train", "validation"] | None = None,
-    engine: Literal["hf", "vllm", "auto"] = "hf",
-    max_tokens: int | None = None,
-    in_process: bool = False,
-) -> list[ReferenceRecord]:
-    """Score every policy on a split (None: all pairs) where `store` has no scores of it.
-
-    Returns their records in the order of the policies. Progress goes to stderr. Raises `UserError`
-    where a policy can't be scored, or the split has no pairs.
-    """
-    result = score(
-        [policy.reference(alias) for policy, alias in zip(policies, _aliases(policies))],
-        pairs,
-        store,
-        engine=engine,
-        split=split,
-        in_process=in_process,
-        max_tokens=max_tokens,
-        update_refs=True,  # a policy on the Hub is evaluated at its newest commit
-    )
-    if result.exit_code:
-        raise UserError("not all policies could be scored; see the lines above")
-    return result.records
-
-
-def _aliases(policies: Sequence[Policy]) -> list[str]:
-    """A name for each policy's record: its own, as far as an alias may hold it."""
+def references_of(policies: Sequence[Policy]) -> list[ReferenceSpec]:
+    """What stage one scores; aliases are the policies' names, as far as an alias may hold them."""
     aliases: list[str] = []
     for policy in policies:
         short = re.sub(r"[^A-Za-z0-9._-]+", "-", policy.name).strip("-._")[-ALIAS_LENGTH:]
@@ -154,4 +104,4 @@ def _aliases(policies: Sequence[Policy]) -> list[str]:
         while alias in aliases:
             alias, number = f"{short}-{number}", number + 1
         aliases.append(alias)
-    return aliases
+    return [replace(policy.reference, alias=alias) for policy, alias in zip(policies, aliases)]

@@ -22,7 +22,7 @@ from ..data.join import precompute_line
 from ..data.pairs import Pair, prompt_number, response_bytes
 from ..data.references import load_refs
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
-from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
+from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, Store
 from ..errors import UserError
 from ..method.objective import ReferenceLogps
 from ..settings import comma_separated
@@ -161,8 +161,12 @@ def scored_records(
             incomplete.append(alias)
             continue
         records.append(record)
-        if _any_unscored(pairs, store.scores(record.identity), split):
-            incomplete.append(alias)
+        scores = store.scores(record.identity)
+        for shard in range(len(pairs.names)):
+            ids = pairs.pair_ids(shard)[_rows_of(pairs, shard, split)]
+            if scores.missing(ids, refresh=shard == 0).any():
+                incomplete.append(alias)
+                break
     if incomplete:
         line = precompute_line(pairs, store, incomplete, refs_config)
         raise UserError(
@@ -196,8 +200,7 @@ def _read_pairs(
     pairs: PairShards, split: str | None, sample: int | None, seed: int
 ) -> tuple[pa.Table, np.ndarray]:
     """Rows of the shards in their order, and their places [N, 2]."""
-    splits = [_splits(pairs, shard) for shard in range(len(pairs.names))]
-    rows = [np.flatnonzero((names == split) | (split is None)) for names in splits]
+    rows = [_rows_of(pairs, shard, split) for shard in range(len(pairs.names))]
     places = np.concatenate([np.stack([np.full_like(r, i), r], 1) for i, r in enumerate(rows)])
     if sample is not None and sample < len(places):
         drawn = np.random.default_rng(seed).choice(len(places), sample, replace=False)
@@ -211,38 +214,21 @@ def _read_pairs(
     return pa.concat_tables(parts), places
 
 
-def _splits(pairs: PairShards, shard: int) -> np.ndarray:
-    return pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
-
-
-def _any_unscored(pairs: PairShards, scores: ScoreFiles, split: str | None) -> bool:
-    return any(
-        scores.missing(pairs.pair_ids(shard)[rows], refresh=shard == 0).any()
-        for shard in range(len(pairs.names))
-        for rows in [(_splits(pairs, shard) == split) | (split is None)]
-    )
+def _rows_of(pairs: PairShards, shard: int, split: str | None) -> np.ndarray:
+    splits = pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
+    return np.flatnonzero((splits == split) | (split is None))
 
 
 def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> ReferenceColumns:
     """A reference's scores of the given pairs; of two rows for a pair the first counts."""
     index = IdIndex(ids)
-    rows = pa.table(
-        {
-            field.name: pa.nulls(len(ids), field.type)
-            for field in SCORE_SCHEMA
-            if field.name != "pair_id"
-        }
-    )
-    source = np.full(len(ids), -1)
-    parts, count = [rows.slice(0, 0)], 0
-    for table in store.scores(record.identity).tables(SCORE_SCHEMA.names):
-        at = index.find(ids_to_numpy(table["pair_id"]))
-        new = (at >= 0) & (source[at] < 0)
-        taken = table.filter(pa.array(new)).drop_columns("pair_id")
-        source[at[new]] = np.arange(count, count + len(taken))
-        parts.append(taken)
-        count += len(taken)
-    scores = pa.concat_tables(parts).take(pa.array(source, mask=source < 0))
+    parts = [
+        table.filter(pa.array(index.find(ids_to_numpy(table["pair_id"])) >= 0))
+        for table in store.scores(record.identity).tables(SCORE_SCHEMA.names)
+    ]
+    rows = pa.concat_tables(parts or [SCORE_SCHEMA.empty_table()])
+    source = IdIndex(ids_to_numpy(rows["pair_id"])).find(ids)
+    scores = rows.take(pa.array(source, mask=source < 0))
     reasons = pc.fill_null(scores["reason"], "").to_numpy(zero_copy_only=False)
     return ReferenceColumns(
         record=record,

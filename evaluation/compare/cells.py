@@ -2,7 +2,7 @@
 
 <output-dir>/cells/mrpo/fraction-0.2/seed-43/     a folder of `mrpo train`, and besides
     cell.yaml         its settings, as `mrpo train --config` reads them
-    cell.json         what makes its numbers: settings, pairs, identities of the references
+    cell.json         its inputs, which make its numbers: settings, pairs, references' identities
     cell.log          what training and evaluation printed
     evaluation.json   held-out figures of training and of the evaluation
     result.json       seconds and the policy's identity; there when the run is finished
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from ...data.shards import PairShards
 from ...errors import UserError
 from ...files import write_json
 from ...settings import comma_separated, write_resolved
-from ...train.checkpoint import numeric_settings
 from ...train.config import TrainConfig
 from ...train.run_folder import RunFolder
 from ..config import CompareConfig
@@ -67,18 +67,14 @@ class Cell:
 
 def cells_of(config: CompareConfig) -> list[Cell]:
     """Every combination, small fractions first, so that mistakes show early."""
-    root = Path(config.output_dir) / CELLS
-    return [
-        Cell(
-            method,
-            fraction,
-            seed,
-            root / folder_name(method) / f"fraction-{fraction:g}" / f"seed-{seed}",
-        )
-        for fraction in fractions_of(config.fractions)
-        for seed in range(config.seed, config.seed + config.seeds)
-        for method in methods_of(config.methods)
-    ]
+    cells = []
+    seeds = range(config.seed, config.seed + config.seeds)
+    for choice in product(fractions_of(config.fractions), seeds, methods_of(config.methods)):
+        fraction, seed, method = choice
+        name = method.replace(":", "=").replace("/", "~")  # not in aliases, nor in weightings
+        folder = Path(config.output_dir) / CELLS / name / f"fraction-{fraction:g}" / f"seed-{seed}"
+        cells.append(Cell(method, fraction, seed, folder))
+    return cells
 
 
 def methods_of(text: str) -> list[str]:
@@ -104,15 +100,6 @@ def fractions_of(text: str) -> list[float]:
     return fractions
 
 
-def folder_name(method: str) -> str:
-    """A method as a folder's name; aliases and weightings contain neither = nor ~.
-
-    >>> folder_name("mrpo:llama/qwen+fitted")
-    'mrpo=llama~qwen+fitted'
-    """
-    return method.replace(":", "=").replace("/", "~")
-
-
 def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards) -> TrainConfig:
     """The cell's settings for `mrpo train`."""
     shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
@@ -126,13 +113,6 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
         "seed": cell.seed,
     }
     return TrainConfig(**{**shared, **own})
-
-
-def inputs_of(
-    settings: TrainConfig, pairs: PairShards, identities: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything that determines the numbers of a cell, as JSON."""
-    return numeric_settings(settings, pairs) | {"identities of the references": dict(identities)}
 
 
 def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
@@ -153,10 +133,9 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
 def write_inputs(cell: Cell, settings: TrainConfig, inputs: Mapping[str, Any]) -> None:
     """Make the cell's folder with its settings."""
     try:
-        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_resolved(settings, cell.folder / SETTINGS)
+        write_json(cell.folder / INPUTS, inputs)
     except OSError as error:
         raise UserError(
             f"--output-dir {cell.folder}: {error.strerror}; name another folder"
         ) from None
-    write_resolved(settings, cell.folder / SETTINGS)
-    write_json(cell.folder / INPUTS, inputs)

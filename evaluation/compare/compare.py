@@ -24,13 +24,13 @@ from ...errors import UserError
 from ...files import write_json
 from ...method.grammar import aliases_of, method_of, named_references
 from ...settings import command, write_resolved
+from ...train.checkpoint import numeric_settings
 from ..config import CompareConfig
 from ..score_table import scored_records
 from .cells import (
     Cell,
     cells_of,
     fractions_of,
-    inputs_of,
     methods_of,
     refuse_changed_inputs,
     settings_for,
@@ -56,8 +56,8 @@ def compare(config: CompareConfig) -> Comparison:
     plan = _plan(config, pairs, store)
     cells = cells_of(config)
     settings = {cell: settings_for(config, cell, ",".join(plan.aliases), pairs) for cell in cells}
-    identities = {record.alias: record.identity for record in plan.records}
-    inputs = {cell: inputs_of(settings[cell], pairs, identities) for cell in cells}
+    scored = {"identities of the references": {r.alias: r.identity for r in plan.records}}
+    inputs = {cell: numeric_settings(settings[cell], pairs) | scored for cell in cells}
     for cell in cells:
         refuse_changed_inputs(cell, inputs[cell])
     for cell in cells:
@@ -101,11 +101,11 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
             f"{pairs.path}: no pair is held out to compare on; prepare the pairs with "
             "--validation-fraction"
         )
-    references: dict[str, tuple[str, ...]] = {}
+    references: dict[str, list[str]] = {}
     written: dict[str, str] = {}  # by the method in full, as the user wrote it
     for cell in cells_of(config)[: len(methods)]:
         method = method_of(settings_for(config, cell, ",".join(aliases), pairs))
-        references[cell.method] = method.references
+        references[cell.method] = list(method.references)
         earlier = written.setdefault(str(method), cell.method)
         if earlier != cell.method:
             raise UserError(f"--methods: {earlier} and {cell.method} are the same ({method})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -15,7 +15,6 @@ from ...terminal import table_lines
 from ..config import Metric
 from ..evaluate import HEADS, METRICS
 from ..intervals import Interval
-from .verdict import percent, points
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,16 +81,29 @@ class Comparison:
         """1 where a run failed."""
         return int(bool(self.missing))
 
+    def results_at(self, fraction: float, metric: Metric) -> dict[str, Result]:
+        """By method, the best first; those without a finished run come last."""
+        results = {
+            result.method: result
+            for result in self.results
+            if (result.fraction, result.metric) == (fraction, metric)
+        }
+        values = {method: result.accuracy.value for method, result in results.items()}
+        order = sorted(values, key=lambda method: 0.0 if isnan(values[method]) else -values[method])
+        return {method: results[method] for method in order}
+
+    def words(self, metric: Metric) -> str:
+        """What a metric is, with the name of the base."""
+        return self.metrics[metric].replace("the base", self.base)
+
 
 def read_comparison(path: Path) -> Comparison:
     """Read compare.json. Raises `UserError` where it is missing, damaged or of another version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["base_accuracy"] = _intervals(content["base_accuracy"])
-        content["growth"] = _intervals(content["growth"])
-        content["results"] = [_result(entry) for entry in content["results"]]
-        content["runs"] = [RunResult(**_known(entry)) for entry in content["runs"]]
-        content["scoring"] = [ScoringCost(**_known(entry)) for entry in content["scoring"]]
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_restored)
+        content["results"] = [Result(**entry) for entry in content["results"]]
+        content["runs"] = [RunResult(**entry) for entry in content["runs"]]
+        content["scoring"] = [ScoringCost(**entry) for entry in content["scoring"]]
         return Comparison(**content)
     except FileNotFoundError:
         raise UserError(f"{path} is not there yet; finish the comparison first") from None
@@ -101,24 +113,13 @@ def read_comparison(path: Path) -> Comparison:
         ) from None
 
 
-def _result(entry: dict[str, Any]) -> Result:
-    accuracy, gain = Interval(**_known(entry.pop("accuracy"))), entry.pop("gain")
-    over = entry.pop("over")
-    return Result(
-        accuracy=accuracy,
-        gain=Interval(**_known(gain)) if gain else None,
-        over=over,
-        **_known(entry),
-    )
-
-
-def _intervals(entries: Mapping[str, Any]) -> dict[Any, Interval]:
-    return {name: Interval(**_known(entry)) for name, entry in entries.items()}
-
-
-def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has null for NaN."""
-    return {name: float("nan") if value is None else value for name, value in entry.items()}
+def _restored(entry: dict[str, Any]) -> Any:
+    """An object of compare.json: intervals as such, and NaN for null, except where a gain is."""
+    known = {
+        name: float("nan") if value is None and name not in ("gain", "over") else value
+        for name, value in entry.items()
+    }
+    return Interval(**known) if "low" in known else known
 
 
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
@@ -148,30 +149,37 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
 
 def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
     """The table at one fraction, the best method by the deciding metric first."""
-    by_method: dict[str, dict[str, Result]] = {}
-    for result in comparison.results:
-        if result.fraction == fraction:
-            by_method.setdefault(result.method, {})[result.metric] = result
-    deciding = comparison.metric
-    values = {name: results[deciding].accuracy.value for name, results in by_method.items()}
-    order = sorted(values, key=lambda name: 0.0 if isnan(values[name]) else -values[name])
     rows = [["", *HEADS.values(), "gain", "training", "pairs/s"]]
     base = comparison.base_accuracy
-    cells = [base[name].percent() if name in base else "–" for name in METRICS]
+    cells = [base[metric].percent() if metric in base else "–" for metric in METRICS]
     rows.append([f"base {comparison.base}, untrained", *cells, "", "", ""])
-    for method in order:
-        results = by_method[method]
-        gain = results[deciding].gain
+    by_metric = {metric: comparison.results_at(fraction, metric) for metric in METRICS}
+    for method, result in by_metric[comparison.metric].items():
         runs = [
             run
             for run in comparison.runs
-            if run.method == method and run.fraction == fraction and run.seconds
+            if (run.method, run.fraction) == (method, fraction) and run.seconds
         ]
         cost = ["", ""]
         if runs:
             seconds = fmean(run.seconds for run in runs)
             rate = fmean(run.pairs_per_second for run in runs)
             cost = [f"{seconds:,.0f} s", f"{rate:,.1f}"]
-        cells = [results[name].accuracy.percent() for name in METRICS]
-        rows.append([method, *cells, points(gain) if gain else "", *cost])
+        cells = [by_metric[metric][method].accuracy.percent() for metric in METRICS]
+        rows.append([method, *cells, points(result.gain) if result.gain else "", *cost])
     return rows
+
+
+def percent(fraction: float) -> str:
+    """A share of the training pairs, as 20 %."""
+    return f"{100 * fraction:.3g} %"
+
+
+def points(value: Interval) -> str:
+    """A difference of shares.
+
+    >>> points(Interval(0.0125, -0.004, 0.029))
+    '+1.2 points (−0.4 to +2.9)'
+    """
+    words = f"{100 * value.value:+.1f} points ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
+    return words.replace("-", "−")

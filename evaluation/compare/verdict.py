@@ -8,35 +8,18 @@ question open they say so, and how many held-out pairs would settle it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
-from ..intervals import CONFIDENCE, Interval, bootstrap_means, interval
+from ..config import Metric
+from ..intervals import CONFIDENCE, Interval, bootstrap_means, interval, ratio
+from .results import Comparison, Result, percent, points
 
 MATTERS = 0.01  # the smallest gain, as a share of pairs, that is worth several references
 RESAMPLES = 4000
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gain:
-    """What a method with several references gains over the best one with a single reference."""
-
-    method: str
-    over: str
-    gain: Interval  # share of pairs; simultaneous over all methods of the standing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
-    """All methods at one size of the training data, judged by one metric."""
-
-    accuracy: dict[str, Interval]  # by method
-    seed_spread: dict[str, float]  # standard deviation over seeds; NaN for fewer than two
-    best_single: str | None  # None where no method has one reference
-    tied_singles: tuple[str, ...]  # other single references that may be as good as the best
-    gains: tuple[Gain, ...]  # the largest first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,42 +52,61 @@ def resample(
     return Draws(_mean(by_seed), by_seed, _mean(drawn))
 
 
-def standing(
-    draws: Draws, fraction: int, methods: Sequence[str], single: Sequence[bool]
-) -> Standing:
-    """The methods at one fraction (an index); `single` says which of them have one reference."""
-    means, drawn = draws.means[:, fraction], draws.draws[:, :, fraction]
-    accuracy = {name: interval(means[m], drawn[:, m]) for m, name in enumerate(methods)}
-    spread = {
-        name: float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else float("nan")
-        for name, values in zip(methods, draws.by_seed[:, fraction])
+def judge(
+    draws: Draws,
+    references: Mapping[str, Sequence[str]],
+    fractions: Sequence[float],
+    metric: Metric,
+) -> list[Result]:
+    """Every method at every fraction; `references` has the methods in the order of the draws."""
+    results = []
+    for at, fraction in enumerate(fractions):
+        means, drawn = draws.means[:, at], draws.draws[:, :, at]
+        singles, several = _finished(means, references)
+        for m, method in enumerate(references):
+            seeds = draws.by_seed[m, at]
+            spread = np.nanstd(seeds, ddof=1) if np.isfinite(seeds).sum() > 1 else np.nan
+            gains = bool(singles) and m in several
+            results.append(
+                Result(
+                    method=method,
+                    fraction=fraction,
+                    metric=metric,
+                    accuracy=interval(means[m], drawn[:, m]),
+                    seed_spread=float(spread),
+                    gain=_gain(means, drawn, m, singles[0], len(several)) if gains else None,
+                    over=list(references)[singles[0]] if gains else None,
+                )
+            )
+    return results
+
+
+def tied_singles(draws: Draws, references: Mapping[str, Sequence[str]]) -> list[str]:
+    """Other methods with one reference that may be as good as the best, on the largest fraction."""
+    means, drawn = draws.means[:, -1], draws.draws[:, :, -1]
+    singles, _ = _finished(means, references)
+    leads = {
+        m: _gain(means, drawn, singles[0], m, len(singles) - 1).low for m in sorted(singles[1:])
     }
-    known = np.flatnonzero(np.isfinite(means)).tolist()
-    singles = [m for m in known if single[m]]
-    several = [m for m in known if not single[m]]
-    if not singles:
-        return Standing(
-            accuracy=accuracy, seed_spread=spread, best_single=None, tied_singles=(), gains=()
-        )
-    best = max(singles, key=lambda m: means[m])
-    behind = {m: _gain(means, drawn, best, m, len(singles) - 1) for m in singles if m != best}
-    gains = [
-        Gain(method=methods[m], over=methods[best], gain=_gain(means, drawn, m, best, len(several)))
-        for m in several
-    ]
-    return Standing(
-        accuracy=accuracy,
-        seed_spread=spread,
-        best_single=methods[best],
-        tied_singles=tuple(methods[m] for m, lead in behind.items() if not lead.low > 0),
-        gains=tuple(sorted(gains, key=lambda gain: -gain.gain.value)),
-    )
+    return [list(references)[m] for m, low in leads.items() if not low > 0]
 
 
-def growth(draws: Draws, method: int, fraction: int, larger: int) -> Interval:
-    """What a method gains from one fraction of the pairs to a larger one."""
-    change = draws.draws[:, method, larger] - draws.draws[:, method, fraction]
-    return interval(draws.means[method, larger] - draws.means[method, fraction], change)
+def growth(draws: Draws, methods: Iterable[str]) -> dict[str, Interval]:
+    """What each method gains from the last fraction but one to the last; empty if there is one."""
+    if draws.means.shape[1] < 2:
+        return {}
+    values = draws.means[:, -1] - draws.means[:, -2]
+    changes = draws.draws[:, :, -1] - draws.draws[:, :, -2]
+    return {method: interval(values[m], changes[:, m]) for m, method in enumerate(methods)}
+
+
+def _finished(
+    means: np.ndarray, references: Mapping[str, Sequence[str]]
+) -> tuple[list[int], list[int]]:
+    """Methods that have a mean: those with one reference, the best first, and the others."""
+    known = [(m, len(names)) for m, names in enumerate(references.values()) if isfinite(means[m])]
+    singles = sorted((m for m, count in known if count == 1), key=lambda m: -means[m])
+    return singles, [m for m, count in known if count > 1]
 
 
 def _gain(means: np.ndarray, drawn: np.ndarray, method: int, over: int, count: int) -> Interval:
@@ -115,117 +117,96 @@ def _gain(means: np.ndarray, drawn: np.ndarray, method: int, over: int, count: i
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """Over the last axis, of the finite values; NaN where there are none."""
-    known = np.isfinite(values)
-    number = known.sum(axis=-1)
-    return np.where(known, values, 0.0).sum(axis=-1) / np.where(number > 0, number, np.nan)
+    return ratio(np.nansum(values, axis=-1), np.isfinite(values).sum(axis=-1))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComparisonOutcome:
-    """What the sentences are made from."""
-
-    metrics: Sequence[str]  # in words, the one that decides first
-    fractions: Sequence[float]  # ascending; the last decides
-    standings: Mapping[str, Sequence[Standing]]  # by metric, one for each fraction
-    references: Mapping[str, str]  # of each method with one reference, the alias
-    growth: Mapping[str, Interval]  # of each method, from the last fraction but one to the last
-    pairs: int  # held-out
-    seeds: int
-    missing: int  # runs that failed
-
-
-def verdict(outcome: ComparisonOutcome) -> list[str]:
-    """Sentences, the answer first."""
-    deciding = outcome.metrics[0]
-    final = outcome.standings[deciding][-1]
-    lines = [*_answer(final, outcome), *_others_say(outcome), *_by_size(outcome)]
-    if outcome.seeds == 1:
+def verdict(comparison: Comparison, tied: Sequence[str]) -> list[str]:
+    """Sentences, the answer first; `tied` are the methods that `tied_singles` finds."""
+    lines = [*_answer(comparison, tied), *_others_say(comparison), *_by_size(comparison)]
+    if len(comparison.seeds) == 1:
         lines.append("One seed: the intervals do not include the spread between runs.")
-    if outcome.missing:
+    if comparison.missing:
         lines.append(
-            f"{outcome.missing} runs FAILED and are missing here; run the same command again."
+            f"{len(comparison.missing)} runs FAILED and are missing here; run the same command "
+            "again."
         )
     lines.append(
-        f"Judged by {deciding} on {outcome.pairs:,} held-out pairs; intervals of gains hold "
-        "together at 95 %."
+        f"Judged by {comparison.words(comparison.metric)} on {comparison.pairs:,} held-out pairs; "
+        "intervals of gains hold together at 95 %."
     )
     return lines
 
 
-def stance(standing: Standing) -> str:
+Gains = Sequence[tuple[Result, Interval]]  # of methods with several references, the largest first
+
+
+def _gains(comparison: Comparison, fraction: float, metric: Metric | None = None) -> Gains:
+    results = comparison.results_at(fraction, metric or comparison.metric).values()
+    return [(result, result.gain) for result in results if result.gain]
+
+
+def stance(gains: Gains) -> str:
     """Whether several references beat the best single one: better, worse or open."""
-    if any(gain.gain.low > 0 for gain in standing.gains):
+    if any(gain.low > 0 for _, gain in gains):
         return "better"
-    return "worse" if all(gain.gain.high < 0 for gain in standing.gains) else "open"
+    return "worse" if all(gain.high < 0 for _, gain in gains) else "open"
 
 
-def points(value: Interval) -> str:
-    """A difference of shares.
-
-    >>> points(Interval(0.0125, -0.004, 0.029))
-    '+1.2 points (−0.4 to +2.9)'
-    """
-    low, high = _signed(value.low), _signed(value.high)
-    return f"{_signed(value.value)} points ({low} to {high})"
-
-
-def _answer(final: Standing, outcome: ComparisonOutcome) -> list[str]:
-    """Whether several references are worth it."""
-    if final.best_single is None:
+def _answer(comparison: Comparison, tied: Sequence[str]) -> list[str]:
+    """Whether several references are worth it, and how sure the best single one is the best."""
+    final = comparison.results_at(comparison.fractions[-1], comparison.metric)
+    singles = {name: refs[0] for name, refs in comparison.references.items() if len(refs) == 1}
+    ranked = [name for name in final if name in singles and isfinite(final[name].accuracy.value)]
+    if not ranked:
         return [
             "No method here has a single reference, so the gain of several is unknown; "
             "add dpo:ALIAS for each reference to --methods."
         ]
-    name = outcome.references[final.best_single]
-    which = _which(final, outcome)
-    if not final.gains:
+    name = singles[ranked[0]]
+    which = f"Of single references {name} is clearly the best."
+    if len(singles) == 1:
+        which = f"No other single reference than {name} was tried."
+    elif tied:
+        equals = ", ".join(singles[method] for method in tied)
+        which = f"Of single references {name} does best, but {equals} may be as good."
+    gains = _gains(comparison, comparison.fractions[-1])
+    if not gains:
         return [which]
-    best = final.gains[0]
-    if stance(final) == "better":
-        beating = [gain for gain in final.gains if gain.gain.low > 0]
+    if stance(gains) == "better":
+        (best, most), *others = [(result, gain) for result, gain in gains if gain.low > 0]
         lines = [
-            f"Several references beat one here: {beating[0].method} gains "
-            f"{points(beating[0].gain)} over {best.over}, the best with one."
+            f"Several references beat one here: {best.method} gains {points(most)} over "
+            f"{best.over}, the best with one."
         ]
-        lines += [f"So does {gain.method}: {points(gain.gain)}." for gain in beating[1:]]
+        lines += [f"So does {result.method}: {points(gain)}." for result, gain in others]
         return [*lines, which]
-    settled = best.gain.high <= MATTERS
+    best, most = gains[0]
+    settled = most.high <= MATTERS
     until = "" if settled else " until more pairs show otherwise"
     lines = [
         f"One reference is enough here{until}, and it is {name}: {best.method}, the best with "
-        f"several, stands at {points(best.gain)} against {best.over}."
+        f"several, stands at {points(most)} against {best.over}."
     ]
-    lines += [] if settled else [_open(best.gain, outcome.pairs)]
-    return [*lines, which] if final.tied_singles else lines
-
-
-def _which(final: Standing, outcome: ComparisonOutcome) -> str:
-    """How sure the best single reference is the best."""
-    assert final.best_single is not None
-    name = outcome.references[final.best_single]
-    if len(outcome.references) == 1:
-        return f"No other single reference than {name} was tried."
-    if not final.tied_singles:
-        return f"Of single references {name} is clearly the best."
-    tied = ", ".join(outcome.references[method] for method in final.tied_singles)
-    return f"Of single references {name} does best, but {tied} may be as good."
+    lines += [] if settled else [_open(most, comparison.pairs)]
+    return [*lines, which] if tied else lines
 
 
 def _open(gain: Interval, pairs: int) -> str:
-    """What the interval can't rule out, and how many pairs would."""
+    """What the interval can't rule out, and how many pairs would; rounded up to two digits."""
     half_width = (gain.high - gain.low) / 2
     needed = pairs * (half_width / MATTERS) ** 2
+    size = 10 ** max(len(str(int(needed))) - 2, 0)
     return (
         f"A gain of up to {100 * gain.high:.1f} points can't be ruled out; telling a gain of "
-        f"{100 * MATTERS:.0f} point from none takes about {_round(needed):,} held-out pairs."
+        f"{100 * MATTERS:.0f} point from none takes about {int(-(-needed // size) * size):,} "
+        "held-out pairs."
     )
 
 
-def _others_say(outcome: ComparisonOutcome) -> list[str]:
+def _others_say(comparison: Comparison) -> list[str]:
     """The other metrics, where any of them gives another answer."""
-    deciding, *others = outcome.metrics
-    final = outcome.standings[deciding][-1]
-    if not final.gains:
+    final = _gains(comparison, comparison.fractions[-1])
+    if not final:
         return []
     answers = {
         "better": "several references do beat one",
@@ -233,55 +214,40 @@ def _others_say(outcome: ComparisonOutcome) -> list[str]:
         "open": "no gain of several references is shown",
     }
     lines = []
-    for metric in others:
-        standing = outcome.standings[metric][-1]
-        if standing.gains and stance(standing) != stance(final):
-            first = standing.gains[0]
+    for metric in comparison.metrics:
+        gains = _gains(comparison, comparison.fractions[-1], metric)
+        if gains and stance(gains) != stance(final):
+            first, gain = gains[0]
             lines.append(
-                f"Judged by {metric} instead, {answers[stance(standing)]}: {first.method} against "
-                f"{first.over} {points(first.gain)}."
+                f"Judged by {comparison.words(metric)} instead, {answers[stance(gains)]}: "
+                f"{first.method} against {first.over} {points(gain)}."
             )
-    return lines or ["The other metrics give the same answer."] * bool(others)
+    return lines or ["The other metrics give the same answer."]
 
 
-def _by_size(outcome: ComparisonOutcome) -> list[str]:
+def _by_size(comparison: Comparison) -> list[str]:
     """Whether less data gives another answer, and whether more would help."""
-    if len(outcome.fractions) < 2:
+    if len(comparison.fractions) < 2:
         return []
-    standings = outcome.standings[outcome.metrics[0]]
-    final = standings[-1]
-    lines = []
-    for fraction, standing in zip(outcome.fractions[:-1], standings):
-        if standing.gains and final.gains and stance(standing) != stance(final):
-            gain = standing.gains[0]
+    *smaller, largest = comparison.fractions
+    final, lines = _gains(comparison, largest), []
+    for fraction in smaller:
+        gains = _gains(comparison, fraction)
+        if gains and final and stance(gains) != stance(final):
+            first, gain = gains[0]
             lines.append(
                 f"With {percent(fraction)} of the training pairs the answer is another: "
-                f"{gain.method} against {gain.over} {points(gain.gain)}."
+                f"{first.method} against {first.over} {points(gain)}."
             )
-    best = max(outcome.growth, key=lambda name: final.accuracy[name].value)
-    change, step = outcome.growth[best], outcome.fractions[-2:]
+    best = next(iter(comparison.results_at(largest, comparison.metric)))
+    change = comparison.growth[best]
     says = "whether more pairs would help is open."
     if change.low > 0:
         says = "more pairs would help."
     elif change.high < 0:
         says = "more pairs did worse; look at the learning rate and the labels."
     lines.append(
-        f"From {percent(step[0])} to {percent(step[1])} of the training pairs {best} changes by "
-        f"{points(change)}: {says}"
+        f"From {percent(smaller[-1])} to {percent(largest)} of the training pairs {best} changes "
+        f"by {points(change)}: {says}"
     )
     return lines
-
-
-def percent(fraction: float) -> str:
-    """A share of the training pairs, as 20 %."""
-    return f"{100 * fraction:.3g} %"
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def _round(count: float) -> int:
-    """Up, to two digits: the number is a rough estimate."""
-    size = 10 ** max(len(str(int(count))) - 2, 0)
-    return int(-(-count // size) * size)

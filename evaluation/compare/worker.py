@@ -28,8 +28,6 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ...data.shards import PairShards
-from ...data.store import open_store
 from ...errors import UserError
 from ...files import locked, to_json, write_json
 from ...precompute.process import Report, serve
@@ -38,7 +36,8 @@ from ...train.checkpoint import STATE_FILE
 from ...train.config import TrainConfig
 from ...train.run import train
 from ...train.run_folder import update_evaluation
-from ..evaluate import EvaluationInputs, measure
+from ..config import EvaluateConfig
+from ..evaluate import measure
 from ..policies import policy_of_run
 from .cells import SETTINGS, Cell
 
@@ -54,7 +53,10 @@ def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
     with locked(cell.folder / ".lock") as ours:
         if not ours:
             raise UserError("another process is at work on it")
-        _print_to(cell.log)
+        sys.stdout.flush()
+        with cell.log.open("ab") as log:  # also for what libraries print
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         try:
             _train_and_evaluate(cell, base, keep_model)
         except UserError as error:
@@ -71,30 +73,28 @@ def process_state_kept() -> Iterator[None]:
 
     Inside, torch's random generators start as in a new process.
     """
-    environment, folder = dict(os.environ), Path.cwd()
-    threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
-    handler = signal.getsignal(signal.SIGTERM)
-    generators = random.getstate(), np.random.get_state()
-    torch.manual_seed(TORCH_SEED)
-    with contextlib.suppress(OSError):  # Linux: start a new measurement of peak memory
-        Path("/proc/self/clear_refs").write_text("5")
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        torch.set_num_threads(threads)
-        transformers_logging.set_verbosity(verbosity)
-        signal.signal(signal.SIGTERM, handler)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        if "torch._dynamo" in sys.modules:  # torch.compile has a limit of recompilations
-            torch.compiler.reset()
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+    with contextlib.ExitStack() as state, warnings.catch_warnings():
+        state.callback(_free_memory)
+        state.callback(os.chdir, Path.cwd())
+        state.callback(os.environ.update, dict(os.environ))
+        state.callback(os.environ.clear)  # first: callbacks are called in reverse
+        state.callback(torch.set_num_threads, torch.get_num_threads())
+        state.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        state.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        state.callback(random.setstate, random.getstate())
+        state.callback(np.random.set_state, np.random.get_state())
+        torch.manual_seed(TORCH_SEED)
+        with contextlib.suppress(OSError):  # Linux: start a new measurement of peak memory
+            Path("/proc/self/clear_refs").write_text("5")
+        yield
+
+
+def _free_memory() -> None:
+    if "torch._dynamo" in sys.modules:  # torch.compile has a limit of recompilations
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
@@ -106,12 +106,16 @@ def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
     if code:  # SIGTERM: the checkpoint is saved, and this process ends as it was asked to
         sys.exit(code)
     trained = time.monotonic()
-    inputs = EvaluationInputs(
-        PairShards(config.pairs or "pairs"), open_store(config.store), base, config.refs_config
+    settings = EvaluateConfig(
+        runs=str(cell.folder),
+        base=base,
+        pairs=config.pairs,
+        refs_config=config.refs_config,
+        store=config.store,
     )
     policy = policy_of_run(cell.folder, f"{cell.method}-{cell.fraction:g}-{cell.seed}")
     with process_state_kept():
-        evaluation = measure([policy], inputs, in_process=True)
+        evaluation = measure([policy], settings, in_process=True)
     update_evaluation(cell.run.evaluation, to_json(evaluation))
     seconds = {"train": trained - started, "evaluate": time.monotonic() - trained}
     _free_disk(cell, keep_model)
@@ -131,14 +135,6 @@ def _free_disk(cell: Cell, keep_model: bool) -> None:
     for path in cell.run.checkpoints.glob("*/*"):
         if path.name != STATE_FILE:
             path.unlink()
-
-
-def _print_to(log: Path) -> None:
-    """Make a file this process's stdout and stderr, also for what libraries print."""
-    sys.stdout.flush()
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
 
 
 def _handle(values: dict[str, Any], report: Report) -> None:

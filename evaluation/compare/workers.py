@@ -119,7 +119,9 @@ class CellRunner:
         if slot.tries < TRIES:
             self._try(slot, slot.cell)
             return None
-        return f"{worker.how_it_ended}; the end of {slot.cell.log}: {_tail(slot.cell)}"
+        lines = slot.cell.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        end = " | ".join(line.split("\r")[-1].strip() for line in lines[-TAIL:])
+        return f"{worker.how_it_ended}; the end of {slot.cell.log}: {end}"
 
     def _let_save(self, slots: Sequence[_Slot]) -> None:
         """SIGTERM to the workers: `train` saves a checkpoint first. Returns when all have ended."""
@@ -148,22 +150,13 @@ def _environment(device: str | None, workers: int) -> Mapping[str, str]:
     return {}
 
 
-def _tail(cell: Cell) -> str:
-    lines = cell.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return " | ".join(line.split("\r")[-1].strip() for line in lines[-TAIL:])
-
-
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """Inside, SIGTERM raises `KeyboardInterrupt` as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread alone
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

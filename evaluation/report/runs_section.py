@@ -16,8 +16,7 @@ from statistics import fmean
 from ...settings import comma_separated
 from ...train.run_folder import read_log
 from ..compare.compare import RESULT, SETTINGS
-from ..compare.results import Comparison, Result, accuracy_rows, read_comparison
-from ..compare.verdict import percent
+from ..compare.results import Comparison, Result, accuracy_rows, percent, read_comparison
 from ..config import ReportConfig
 from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table
 

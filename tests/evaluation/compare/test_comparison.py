@@ -7,13 +7,22 @@ import doctest
 import numpy as np
 import pytest
 
-from mrpo.evaluation.compare import verdict as verdict_module
-from mrpo.evaluation.compare.outcome import Draws, Standing, growth, resample, standing
-from mrpo.evaluation.compare.verdict import ComparisonOutcome, verdict
+from mrpo.evaluation.compare import results as results_module
+from mrpo.evaluation.compare.outcome import METRIC_WORDS
+from mrpo.evaluation.compare.results import Comparison, Result
+from mrpo.evaluation.compare.verdict import (
+    Draws,
+    growth,
+    judge,
+    resample,
+    tied_singles,
+    verdict,
+)
+from mrpo.evaluation.config import Metric
+from mrpo.evaluation.intervals import Interval
 
-METHODS = ["dpo:llama", "dpo:qwen", "mrpo"]
-SINGLE = [True, True, False]
-REFERENCES = {"dpo:llama": "llama", "dpo:qwen": "qwen"}
+BOTH = ["llama", "qwen"]
+METHODS = {"dpo:llama": ["llama"], "dpo:qwen": ["qwen"], "mrpo": BOTH}
 
 
 def simulated(
@@ -27,45 +36,75 @@ def simulated(
     return (np.argsort(np.argsort(answers, 0), 0) / pairs < level).astype(float)
 
 
-def judged(right: np.ndarray, prompts: np.ndarray | None = None) -> Standing:
-    draws = resample(right, np.arange(len(right)) if prompts is None else prompts, 1000)
-    return standing(draws, 0, METHODS, SINGLE)
+def drawn(right: np.ndarray, prompts: np.ndarray | None = None) -> Draws:
+    return resample(right, np.arange(len(right)) if prompts is None else prompts, 1000)
 
 
-def outcome(*standings: Standing, **changes: object) -> ComparisonOutcome:
-    given = {
-        "metrics": ["reward"],
-        "fractions": [1.0],
-        "standings": {"reward": list(standings)},
-        "references": REFERENCES,
-        "growth": {},
-        "pairs": 400,
-        "seeds": 3,
-        "missing": 0,
-    }
-    return ComparisonOutcome(**{**given, **changes})  # type: ignore[arg-type]
+def judged(right: np.ndarray, prompts: np.ndarray | None = None) -> dict[str, Result]:
+    results = judge(drawn(right, prompts), METHODS, [1.0], "reward")
+    return {result.method: result for result in results}
+
+
+def gain_of(result: Result) -> Interval:
+    assert result.gain is not None
+    return result.gain
+
+
+def words(
+    *draws: Draws,
+    references: dict[str, list[str]] = METHODS,
+    fractions: tuple[float, ...] = (1.0,),
+    pairs: int = 400,
+    seeds: int = 3,
+    missing: int = 0,
+) -> list[str]:
+    """The sentences on a comparison by the first metrics, one for each of `draws`."""
+    metrics: list[Metric] = ["reward", "token"]
+    comparison = Comparison(
+        base="llama",
+        pairs=pairs,
+        prompts=pairs,
+        metric="reward",
+        metrics={metric: METRIC_WORDS[metric] for metric, _ in zip(metrics, draws)},
+        methods=list(references),
+        references=references,
+        fractions=list(fractions),
+        seeds=list(range(seeds)),
+        base_accuracy={},
+        results=[
+            result
+            for metric, given in zip(metrics, draws)
+            for result in judge(given, references, fractions, metric)
+        ],
+        growth=growth(draws[0], references),
+        runs=[],
+        missing=["a run"] * missing,
+        scoring=[],
+        verdict=[],
+    )
+    return verdict(comparison, tied_singles(draws[0], references))
 
 
 def test_the_examples_give_what_they_say() -> None:
-    assert doctest.testmod(verdict_module) == (0, 1)
+    assert doctest.testmod(results_module) == (0, 1)
 
 
 def test_accuracy_is_the_plain_mean_over_pairs_and_seeds() -> None:
     right = simulated([0.6, 0.7, 0.75], 0)
-    judgement = judged(right)
+    results = judged(right)
     for m, name in enumerate(METHODS):
-        assert judgement.accuracy[name].value == pytest.approx(right[:, m].mean())
-        assert judgement.seed_spread[name] == pytest.approx(right[:, m, 0].mean(0).std(ddof=1))
-    assert judgement.best_single == "dpo:qwen"
+        assert results[name].accuracy.value == pytest.approx(right[:, m].mean())
+        assert results[name].seed_spread == pytest.approx(right[:, m, 0].mean(0).std(ddof=1))
+    assert results["mrpo"].over == "dpo:qwen"
     difference = right[:, 2].mean() - right[:, 1].mean()
-    assert judgement.gains[0].gain.value == pytest.approx(difference)
+    assert gain_of(results["mrpo"]).value == pytest.approx(difference)
 
 
 def test_a_difference_has_a_narrower_interval_than_its_parts() -> None:
     """Pairs that are hard for one method are hard for the other; pairing cancels this."""
-    judgement = judged(simulated([0.6, 0.7, 0.72], 1))
-    gain = judgement.gains[0].gain
-    widths = [accuracy.high - accuracy.low for accuracy in judgement.accuracy.values()]
+    results = judged(simulated([0.6, 0.7, 0.72], 1))
+    gain = gain_of(results["mrpo"])
+    widths = [result.accuracy.high - result.accuracy.low for result in results.values()]
     assert gain.high - gain.low < 0.8 * min(widths)
 
 
@@ -75,7 +114,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     for seed in range(60):
         right = simulated([0.3, 0.6, 0.6], seed, pairs=150, seeds=6, noise=0.02)
         right = np.repeat(right, 2, axis=0)  # two equal pairs of a prompt say no more than one
-        gain = judged(right, np.repeat(np.arange(150), 2)).gains[0].gain
+        gain = gain_of(judged(right, np.repeat(np.arange(150), 2))["mrpo"])
         covered += gain.low <= 0 <= gain.high
     assert covered >= 51  # 95 %, less the noise of sixty trials with six seeds
 
@@ -83,44 +122,44 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 def test_more_methods_with_several_references_make_wider_intervals() -> None:
     right = simulated([0.6, 0.7, 0.72], 2)
     several = np.concatenate([right, right[:, 2:], right[:, 2:]], axis=1)
-    draws = resample(several, np.arange(len(right)), 1000)
-    names = [*METHODS, "geometric", "multi-dpo"]
-    of_three = standing(draws, 0, names, [*SINGLE, False, False]).gains[0].gain
+    draws = drawn(several)
+    references = METHODS | {"geometric": BOTH, "multi-dpo": BOTH}
+    of_three = gain_of(judge(draws, references, [1.0], "reward")[2])
     alone = Draws(draws.means[:3], draws.by_seed[:3], draws.draws[:, :3])
-    of_one = standing(alone, 0, METHODS, SINGLE).gains[0].gain
+    of_one = gain_of(judge(alone, METHODS, [1.0], "reward")[2])
     assert of_three.high - of_three.low > of_one.high - of_one.low
 
 
 def test_a_missing_run_leaves_the_mean_of_the_other_seeds() -> None:
     right = simulated([0.6, 0.7, 0.75], 3)
     right[:, 2, 0, 1] = np.nan
-    judgement = judged(right)
-    assert judgement.accuracy["mrpo"].value == pytest.approx(right[:, 2, 0, [0, 2]].mean())
+    left = judged(right)["mrpo"]
+    assert left.accuracy.value == pytest.approx(right[:, 2, 0, [0, 2]].mean())
     right[:, 2] = np.nan
-    gone = judged(right)
-    assert np.isnan(gone.accuracy["mrpo"].value)
-    assert gone.gains == ()
+    gone = judged(right)["mrpo"]
+    assert np.isnan(gone.accuracy.value)
+    assert gone.gain is None
 
 
 # In words
 
 
 def test_a_clear_gain_is_said() -> None:
-    lines = verdict(outcome(judged(simulated([0.5, 0.6, 0.75], 4))))
+    lines = words(drawn(simulated([0.5, 0.6, 0.75], 4)))
     assert lines[0].startswith("Several references beat one here: mrpo gains +1")
     assert lines[1] == "Of single references qwen is clearly the best."
 
 
 def test_one_reference_is_enough_where_several_do_no_better() -> None:
-    lines = verdict(outcome(judged(simulated([0.5, 0.8, 0.7], 5))))
+    lines = words(drawn(simulated([0.5, 0.8, 0.7], 5)))
     assert lines[0].startswith("One reference is enough here, and it is qwen: mrpo")
     assert "−" in lines[0]
     assert "can't be ruled out" not in " ".join(lines)
 
 
 def test_an_open_question_is_said_to_be_open() -> None:
-    judgement = judged(simulated([0.5, 0.7, 0.7], 6, pairs=60))
-    lines = verdict(outcome(judgement, pairs=60, seeds=1, missing=2))
+    draws = drawn(simulated([0.5, 0.7, 0.7], 6, pairs=60))
+    lines = words(draws, pairs=60, seeds=1, missing=2)
     assert lines[0].startswith("One reference is enough here until more pairs show otherwise")
     assert "can't be ruled out; telling a gain of 1 point from none takes about" in lines[1]
     assert any("One seed" in line for line in lines)
@@ -128,22 +167,20 @@ def test_an_open_question_is_said_to_be_open() -> None:
 
 
 def test_singles_that_cannot_be_told_apart_are_named() -> None:
-    lines = verdict(outcome(judged(simulated([0.7, 0.7, 0.5], 7))))
+    lines = words(drawn(simulated([0.7, 0.7, 0.5], 7)))
     assert any("may be as good" in line for line in lines)
 
 
 def test_without_a_single_reference_nothing_is_claimed() -> None:
-    draws = resample(simulated([0.5, 0.6, 0.7], 8), np.arange(400), 200)
-    judgement = standing(draws, 0, ["mrpo", "geometric", "multi-dpo"], [False] * 3)
-    lines = verdict(outcome(judgement, references={}))
+    draws = drawn(simulated([0.5, 0.6, 0.7], 8))
+    lines = words(draws, references=dict.fromkeys(["mrpo", "geometric", "multi-dpo"], BOTH))
     assert "add dpo:ALIAS" in lines[0]
 
 
 def test_another_metric_with_another_answer_is_said() -> None:
-    better = judged(simulated([0.5, 0.6, 0.75], 4))
-    worse = judged(simulated([0.5, 0.8, 0.7], 5))
-    standings = {"reward": [worse], "likelihood per token": [better]}
-    lines = verdict(outcome(metrics=list(standings), standings=standings))
+    better = drawn(simulated([0.5, 0.6, 0.75], 4))
+    worse = drawn(simulated([0.5, 0.8, 0.7], 5))
+    lines = words(worse, better)
     assert any(
         line.startswith("Judged by likelihood per token instead, several references do beat one")
         for line in lines
@@ -152,9 +189,7 @@ def test_another_metric_with_another_answer_is_said() -> None:
 
 def test_the_learning_curve_is_put_into_words() -> None:
     small, large = simulated([0.4, 0.5, 0.5], 9), simulated([0.5, 0.6, 0.8], 9)
-    draws = resample(np.concatenate([small, large], axis=2), np.arange(400), 1000)
-    standings = [standing(draws, at, METHODS, SINGLE) for at in (0, 1)]
-    grown = {name: growth(draws, m, 0, 1) for m, name in enumerate(METHODS)}
-    lines = verdict(outcome(fractions=[0.05, 1.0], standings={"reward": standings}, growth=grown))
+    draws = drawn(np.concatenate([small, large], axis=2))
+    lines = words(draws, fractions=(0.05, 1.0))
     assert any(line.startswith("With 5 % of the training pairs the answer is") for line in lines)
     assert any("mrpo changes by +30" in line and "more pairs would help" in line for line in lines)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from mrpo.evaluation.audit.audit import audit
-from mrpo.evaluation.compare.outcome import METRIC_WORDS, resample, standing
-from mrpo.evaluation.compare.results import Comparison, Result, RunResult, ScoringCost
+from mrpo.evaluation.compare.outcome import METRIC_WORDS
+from mrpo.evaluation.compare.results import Comparison, RunResult, ScoringCost
+from mrpo.evaluation.compare.verdict import judge, resample
 from mrpo.evaluation.config import CompareConfig
 from mrpo.evaluation.intervals import Interval
 from mrpo.evaluation.report.charts import (
@@ -118,24 +119,9 @@ def a_comparison(root: Path) -> Comparison:
     rng = np.random.default_rng(1)
     right = (rng.uniform(size=(50, 3, 2, 2)) < 0.6).astype(float)
     draws = resample(right, np.arange(50), 200)
-    single = [len(names) == 1 for names in METHODS.values()]
-    results = []
-    for metric in METRIC_WORDS:
-        for at, fraction in enumerate((0.2, 1.0)):
-            ranking = standing(draws, at, list(METHODS), single)
-            for method in METHODS:
-                gain = next((gain for gain in ranking.gains if gain.method == method), None)
-                results.append(
-                    Result(
-                        method=method,
-                        fraction=fraction,
-                        metric=metric,
-                        accuracy=ranking.accuracy[method],
-                        seed_spread=math.nan,
-                        gain=gain.gain if gain else None,
-                        over=gain.over if gain else None,
-                    )
-                )
+    results = [
+        result for metric in METRIC_WORDS for result in judge(draws, METHODS, (0.2, 1.0), metric)
+    ]
     runs = [
         RunResult(
             method=method,
