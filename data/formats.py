@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .pairs import Message, Pair, Turns, canonical_json, without_nulls
+from .sources import SourceColumns
 
 REASONS = {
     "empty_prompt": "the prompt has no text",
@@ -33,7 +34,6 @@ REASONS = {
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of HH-RLHF
-COLUMN_FLAGS = "name columns with --prompt-column, --chosen-column and --rejected-column"
 
 
 class Broken(ValueError):
@@ -41,7 +41,6 @@ class Broken(ValueError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"field {field!r} {message}")
-        self.field = field
 
 
 class Unusable(Exception):
@@ -68,24 +67,18 @@ class Columns:
     rejected: str = "rejected"
     source: str | None = None
 
-    @property
-    def flags(self) -> str:
-        return COLUMN_FLAGS
-
-    @property
-    def required(self) -> list[str]:
-        named = [self.prompt, self.chosen, self.rejected, self.source]
-        return [name for name in named if name is not None]
-
-    @property
-    def optional(self) -> list[str]:
-        defaults = [
-            "prompt" if self.prompt is None else None,
-            "source" if self.source is None else None,
-            "tools",
-            "chat_template_kwargs",
-        ]
-        return [name for name in defaults if name is not None and name not in self.required]
+    def to_read(self) -> SourceColumns:
+        """These and the optional ones, as `Source.rows` takes them."""
+        named = (self.prompt, self.chosen, self.rejected, self.source)
+        required = [name for name in named if name is not None]
+        defaults = {"prompt": self.prompt, "source": self.source}
+        optional = [name for name, given in defaults.items() if given is None]
+        optional += ["tools", "chat_template_kwargs"]
+        return SourceColumns(
+            required,
+            [name for name in optional if name not in required],
+            "name columns with --prompt-column, --chosen-column and --rejected-column",
+        )
 
 
 class PairReader:
@@ -97,12 +90,8 @@ class PairReader:
         self._chat = chat
         self._dialogues = False
 
-    def read(self, row: Mapping[str, Any]) -> Pair:
-        """The pair of a row, in the train split. Raises `Broken` and `Unusable`."""
-        for name in self._columns.required:
-            if name not in row:
-                fields = ", ".join(row) or "none"
-                raise Broken(name, f"is missing; there are {fields}; {COLUMN_FLAGS}")
+    def read(self, row: Mapping[str, Any]) -> tuple[Pair, bytes]:
+        """The pair of a row, in the train split, and its id. Raises `Broken` and `Unusable`."""
         prompt = _turns(row, self._columns.prompt or "prompt")
         chosen = _turns(row, self._columns.chosen)
         rejected = _turns(row, self._columns.rejected)
@@ -112,14 +101,16 @@ class PairReader:
             raise Broken(self._columns.rejected, "must be text or messages as the chosen one is")
         pair = Pair(
             *self._split(prompt, chosen, rejected),
-            tools=json_field("tools", row.get("tools"), list),
-            chat_template_kwargs=json_field(
-                "chat_template_kwargs", row.get("chat_template_kwargs"), dict
-            ),
+            tools=json_field(row, "tools", list),
+            chat_template_kwargs=json_field(row, "chat_template_kwargs", dict),
             source=self._source(row),
         )
         _check(pair)
-        return pair
+        try:
+            pair.source.encode()
+            return pair, pair.id
+        except UnicodeEncodeError:
+            raise Unusable("not_unicode") from None
 
     def _split(
         self, prompt: Turns | None, chosen: Turns, rejected: Turns
@@ -130,7 +121,11 @@ class PairReader:
                 raise Unusable("empty_response")
             if isinstance(prompt, list):
                 return prompt, _assistant(chosen), _assistant(rejected)
-            dialogues = [_whole_text(prompt, text) for text in (chosen, rejected)]
+            # Some data sets keep all of the dialogue but the response in the prompt column.
+            dialogues = [
+                text if prompt is None or is_dialogue(text) else prompt + text
+                for text in (chosen, rejected)
+            ]
             self._dialogues = self._dialogues or any(map(is_dialogue, dialogues))
             if not self._dialogues:
                 return self._split_text(prompt, chosen, rejected)
@@ -216,11 +211,6 @@ def _turns(row: Mapping[str, Any], field: str) -> Turns | None:
     raise Broken(field, f"must be text or a list of messages, not {type(value).__name__}")
 
 
-def _whole_text(prompt: str | None, text: str) -> str:
-    """The whole dialogue: some data sets keep all of it but the response in the prompt column."""
-    return text if prompt is None or is_dialogue(text) else prompt + text
-
-
 def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
     """The prompt column and the common first messages of the responses, as one prompt."""
     if not prompt:
@@ -285,11 +275,12 @@ def parse_messages(field: str, values: list[Any]) -> list[Message]:
     return [_message(f"{field}[{index}]", value) for index, value in enumerate(values)]
 
 
-def json_field(field: str, value: Any, kind: type) -> Any:
+def json_field(row: Mapping[str, Any], field: str, kind: type) -> Any:
     """`tools` (list of objects) or `chat_template_kwargs` (object), also as JSON text.
 
     None where it is missing or empty.
     """
+    value = row.get(field)
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from rich.filesize import decimal as readable_size
 
 from ...errors import UserError
 from ...files import TEMPORARY
@@ -82,15 +83,13 @@ def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
 def verify_digests(config: VerifyConfig) -> int:
     """Check every digest; 1 where anything is damaged, else 0."""
     store = open_store(config.store)
-    require(store)
     identities = selected(store, config.refs)
-    broken = set(store.damaged_records())
     damaged = files = 0
     for identity in identities:
         scores = store.scores(identity)
         files += len(scores.names())
         names = [f"scores/{name}" for name in scores.damaged()]
-        names += ["reference.json"] if identity in broken else []
+        names += ["reference.json"] if store.is_damaged(identity) else []
         for name in names:
             print(f"damaged {store.root}/{identity}/{name}")
         damaged += len(names)
@@ -115,7 +114,7 @@ def gc(config: GcConfig) -> list[Garbage]:
     """Print what can go, and remove it with `config.delete`; returns what was listed."""
     store = open_store(config.store)
     if not store.policies.identities():
-        require(store)
+        _require(store)
     garbage = list(find_garbage(store, replaced(store, comma_separated(config.runs))))
     if garbage:
         lines = [[item.name, readable_size(item.size), item.reason] for item in garbage]
@@ -154,12 +153,9 @@ def find_garbage(store: Store, unneeded: set[str]) -> Iterator[Garbage]:
 
 def replaced(store: Store, runs: list[str]) -> set[str]:
     """References that are the newest under none of their names, and that no run names."""
-    newest = {
-        canonical_json([record.alias, record.entry]): record.identity
-        for record in store.references()  # the last recorded last
-    }
-    known = {record.identity for record in store.references()}
-    older = known - set(newest.values())
+    records = store.references()  # the last recorded last
+    newest = {canonical_json([record.alias, record.entry]): record.identity for record in records}
+    older = {record.identity for record in records} - set(newest.values())
     return older - _named_by(runs) if older else set()
 
 
@@ -244,7 +240,6 @@ def pull(config: PullConfig) -> Transfer:
 
 
 def _transfer_all(source: Store, target: Store, refs: str | None) -> Transfer:
-    require(source)
     done = Transfer()
     for identity in selected(source, refs):
         _transfer(source, target, identity, done)
@@ -284,8 +279,10 @@ def _transfer(source: Store, target: Store, identity: str, done: Transfer) -> No
 def selected(store: Store, refs: str | None) -> list[str]:
     """The identities that a comma-separated list of aliases means; all without a list.
 
-    An alias means every identity it ever had, `alias@prefix` a single one.
+    An alias means every identity it ever had, `alias@prefix` a single one. Raises `UserError`
+    where the store holds none.
     """
+    _require(store)
     if refs is None:
         return store.identities()
     identities: list[str] = []
@@ -301,21 +298,13 @@ def selected(store: Store, refs: str | None) -> list[str]:
     return identities
 
 
-def require(store: Store) -> None:
+def _require(store: Store) -> None:
     """Raises `UserError` where there is no store, so that a wrong path never looks healthy."""
     if not store.identities():
         raise UserError(
             f"--store {store.root}: holds no references; `mrpo precompute` fills a store, "
             "--store or $MRPO_STORE names one"
         )
-
-
-def readable_size(num_bytes: int) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
-    if num_bytes < 1000:
-        return f"{num_bytes} B"
-    power = min((len(str(num_bytes)) - 1) // 3, 4)
-    return f"{num_bytes / 1000**power:.1f} {' kMGT'[power]}B"
 
 
 def _describe(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:

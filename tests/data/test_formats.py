@@ -28,7 +28,7 @@ def assistant(content: str) -> Messages:
 
 
 def read(row: dict[str, Any], columns: Columns | None = None, chat: bool = False) -> Pair:
-    return PairReader(columns or Columns(), "file", chat).read(row)
+    return PairReader(columns or Columns(), "file", chat).read(row)[0]
 
 
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -188,7 +188,6 @@ def test_unusable_rows_say_why(values: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt": "q", "rejected": "b"}, "'chosen' is missing; there are prompt, rejected"),
         (row("q", 5, "b"), "'chosen' must be text or a list of messages, not int"),
         (row("q", {"role": "user"}, "b"), "'chosen' must be text or a list of messages, not dict"),
         (row("q", "a", assistant("b")), "'rejected' must be text or messages as the chosen"),
@@ -242,8 +241,7 @@ def test_other_column_names() -> None:
     columns = Columns(prompt="question", chosen="right", rejected="wrong", source="origin")
     values = {"question": "q", "right": "a", "wrong": "b", "origin": "o", "prompt": 3, "source": 4}
     assert read(values, columns) == Pair("q", "a", "b", source="o")
-    with pytest.raises(Broken, match="'question' is missing"):
-        read(row("q", "a", "b"), columns)
+    assert columns.to_read().required == ["question", "right", "wrong", "origin"]
     with pytest.raises(Broken, match="'origin' must be text, not int"):
         read(values | {"origin": 5}, columns)
 

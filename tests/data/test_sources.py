@@ -25,7 +25,7 @@ OBJECT = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 
 def rows(given: Path | str, columns: Columns | None = None) -> list[Row]:
     (source,) = open_sources(str(given))
-    return list(source.rows(columns or Columns()))
+    return list(source.rows((columns or Columns()).to_read()))
 
 
 def write_jsonl(path: Path, values: list[dict[str, Any]], ascii_only: bool = False) -> Path:
@@ -158,6 +158,11 @@ def test_what_can_be_no_source(
     [
         ("x.jsonl", OBJECT + b'{"prompt": \n', r"line 2 is not JSON: Expecting value at column"),
         ("x.jsonl", OBJECT + b"\n[1]\n", "line 3 must be one JSON object, not list"),
+        (
+            "x.jsonl",
+            b'{"prompt": "q", "rejected": "b"}\n',
+            "line 1, field 'chosen' is missing; there are prompt, rejected; name columns with",
+        ),
         ("x.jsonl", OBJECT + b'{"a": "\xff"}\n', "line 2 is not UTF-8 at byte 8"),
         ("x.jsonl", b"[" * 100_000, "line 1 is JSON too deep"),
         ("x.jsonl.gz", gzip.compress(OBJECT * 999)[:-30], "cannot be read after line"),
