@@ -68,14 +68,8 @@ class JoinedScores:
         self.names: list[str] = [entry["name"] for entry in manifest["files"]]
         self.rows: list[int] = [entry["rows"] for entry in manifest["files"]]
         self._digests: list[str] = [entry["digest"] for entry in manifest["files"]]
-
-    @property
-    def aliases(self) -> list[str]:
-        return [reference.alias for reference in self.references]
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(self.rows)
+        self.aliases = [reference.alias for reference in self.references]
+        self.num_pairs = sum(self.rows)
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's rows. Raises `UserError` where its bytes have changed."""
@@ -150,10 +144,8 @@ def _gather(
         rows = values.take(pa.array(places))
         missing.update(rows["reason"].drop_null().to_pylist())
         pq.write_table(rows, folder / f"{shard}.parquet", compression="none")
-    return (
-        JoinedReference(record.alias, record.identity, dict(record.entry), dict(missing)),
-        unscored,
-    )
+    entry = dict(record.entry)
+    return JoinedReference(record.alias, record.identity, entry, dict(missing)), unscored
 
 
 def _columns(
@@ -194,10 +186,6 @@ def precompute_line(
     pairs: PairShards, store: Store, aliases: Sequence[str], refs_config: str
 ) -> str:
     """The command that scores the pairs under the references."""
-    options = {
-        "--pairs": str(pairs.path),
-        "--refs": ",".join(aliases),
-        "--refs-config": refs_config,
-        "--store": store.root,
-    }
-    return shlex.join(["mrpo", "precompute", *(part for item in options.items() for part in item)])
+    options = ["--pairs", str(pairs.path), "--refs", ",".join(aliases)]
+    options += ["--refs-config", refs_config, "--store", store.root]
+    return shlex.join(["mrpo", "precompute", *options])

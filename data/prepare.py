@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..files import sync
 from ..settings import command, write_resolved
 from .config import PrepareConfig
-from .formats import REASONS, Broken, Columns, PairReader, Unusable, by_reason
+from .formats import REASONS, Broken, PairReader, Unusable, by_reason, pair_columns
 from .ids import IdSet, ids_from_bytes
 from .pairs import Pair, is_validation
 from .reviewed import Review
@@ -82,9 +82,6 @@ class _Preparation:
 
     def __init__(self, config: PrepareConfig, writer: ShardWriter, dropped: IO[str]) -> None:
         self._config = config
-        self._columns = Columns(
-            config.prompt_column, config.chosen_column, config.rejected_column, config.source_column
-        )
         self._writer = writer
         self._dropped = dropped
         self._known = IdSet()
@@ -97,8 +94,8 @@ class _Preparation:
 
     def read(self, source: Source) -> Iterator[int]:
         """Read a source; yields the number of rows of each batch once they are written."""
-        reader = PairReader(self._columns, source.name, self._config.chat)
-        rows = source.rows(self._columns.to_read())
+        reader = PairReader(self._config, source.name)
+        rows = source.rows(pair_columns(self._config))
         total = 0
         while batch := list(islice(rows, BATCH_ROWS)):
             self._take(source, reader, batch)
@@ -285,7 +282,6 @@ def _replace(stage: Path, out: Path) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders made for `out`, the innermost first."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

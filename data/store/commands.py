@@ -25,7 +25,7 @@ from ...files import TEMPORARY
 from ...settings import comma_separated, command
 from ...terminal import print_table
 from ..config import GcConfig, PullConfig, PushConfig, StatusConfig, VerifyConfig
-from ..ids import IdArray, IdIndex
+from ..ids import ID_DTYPE, IdArray, IdIndex
 from ..pairs import canonical_json
 from ..shards import PairShards
 from .files import Files, LocalFiles
@@ -46,19 +46,13 @@ def status(config: StatusConfig) -> None:
     With `config.pairs` also how many of these pairs it lacks; with `config.policies` the trained
     policies in place of the references.
     """
-    store = open_store(config.store)
-    ids = _pair_ids(PairShards(config.pairs)) if config.pairs else None
-    policies = store.policies
-    shown, kind = (policies, "policies") if config.policies else (store, "references")
-    _print_status(shown, kind, ids)
-    hidden = 0 if config.policies else len(policies.identities())
-    if hidden:
-        print(f"{hidden:,} scored policies are not shown; --policies lists them")
-
-
-def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
+    references = open_store(config.store)
+    store = references.policies if config.policies else references
     heading = ["reference", "identity", "rows", "size", "recorded", "engine", "model"]
-    if ids is not None:
+    ids = None
+    if config.pairs:
+        pairs = PairShards(config.pairs)
+        ids = np.concatenate([pairs.pair_ids(shard) for shard in range(len(pairs.names))])
         heading.append(f"missing of {len(ids):,}")
     lines = []
     counted: dict[frozenset[str], int] = {}
@@ -67,7 +61,7 @@ def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
         scores = store.scores(identity)
         total += scores.num_bytes()
         num_bad += len(scores.set_aside())
-        line = _describe(identity, store.names_of(identity), scores)
+        line = _status_line(identity, store.names_of(identity), scores)
         if ids is not None:
             # Damage that the footers show is not looked for again in the rows.
             torn = line[2] == DAMAGED
@@ -77,7 +71,11 @@ def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
     print_table([heading, *newest_first], justify="left")
     if num_bad:
         print(f"{num_bad} damaged files are set aside as .bad; `mrpo store gc` removes them")
+    kind = "policies" if config.policies else "references"
     print(f"store   {store.root} ({len(lines)} {kind}, {readable_size(total)})")
+    hidden = 0 if config.policies else len(store.policies.identities())
+    if hidden:
+        print(f"{hidden:,} scored policies are not shown; --policies lists them")
 
 
 def verify_digests(config: VerifyConfig) -> int:
@@ -201,9 +199,8 @@ def _covered(scores: ScoreFiles) -> set[str]:
         return set()  # rows in a damaged file cover nothing
     names = scores.names()
     ids = [scores.ids_of(name) for name in names]
-    if not names:
-        return set()
-    places = IdIndex(np.concatenate(ids)).find(np.concatenate(ids))
+    all_ids = np.concatenate([np.empty(0, ID_DTYPE), *ids])
+    places = IdIndex(all_ids).find(all_ids)
     starts = np.cumsum([0, *map(len, ids)])
     return {
         name
@@ -307,8 +304,7 @@ def _require(store: Store) -> None:
         )
 
 
-def _describe(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
-    """A line of `status`."""
+def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
     if not names:
         return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
     newest = names[-1]
@@ -332,10 +328,6 @@ def _shown(count: Callable[[], int]) -> str:
         return f"{count():,}"
     except UserError:
         return DAMAGED
-
-
-def _pair_ids(shards: PairShards) -> IdArray:
-    return np.concatenate([shards.pair_ids(shard) for shard in range(len(shards.names))])
 
 
 def _missing(scores: ScoreFiles, ids: IdArray, counted: dict[frozenset[str], int]) -> int:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
-from ..formats import Broken, Columns, PairReader, Unusable, by_reason
+from ..formats import Broken, PairReader, Unusable, by_reason, pair_columns
 from ..ids import IdIndex, ids_to_numpy
 from ..pairs import parse_id
 from ..references import check_alias
@@ -67,16 +67,14 @@ def _tables(source: Source, config: ImportConfig, left: Counter[str]) -> Iterato
     """The rows with a score, in tables of the store's columns; `left` counts the others."""
     rows = _rows(source, config, left)
     while batch := list(islice(rows, BATCH_ROWS)):
-        # Absent columns become null.
+        # A column that the rows lack becomes null.
         yield pa.Table.from_pylist(batch, SCORE_SCHEMA)
 
 
 def _rows(
     source: Source, config: ImportConfig, left: Counter[str]
 ) -> Iterator[dict[str, bytes | float | int | None]]:
-    columns = Columns(config.prompt_column, config.chosen_column, config.rejected_column)
-    pairs = PairReader(columns, source.name, config.chat)
-    parts = columns.to_read()
+    pairs, parts = PairReader(config, source.name), pair_columns(config)
     needed, optional = ([ID_COLUMN], []) if config.by_id else (parts.required, parts.optional)
     logps = {
         "chosen_logp": config.chosen_logps_column,
@@ -95,7 +93,12 @@ def _rows(
         try:
             scores = {name: _logp(column, row[column]) for name, column in logps.items()}
             counts = {name: _token_count(column, row) for name, column in tokens.items()}
-            identity = _pair_id(row[ID_COLUMN]) if config.by_id else pairs.read(row)[1]
+            identity = parse_id(row[ID_COLUMN]) if config.by_id else pairs.read(row)[1]
+            if identity is None:
+                raise Broken(
+                    ID_COLUMN,
+                    f"is {row[ID_COLUMN]!r}; an id has 32 hex digits, as `mrpo inspect` shows",
+                )
         except Broken as error:
             raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
         except Unusable as error:
@@ -148,11 +151,3 @@ def _token_count(name: str, row: dict[str, Any]) -> int | None:
     if count < 1 or count != float(value):
         raise Broken(name, f"is {value!r}; a count of tokens is a whole number from 1")
     return count
-
-
-def _pair_id(value: Any) -> bytes:
-    """A pair's id from 16 raw bytes or 32 hex digits."""
-    pair_id = parse_id(value)
-    if pair_id is None:
-        raise Broken(ID_COLUMN, f"is {value!r}; an id has 32 hex digits, as `mrpo inspect` shows")
-    return pair_id

@@ -222,15 +222,13 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
     try:
         content = json.loads(data)
         digest = content.pop("digest")
-        if digest != identity_of(content):
-            return []
+        valid = digest == identity_of(content)
         shared = {key: content[key] for key in ("inputs", "resolved_commit", "created")}
         records = [
             ReferenceRecord(**name, **shared, runs=tuple(content["runs"]))
             for name in content["names"]
         ]
+        valid &= all(r.identity == identity and bool(ALIAS.fullmatch(r.alias)) for r in records)
     except (ValueError, AttributeError, KeyError, TypeError):
         return []
-    if all(record.identity == identity and ALIAS.fullmatch(record.alias) for record in records):
-        return records
-    return []
+    return records if valid else []

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrpo.data.formats import Columns
+from mrpo.data.config import ColumnSettings
+from mrpo.data.formats import pair_columns
 from mrpo.data.sources import Row, open_sources
 from mrpo.errors import UserError
 
@@ -23,9 +24,9 @@ ROWS = [
 OBJECT = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 
 
-def rows(given: Path | str, columns: Columns | None = None) -> list[Row]:
+def rows(given: Path | str, **names: str) -> list[Row]:
     (source,) = open_sources(str(given))
-    return list(source.rows((columns or Columns()).to_read()))
+    return list(source.rows(pair_columns(ColumnSettings(**names))))
 
 
 def write_jsonl(path: Path, values: list[dict[str, Any]], ascii_only: bool = False) -> Path:
@@ -81,12 +82,11 @@ def test_a_csv_cell_can_hold_messages_as_json(tmp_path: Path) -> None:
 
 def test_of_a_table_only_the_columns_that_matter_are_read(tmp_path: Path) -> None:
     values = [{"q": "q1", "chosen": "a", "rejected": "b", "tools": "[]", "image": "x"}]
-    columns = Columns(prompt="q")
     for path in (
         write_csv(tmp_path / "rows.csv", values),
         write_parquet(tmp_path / "rows.parquet", values),
     ):
-        ((_, row),) = rows(path, columns)
+        ((_, row),) = rows(path, prompt_column="q")
         assert row == {"q": "q1", "chosen": "a", "rejected": "b", "tools": "[]"}
 
 
@@ -112,7 +112,7 @@ def test_a_hub_data_set_is_read_by_split_and_configuration(
     ):
         rows("hub/name:dev")
     with pytest.raises(UserError, match="column 'right' is missing; there are prompt, chosen"):
-        rows("hub/name:test", Columns(chosen="right"))
+        rows("hub/name:test", chosen_column="right")
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_line() -> None:
