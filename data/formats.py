@@ -90,12 +90,13 @@ class PairReader:
         if isinstance(chosen, str) != isinstance(rejected, str):
             field = self._names.rejected_column
             raise Broken(field, "must be text or messages as the chosen one is")
+        turns = self._split(prompt, chosen, rejected)
         column = self._names.source_column
         source = row.get(column or "source")
         if column and not isinstance(source, str | None):
             raise Broken(column, f"must be text, not {type(source).__name__}")
         pair = Pair(
-            *self._split(prompt, chosen, rejected),
+            *turns,
             tools=json_field(row, "tools", list),
             chat_template_kwargs=json_field(row, "chat_template_kwargs", dict),
             source=source if source and isinstance(source, str) else self._source_name,

@@ -116,6 +116,7 @@ class IdSet:
             order = _order(high)  # a stable sort merges two sorted runs
             high = high[order]
             low = np.concatenate([run.low, low])[order]
+            del run, order
         if len(high):
             self._runs.append(_SortedIds(high, low))
         return new

@@ -178,10 +178,8 @@ def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
     if head is not None:
         ours = logit_rule(lm).apply(head(hidden.to(head.weight.dtype)).float())
         # The model may have rounded to bfloat16 after each operation.
-        if (
-            ours.shape == expected.shape
-            and (ours - expected).abs().max() <= 0.02 * ours.abs().max()
-        ):
+        same_shape = ours.shape == expected.shape
+        if same_shape and (ours - expected).abs().max() <= 0.02 * ours.abs().max():
             return
     raise UserError(
         f"{lm.config.model_type} changes its logits in an unknown way; "
