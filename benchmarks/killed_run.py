@@ -156,8 +156,10 @@ def killed(folder: Path, number: int, kill: Kill) -> int:
     run.kill(kill.victim)
     print(f"kill {number + 1}: {kill.moment}, {kill.victim}", file=sys.stderr)
     store = Store(folder / "store")
-    damaged = [name for identity in store.identities() for name in store.scores(identity).damaged()]
-    return len(damaged) + len(store.damaged_records())
+    return sum(
+        len(store.scores(identity).damaged()) + store.is_damaged(identity)
+        for identity in store.identities()
+    )
 
 
 def finish(run: Run) -> None:

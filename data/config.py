@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ..errors import UserError
 from ..settings import Arg, PairSettings, StoreRoot, StoreSettings, at_least_zero, share
 
 MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
-STORED_REFERENCES = "Aliases (or alias@identity), comma-separated. By default all of the store."
+STORED_REFERENCES = "Aliases (or alias@identity), comma-separated. By default all."
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,6 +22,7 @@ class ColumnSettings:
     chosen_column: Annotated[str, "Column of the chosen response."] = "chosen"
     rejected_column: Annotated[str, "Column of the rejected response."] = "rejected"
     chat: Annotated[bool, "Wrap text pairs as one user and one assistant message."] = False
+    source_column: str | None = field(default=None, init=False)  # `prepare` alone has the setting
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,9 +126,7 @@ class VerifyConfig(StoreSettings):
 
     refs: Annotated[str | None, STORED_REFERENCES] = None
     rescore: Annotated[int, "Pairs to score again for each reference and compare; 0: none."] = 0
-    refs_config: Annotated[str, "The file that says which model an alias is, for --rescore."] = (
-        "configs/refs.yaml"
-    )
+    refs_config: Annotated[str, "For --rescore: the file of the references."] = "configs/refs.yaml"
     pairs: Annotated[
         str | None, "Folder of pairs to sample from. By default the one that was scored last."
     ] = None
@@ -174,10 +173,7 @@ class PullConfig(StoreSettings):
     """
 
     source: Annotated[str, Arg("The other store: a folder, s3://…, gs://… or hf://datasets/….")]
-    refs: Annotated[
-        str | None,
-        "Aliases (or alias@identity), comma-separated. By default all of the other store.",
-    ] = None
+    refs: Annotated[str | None, STORED_REFERENCES] = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from .config import ColumnSettings
 from .pairs import Message, Pair, Turns, canonical_json, without_nulls
+from .sources import SourceColumns
 
 REASONS = {
     "empty_prompt": "the prompt has no text",
@@ -33,7 +34,6 @@ REASONS = {
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of HH-RLHF
-COLUMN_FLAGS = "name columns with --prompt-column, --chosen-column and --rejected-column"
 
 
 class Broken(ValueError):
@@ -41,7 +41,6 @@ class Broken(ValueError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"field {field!r} {message}")
-        self.field = field
 
 
 class Unusable(Exception):
@@ -59,67 +58,55 @@ def by_reason(counts: Mapping[str, int]) -> str:
     return ", ".join(parts) or "none"
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Column names; None for prompt and source: `prompt` and `source` where the data has them."""
-
-    prompt: str | None = None
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    source: str | None = None
-
-    @property
-    def flags(self) -> str:
-        return COLUMN_FLAGS
-
-    @property
-    def required(self) -> list[str]:
-        named = [self.prompt, self.chosen, self.rejected, self.source]
-        return [name for name in named if name is not None]
-
-    @property
-    def optional(self) -> list[str]:
-        defaults = [
-            "prompt" if self.prompt is None else None,
-            "source" if self.source is None else None,
-            "tools",
-            "chat_template_kwargs",
-        ]
-        return [name for name in defaults if name is not None and name not in self.required]
+def pair_columns(names: ColumnSettings) -> SourceColumns:
+    """What `PairReader` needs; `prompt` and `source` where the data has them, unless named."""
+    given = (names.prompt_column, names.chosen_column, names.rejected_column, names.source_column)
+    required = [name for name in given if name is not None]
+    defaults = {"prompt": names.prompt_column, "source": names.source_column}
+    optional = [name for name, named in defaults.items() if named is None]
+    optional += ["tools", "chat_template_kwargs"]
+    return SourceColumns(
+        required,
+        [name for name in optional if name not in required],
+        "name columns with --prompt-column, --chosen-column and --rejected-column",
+    )
 
 
 class PairReader:
     """Reads the rows of a source. After its first dialogue, any other text is unusable."""
 
-    def __init__(self, columns: Columns, name: str, chat: bool) -> None:
-        self._columns = columns
-        self._name = name
-        self._chat = chat
+    def __init__(self, names: ColumnSettings, source: str) -> None:
+        self._names = names
+        self._source_name = source
         self._dialogues = False
 
-    def read(self, row: Mapping[str, Any]) -> Pair:
-        """The pair of a row, in the train split. Raises `Broken` and `Unusable`."""
-        for name in self._columns.required:
-            if name not in row:
-                fields = ", ".join(row) or "none"
-                raise Broken(name, f"is missing; there are {fields}; {COLUMN_FLAGS}")
-        prompt = _turns(row, self._columns.prompt or "prompt")
-        chosen = _turns(row, self._columns.chosen)
-        rejected = _turns(row, self._columns.rejected)
+    def read(self, row: Mapping[str, Any]) -> tuple[Pair, bytes]:
+        """The pair of a row, in the train split, and its id. Raises `Broken` and `Unusable`."""
+        prompt = _turns(row, self._names.prompt_column or "prompt")
+        chosen = _turns(row, self._names.chosen_column)
+        rejected = _turns(row, self._names.rejected_column)
         if not chosen or not rejected:
             raise Unusable("empty_response")
         if isinstance(chosen, str) != isinstance(rejected, str):
-            raise Broken(self._columns.rejected, "must be text or messages as the chosen one is")
+            field = self._names.rejected_column
+            raise Broken(field, "must be text or messages as the chosen one is")
+        turns = self._split(prompt, chosen, rejected)
+        column = self._names.source_column
+        source = row.get(column or "source")
+        if column and not isinstance(source, str | None):
+            raise Broken(column, f"must be text, not {type(source).__name__}")
         pair = Pair(
-            *self._split(prompt, chosen, rejected),
-            tools=json_field("tools", row.get("tools"), list),
-            chat_template_kwargs=json_field(
-                "chat_template_kwargs", row.get("chat_template_kwargs"), dict
-            ),
-            source=self._source(row),
+            *turns,
+            tools=json_field(row, "tools", list),
+            chat_template_kwargs=json_field(row, "chat_template_kwargs", dict),
+            source=source if source and isinstance(source, str) else self._source_name,
         )
         _check(pair)
-        return pair
+        try:
+            pair.source.encode()
+            return pair, pair.id
+        except UnicodeEncodeError:
+            raise Unusable("not_unicode") from None
 
     def _split(
         self, prompt: Turns | None, chosen: Turns, rejected: Turns
@@ -129,8 +116,12 @@ class PairReader:
             if not chosen.strip() or not rejected.strip():
                 raise Unusable("empty_response")
             if isinstance(prompt, list):
-                return prompt, _assistant(chosen), _assistant(rejected)
-            dialogues = [_whole_text(prompt, text) for text in (chosen, rejected)]
+                return prompt, _said("assistant", chosen), _said("assistant", rejected)
+            # Some data sets keep all of the dialogue but the response in the prompt column.
+            dialogues = [
+                text if prompt is None or is_dialogue(text) else prompt + text
+                for text in (chosen, rejected)
+            ]
             self._dialogues = self._dialogues or any(map(is_dialogue, dialogues))
             if not self._dialogues:
                 return self._split_text(prompt, chosen, rejected)
@@ -145,25 +136,18 @@ class PairReader:
         responses = chosen[shared:], rejected[shared:]
         return _join_prompt(prompt, chosen[:shared]), *responses
 
-    def _source(self, row: Mapping[str, Any]) -> str:
-        column = self._columns.source
-        value = row.get(column or "source")
-        if column and not isinstance(value, str | None):
-            raise Broken(column, f"must be text, not {type(value).__name__}")
-        return value if value and isinstance(value, str) else self._name
-
     def _split_text(
         self, prompt: str | None, chosen: str, rejected: str
     ) -> tuple[Turns, Turns, Turns]:
         if prompt is None:
             prompt, chosen, rejected = split_common_text(chosen, rejected)
-            if self._chat:  # the space between prompt and response is no part of a message
+            if self._names.chat:  # the space between prompt and response is no part of a message
                 prompt, chosen, rejected = prompt.strip(), chosen.strip(), rejected.strip()
         elif not prompt.strip():
             raise Unusable("empty_prompt")
-        if not self._chat:
+        if not self._names.chat:
             return prompt, chosen, rejected
-        return _user(prompt), _assistant(chosen), _assistant(rejected)
+        return _said("user", prompt), _said("assistant", chosen), _said("assistant", rejected)
 
 
 def split_common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -212,13 +196,8 @@ def _turns(row: Mapping[str, Any], field: str) -> Turns | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list):
-        return parse_messages(field, value)
+        return [_message(f"{field}[{index}]", item) for index, item in enumerate(value)]
     raise Broken(field, f"must be text or a list of messages, not {type(value).__name__}")
-
-
-def _whole_text(prompt: str | None, text: str) -> str:
-    """The whole dialogue: some data sets keep all of it but the response in the prompt column."""
-    return text if prompt is None or is_dialogue(text) else prompt + text
 
 
 def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
@@ -227,7 +206,7 @@ def _join_prompt(prompt: Turns | None, shared: list[Message]) -> list[Message]:
         return shared
     if isinstance(prompt, str):
         if not shared:
-            return _user(prompt)
+            return _said("user", prompt)
         asked = [message for message in shared if message["role"] == "user"]
         if not asked or asked[-1].get("content", "").strip() != prompt.strip():
             raise Unusable("prompt_mismatch")
@@ -267,29 +246,16 @@ def _is_empty(turns: Turns) -> bool:
     return not any(m.get("content", "").strip() or m.get("tool_calls") for m in turns)
 
 
-def _user(content: str) -> list[Message]:
-    return [{"role": "user", "content": content}]
+def _said(role: str, content: str) -> list[Message]:
+    return [{"role": role, "content": content}]
 
 
-def _assistant(content: str) -> list[Message]:
-    return [{"role": "assistant", "content": content}]
-
-
-def parse_messages(field: str, values: list[Any]) -> list[Message]:
-    """The messages of a list, checked for what every chat template relies on.
-
-    Null fields are removed (Parquet fills the missing fields of a struct with nulls), contents
-    given as text parts are joined, other fields stay as they are. Raises `Broken` naming the
-    field, as in `chosen[2].role`.
-    """
-    return [_message(f"{field}[{index}]", value) for index, value in enumerate(values)]
-
-
-def json_field(field: str, value: Any, kind: type) -> Any:
+def json_field(row: Mapping[str, Any], field: str, kind: type) -> Any:
     """`tools` (list of objects) or `chat_template_kwargs` (object), also as JSON text.
 
     None where it is missing or empty.
     """
+    value = row.get(field)
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
@@ -306,6 +272,12 @@ def json_field(field: str, value: Any, kind: type) -> Any:
 
 
 def _message(field: str, value: Any) -> Message:
+    """A message, checked for what every chat template relies on.
+
+    Null fields are removed (Parquet fills the missing fields of a struct with nulls), contents
+    given as text parts are joined, other fields stay as they are. Raises `Broken` naming the
+    field, as in `chosen[2].role`.
+    """
     if not isinstance(value, dict):
         raise Broken(field, f"must be a message, not {type(value).__name__}")
     role, content = value.get("role"), value.get("content")
@@ -315,7 +287,11 @@ def _message(field: str, value: Any) -> Message:
         raise Broken(f"{field}.role", f"{wrong}; a role is one of {known}")
     message: Message = {"role": role}
     if isinstance(content, list):
-        content = _joined(f"{field}.content", content)
+        for index, part in enumerate(content):
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                place = f"{field}.content[{index}]"
+                raise Broken(place, "is not a text part; only text can be scored")
+        content = "".join(part["text"] for part in content)
     if isinstance(content, str):
         message["content"] = content
     elif content is not None:
@@ -326,14 +302,6 @@ def _message(field: str, value: Any) -> Message:
         extra = {key: item for key, item in value.items() if key not in ("role", "content")}
         message.update(_plain_json(field, extra))
     return message
-
-
-def _joined(field: str, parts: list[Any]) -> str:
-    """A content of text parts as a single text."""
-    for index, part in enumerate(parts):
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise Broken(f"{field}[{index}]", "is not a text part; only text can be scored")
-    return "".join(part["text"] for part in parts)
 
 
 def _plain_json(field: str, value: Any) -> Any:

@@ -56,10 +56,8 @@ def describe_pair(
     if isinstance(explained, Refusal):
         yield f"not scored, {explained.reason}: {explained.detail}"
         return
-    names = ("prompt", "boundary", "response", "end")
-    yield "marked: " + ", ".join(
-        _paint(name, name.replace("end", "end of turn"), color) for name in names
-    )
+    names = [_paint(name, name.replace("end", "end of turn"), color) for name in LOOKS]
+    yield "marked: " + ", ".join(names)
     for name, branch in zip(("chosen", "rejected"), explained):
         sequence = branch.sequence
         scored, end = len(sequence.token_ids) - sequence.start, sequence.end_start
@@ -100,10 +98,8 @@ def _token_lines(branch: ExplainedSequence, color: bool) -> Iterator[str]:
             part = "boundary"
         elif index >= sequence.end_start:
             part = "end"
-        piece, under = (
-            _visible(text, newline="")
-            for text in (branch.tokens[index], branch.rendered.text[begin:end])
-        )
+        piece = _visible(branch.tokens[index], newline="")
+        under = _visible(branch.rendered.text[begin:end], newline="")
         line = f"{index:>6} {token_id:>7}  {part:<9} {piece:<20} '{under}'"
         yield _paint(part, line, color, brackets=False)
 
@@ -122,7 +118,9 @@ def _pair_at(pairs: PairShards, row: int) -> Pair:
 
 def _end_of_turn(renderer: Renderer, pair: Pair) -> str:
     if not pair.is_chat:
-        warning = ", though the model has a chat template" if renderer.has_chat_template else ""
+        warning = (
+            ", though the model has a chat template" if renderer.chat_template is not None else ""
+        )
         return f"plain text{warning}; it ends with {renderer.tokenizer.eos_token!r}"
     if renderer.end_of_turn is None:
         return "its chat template has no special token at the end of a turn"

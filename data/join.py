@@ -11,13 +11,13 @@ time. A joined file has these columns besides `pair_id`:
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +68,8 @@ class JoinedScores:
         self.names: list[str] = [entry["name"] for entry in manifest["files"]]
         self.rows: list[int] = [entry["rows"] for entry in manifest["files"]]
         self._digests: list[str] = [entry["digest"] for entry in manifest["files"]]
-
-    @property
-    def aliases(self) -> list[str]:
-        return [reference.alias for reference in self.references]
-
-    @property
-    def num_pairs(self) -> int:
-        return sum(self.rows)
+        self.aliases = [reference.alias for reference in self.references]
+        self.num_pairs = sum(self.rows)
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's rows. Raises `UserError` where its bytes have changed."""
@@ -117,7 +111,11 @@ def join(
             if absent:
                 unscored[record.alias] = absent
         if unscored:
-            raise UserError(_unscored(pairs, store, unscored, refs_config))
+            counts = ", ".join(f"{count} for {alias}" for alias, count in unscored.items())
+            line = precompute_line(pairs, store, list(unscored), refs_config)
+            raise UserError(
+                f"{pairs.path}: pairs not yet scored in {store.root}: {counts}; run: {line}"
+            )
         files = [_merge(pairs, shard, columns, folder) for shard in range(len(pairs.names))]
         for column in columns:
             shutil.rmtree(column)
@@ -125,45 +123,40 @@ def join(
     return JoinedScores(out)
 
 
-class _Column:
-    """One reference's scores in memory for look-ups in any order: about 60 bytes a pair."""
-
-    def __init__(self, scores: ScoreFiles) -> None:
-        names = scores.names()  # once: files that appear later belong to a later join
-        ids = _columns(scores.tables(["pair_id"], names), ["pair_id"])
-        # The index finds the first of equal ids, and the tables come in the order that decides.
-        self.index = IdIndex(ids_to_numpy(ids.pop("pair_id")))
-        self.values = pa.table(_columns(scores.tables(VALUES, names), VALUES))
-
-
-def _columns(tables: Iterable[pa.Table], names: Sequence[str]) -> dict[str, pa.Array]:
-    """The columns of all tables, one array each: `take` would join chunks at every call."""
-    empty = SCORE_SCHEMA.empty_table()
-    parts = {name: [empty[name].combine_chunks()] for name in names}
-    for table in tables:
-        for name in names:
-            parts[name].append(table[name].combine_chunks())
-    return {name: pa.concat_arrays(parts.pop(name)) for name in names}
-
-
 def _gather(
     pairs: PairShards, store: Store, record: ReferenceRecord, folder: Path
 ) -> tuple[JoinedReference, int]:
-    """Write one reference's rows in the order of the pairs; returns how many are not scored."""
-    column = _Column(store.scores(record.identity))
+    """Write one reference's rows in the order of the pairs; returns how many are not scored.
+
+    Its scores are in memory meanwhile, about 60 bytes a pair.
+    """
+    scores = store.scores(record.identity)
+    names = scores.names()  # once: files that appear later belong to a later join
+    # The index finds the first of equal ids, and the tables come in the order that decides.
+    index = IdIndex(ids_to_numpy(_columns(scores, names, ["pair_id"])["pair_id"]))
+    values = pa.table(_columns(scores, names, VALUES))
     unscored, missing = 0, Counter[str]()
     for shard in range(len(pairs.names)):
-        places = column.index.find(pairs.pair_ids(shard))
+        places = index.find(pairs.pair_ids(shard))
         unscored += int((places < 0).sum())
         if unscored:
             continue  # the join will fail; only the count is still needed
-        rows = column.values.take(pa.array(places))
+        rows = values.take(pa.array(places))
         missing.update(rows["reason"].drop_null().to_pylist())
         pq.write_table(rows, folder / f"{shard}.parquet", compression="none")
-    return (
-        JoinedReference(record.alias, record.identity, dict(record.entry), dict(missing)),
-        unscored,
-    )
+    entry = dict(record.entry)
+    return JoinedReference(record.alias, record.identity, entry, dict(missing)), unscored
+
+
+def _columns(
+    scores: ScoreFiles, names: Sequence[str], columns: Sequence[str]
+) -> dict[str, pa.Array]:
+    """Columns of all files, one array each: `take` would join chunks at every call."""
+    parts: dict[str, list[pa.Array]] = {name: [] for name in columns}
+    for table in chain([SCORE_SCHEMA.empty_table()], scores.tables(columns, names)):
+        for name in columns:
+            parts[name].append(table[name].combine_chunks())
+    return {name: pa.concat_arrays(parts.pop(name)) for name in columns}
 
 
 def _merge(pairs: PairShards, shard: int, columns: Sequence[Path], folder: Path) -> dict[str, Any]:
@@ -173,11 +166,9 @@ def _merge(pairs: PairShards, shard: int, columns: Sequence[Path], folder: Path)
         {"pair_id": ids_to_arrow(pairs.pair_ids(shard))}
         | {name: _side_by_side(parts, value) for name, value in JOINED.items()}
     )
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
-    name = pairs.names[shard]
-    (folder / name).write_bytes(sink.getbuffer())
-    return {"name": name, "rows": len(table), "digest": digest_of(sink.getbuffer())}
+    path = folder / pairs.names[shard]
+    pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+    return {"name": path.name, "rows": len(table), "digest": digest_of(path.read_bytes())}
 
 
 def _side_by_side(references: list[pa.Table], name: str) -> pa.Array:
@@ -191,20 +182,10 @@ def _side_by_side(references: list[pa.Table], name: str) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, k)
 
 
-def _unscored(pairs: PairShards, store: Store, unscored: dict[str, int], refs_config: str) -> str:
-    counts = ", ".join(f"{count} for {alias}" for alias, count in unscored.items())
-    line = precompute_line(pairs, store, list(unscored), refs_config)
-    return f"{pairs.path}: pairs not yet scored in {store.root}: {counts}; run: {line}"
-
-
 def precompute_line(
     pairs: PairShards, store: Store, aliases: Sequence[str], refs_config: str
 ) -> str:
     """The command that scores the pairs under the references."""
-    options = {
-        "--pairs": str(pairs.path),
-        "--refs": ",".join(aliases),
-        "--refs-config": refs_config,
-        "--store": store.root,
-    }
-    return shlex.join(["mrpo", "precompute", *(part for item in options.items() for part in item)])
+    options = ["--pairs", str(pairs.path), "--refs", ",".join(aliases)]
+    options += ["--refs-config", refs_config, "--store", store.root]
+    return shlex.join(["mrpo", "precompute", *options])

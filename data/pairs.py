@@ -6,11 +6,7 @@ in any file format, data set, order or shard, and its scores are found again eve
 
 The held-out split, a training fraction, folds and bootstraps must keep equal prompts together, and
 a prompt must not change sides when data is added, shuffled or mixed. Each uses its own bits of a
-digest of the prompt, so they are independent: a training fraction is a fair sample of what is not
-held out.
-
-`formats.py` makes pairs from raw rows, `shards.py` keeps them on disk, `rendering/` turns them into
-token ids.
+digest of the prompt, so that they are independent of each other.
 """
 
 from __future__ import annotations
@@ -52,26 +48,14 @@ class Pair:
 
     @property
     def id(self) -> bytes:
-        """16 bytes, computed at each access; shards have it in a column."""
-        return pair_id(self)
+        """The first 16 bytes of SHA-256 over the canonical JSON of the pair's content.
 
-
-def pair_id(pair: Pair) -> bytes:
-    """The first 16 bytes of SHA-256 over the canonical JSON of the pair's content.
-
-    Raises `UnicodeEncodeError` for text that UTF-8 cannot hold (lone surrogates), and
-    `ValueError` for a number that JSON cannot.
-    """
-    content: dict[str, Any] = {
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-    }
-    if pair.tools is not None:
-        content["tools"] = pair.tools
-    if pair.chat_template_kwargs is not None:
-        content["chat_template_kwargs"] = pair.chat_template_kwargs
-    return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
+        Computed at each access; shards have it in a column. Raises `UnicodeEncodeError` for text
+        that UTF-8 cannot hold (lone surrogates), and `ValueError` for a number that JSON cannot.
+        """
+        names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+        content = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
 
 
 def parse_id(value: Any) -> bytes | None:

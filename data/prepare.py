@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..files import sync
 from ..settings import command, write_resolved
 from .config import PrepareConfig
-from .formats import REASONS, Broken, Columns, PairReader, Unusable, by_reason
+from .formats import REASONS, Broken, PairReader, Unusable, by_reason, pair_columns
 from .ids import IdSet, ids_from_bytes
 from .pairs import Pair, is_validation
 from .reviewed import Review
@@ -82,9 +82,6 @@ class _Preparation:
 
     def __init__(self, config: PrepareConfig, writer: ShardWriter, dropped: IO[str]) -> None:
         self._config = config
-        self._columns = Columns(
-            config.prompt_column, config.chosen_column, config.rejected_column, config.source_column
-        )
         self._writer = writer
         self._dropped = dropped
         self._known = IdSet()
@@ -97,8 +94,8 @@ class _Preparation:
 
     def read(self, source: Source) -> Iterator[int]:
         """Read a source; yields the number of rows of each batch once they are written."""
-        reader = PairReader(self._columns, source.name, self._config.chat)
-        rows = source.rows(self._columns)
+        reader = PairReader(self._config, source.name)
+        rows = source.rows(pair_columns(self._config))
         total = 0
         while batch := list(islice(rows, BATCH_ROWS)):
             self._take(source, reader, batch)
@@ -149,12 +146,16 @@ class _Preparation:
         for number, fields in rows:
             place = f"{source.given}, {source.unit} {number}"
             try:
-                pair = reader.read(fields)
-                reviewed = self._review.apply(pair, _identify(pair))
+                reviewed = self._review.apply(*reader.read(fields))
             except Broken as error:
                 raise UserError(f"{place}, {error}") from None
             except Unusable as error:
-                self._note_unusable(place, error.reason)
+                if self._config.strict:
+                    raise UserError(
+                        f"{place} cannot be used: {error.reason} ({REASONS[error.reason]}); "
+                        "without --strict such rows are dropped and listed"
+                    ) from None
+                self._first_unusable = self._first_unusable or place
                 without.append((number, error.reason))
             else:
                 if reviewed is None:
@@ -184,22 +185,6 @@ class _Preparation:
             pair = replace(pair, split="validation")
         self._splits[pair.split] += 1
         self._writer.add(pair, identity)
-
-    def _note_unusable(self, place: str, reason: str) -> None:
-        if self._config.strict:
-            raise UserError(
-                f"{place} cannot be used: {reason} ({REASONS[reason]}); without --strict such "
-                "rows are dropped and listed"
-            )
-        self._first_unusable = self._first_unusable or place
-
-
-def _identify(pair: Pair) -> bytes:
-    try:
-        pair.source.encode()
-        return pair.id
-    except UnicodeEncodeError:
-        raise Unusable("not_unicode") from None
 
 
 def _summary(shards: PairShards) -> str:
@@ -271,7 +256,10 @@ def _refuse_foreign(out: Path) -> None:
     first = next(folder for folder in (out, *out.parents) if folder.exists())
     if not first.is_dir():
         raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
-    if first is not out or all(_is_ours(entry.name) for entry in out.iterdir()):
+    ours = (MANIFEST, DROPPED, SETTINGS, SHARDS, f"{STAGE}*")
+    if first is not out or all(
+        any(fnmatch(entry.name, pattern) for pattern in ours) for entry in out.iterdir()
+    ):
         return
     try:
         PairShards(out)  # pairs with other files beside them, which stay
@@ -281,26 +269,19 @@ def _refuse_foreign(out: Path) -> None:
         ) from None
 
 
-def _is_ours(name: str) -> bool:
-    return name in (MANIFEST, DROPPED, SETTINGS) or any(
-        fnmatch(name, pattern) for pattern in (SHARDS, f"{STAGE}*")
-    )
-
-
 def _replace(stage: Path, out: Path) -> None:
     """Move all files, the manifest last: a folder with a manifest is complete."""
     (out / MANIFEST).unlink(missing_ok=True)
-    names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == MANIFEST)
-    for name in names:
-        if name == MANIFEST:
-            for shard in out.glob(SHARDS):
-                if shard.name not in names:
-                    shard.unlink()
+    names = {path.name for path in stage.iterdir()}
+    for name in sorted(names - {MANIFEST}):
         (stage / name).replace(out / name)
+    for shard in out.glob(SHARDS):
+        if shard.name not in names:
+            shard.unlink()
+    (stage / MANIFEST).replace(out / MANIFEST)
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders made for `out`, the innermost first."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

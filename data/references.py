@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..files import to_json
 from ..settings import comma_separated
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -50,7 +51,7 @@ class ReferenceSpec:
         """
         defaults = ReferenceSpec(self.alias, self.model)
         return {
-            name: _plain(getattr(self, name))
+            name: to_json(getattr(self, name))
             for name in ENTRY_KEYS
             if name == "model" or getattr(self, name) != getattr(defaults, name)
         }
@@ -179,7 +180,3 @@ def _template(where: str, folder: Path, value: str) -> str:
         raise UserError(
             f"{where}: {value!r} can't be read as text; its path is relative to {folder}"
         ) from None
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value

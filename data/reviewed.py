@@ -8,26 +8,18 @@ pair ids works: in one without that column, all rows are meant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 from ..errors import UserError
 from .pairs import ID_BYTES, Pair, parse_id
-from .sources import open_sources
+from .sources import SourceColumns, open_sources
 
 ID, DECISION = "pair_id", "decision"
 DECISIONS = ("keep", "exclude", "flip")
 
-Decision = Literal["exclude", "flip"]
-
-
-@dataclass(frozen=True, slots=True)
-class _ReviewColumns:
-    """The columns to read of a reviewed table."""
-
-    required: list[str] = field(default_factory=lambda: [ID])
-    optional: list[str] = field(default_factory=lambda: [DECISION])
-    flags: str = f"a reviewed table has {ID!r}, and {DECISION!r} where not all rows are meant"
+COLUMNS = SourceColumns(
+    [ID], [DECISION], f"a reviewed table has {ID!r}, and {DECISION!r} where not all rows are meant"
+)
 
 
 class Review:
@@ -35,17 +27,16 @@ class Review:
 
     def __init__(self, exclude: str | None, flip: str | None) -> None:
         """Comma-separated files or None. Raises `UserError` for an invalid or contradicting row."""
-        self._decided: dict[bytes, tuple[Decision, str]] = {}  # with its file
+        self._decided: dict[bytes, tuple[str, str]] = {}  # exclude or flip; the file
         self._in_data: set[bytes] = set()
-        lists: tuple[tuple[Decision, str | None], ...] = (("exclude", exclude), ("flip", flip))
-        for decision, files in lists:
-            for pair_id, place, file in _read(decision, files):
-                known, _ = self._decided.setdefault(pair_id, (decision, file))
-                if known != decision:
-                    raise UserError(
-                        f"{place}: pair {pair_id.hex()} is to be flipped and is in --exclude "
-                        "too; keep one of the two decisions"
-                    )
+        for pair_id, _, file in _read("exclude", exclude):
+            self._decided.setdefault(pair_id, ("exclude", file))
+        for pair_id, place, file in _read("flip", flip):
+            if self._decided.setdefault(pair_id, ("flip", file))[0] == "exclude":
+                raise UserError(
+                    f"{place}: pair {pair_id.hex()} is to be flipped and is in --exclude too; "
+                    "keep one of the two decisions"
+                )
 
     def apply(self, pair: Pair, pair_id: bytes) -> tuple[Pair, bytes] | None:
         """The pair with its id, flipped where that was decided; None where it is excluded.
@@ -70,17 +61,17 @@ class Review:
                 ids.setdefault(file, []).append(pair_id.hex())
         return ids
 
-    def _decision(self, pair_id: bytes) -> Decision | None:
+    def _decision(self, pair_id: bytes) -> str | None:
         if pair_id not in self._decided:
             return None
         self._in_data.add(pair_id)
         return self._decided[pair_id][0]
 
 
-def _read(decision: Decision, files: str | None) -> Iterator[tuple[bytes, str, str]]:
+def _read(decision: str, files: str | None) -> Iterator[tuple[bytes, str, str]]:
     """(pair id, place for messages, file) of every row that asks for the decision."""
     for source in open_sources(files) if files else ():
-        for number, row in source.rows(_ReviewColumns()):
+        for number, row in source.rows(COLUMNS):
             place = f"{source.given}, {source.unit} {number}"
             given = str(row.get(DECISION, decision) or "").strip().lower()
             if given not in ("", *DECISIONS):
@@ -88,15 +79,12 @@ def _read(decision: Decision, files: str | None) -> Iterator[tuple[bytes, str, s
                     f"{place}: {DECISION} is {given!r}; it must be {', '.join(DECISIONS)}, "
                     "or empty, which keeps the pair"
                 )
-            if given == decision:
-                yield _pair_id(row.get(ID), place), place, source.given
-
-
-def _pair_id(value: object, place: str) -> bytes:
-    pair_id = parse_id(value)
-    if pair_id is None:
-        raise UserError(
-            f"{place}: {ID} is {value!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
-            "as `mrpo audit` writes them"
-        )
-    return pair_id
+            if given != decision:
+                continue
+            pair_id = parse_id(row[ID])
+            if pair_id is None:
+                raise UserError(
+                    f"{place}: {ID} is {row[ID]!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
+                    "as `mrpo audit` writes them"
+                )
+            yield pair_id, place, source.given

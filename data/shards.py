@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,13 +64,10 @@ class PairShards:
         self.kind: Kind = self.manifest["kind"]
         self.names: list[str] = [shard["name"] for shard in shards]
         self.rows: list[int] = [shard["rows"] for shard in shards]
+        self.num_pairs = sum(self.rows)
 
     def __repr__(self) -> str:
         return f"PairShards({str(self.path)!r}: {self.num_pairs} pairs, {self.kind})"
-
-    @cached_property
-    def num_pairs(self) -> int:
-        return sum(self.rows)
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One shard as an Arrow table, all columns or the named ones."""
@@ -105,19 +102,17 @@ class ShardWriter:
     def __init__(self, folder: Path, shard_pairs: int) -> None:
         self.shards: list[dict[str, Any]] = []
         self.kind: Kind | None = None  # that of the first pair
+        self.num_pairs = 0
         self._folder = folder
         self._shard_pairs = shard_pairs
         self._pairs: list[Pair] = []
         self._ids: list[bytes] = []
 
-    @property
-    def num_pairs(self) -> int:
-        return sum(shard["rows"] for shard in self.shards) + len(self._pairs)
-
     def add(self, pair: Pair, pair_id: bytes) -> None:
         """Append a pair; the caller makes sure that all are of the same kind."""
         if self.kind is None:
             self.kind = "messages" if pair.is_chat else "text"
+        self.num_pairs += 1
         self._pairs.append(pair)
         self._ids.append(pair_id)
         if len(self._pairs) == self._shard_pairs:
@@ -199,8 +194,8 @@ def pair_schema(kind: Kind) -> pa.Schema:
 def pairs_to_table(pairs: Sequence[Pair], ids: Sequence[bytes], kind: Kind) -> pa.Table:
     """The rows of a shard. All pairs must be of the kind."""
     turns = _messages_to_arrow if kind == "messages" else pa.array
-    schema = pair_schema(kind)
-    values = {
+    columns = {name: turns([getattr(pair, name) for pair in pairs]) for name in TURNS}
+    columns |= {
         "pair_id": list(ids),
         "tools": [_to_json(pair.tools) for pair in pairs],
         "chat_template_kwargs": [_to_json(pair.chat_template_kwargs) for pair in pairs],
@@ -209,13 +204,7 @@ def pairs_to_table(pairs: Sequence[Pair], ids: Sequence[bytes], kind: Kind) -> p
         "chosen_bytes": [response_bytes(pair.chosen) for pair in pairs],
         "rejected_bytes": [response_bytes(pair.rejected) for pair in pairs],
     }
-    columns = [
-        turns([getattr(pair, field.name) for pair in pairs])
-        if field.name in TURNS
-        else pa.array(values[field.name], field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.table(columns, schema=pair_schema(kind))
 
 
 def from_table(table: pa.Table) -> list[Pair]:
@@ -253,13 +242,8 @@ def _turns_from_arrow(column: pa.ChunkedArray) -> list[Turns]:
     roles, contents, extras = (
         pc.struct_field(flat, name).to_pylist() for name in ("role", "content", "extra")
     )
-    messages = [_message(*fields) for fields in zip(roles, contents, extras)]
-    turns: list[Turns] = []
-    start = 0
-    for length in lengths:
-        turns.append(messages[start : start + length])
-        start += length
-    return turns
+    messages = (_message(*fields) for fields in zip(roles, contents, extras))
+    return [list(islice(messages, length)) for length in lengths]
 
 
 def _message(role: str, content: str | None, extra: str | None) -> Message:

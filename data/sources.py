@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,16 +26,13 @@ from ..settings import comma_separated
 Row = tuple[int, dict[str, Any]]
 
 
-class SourceColumns(Protocol):
-    """Which columns to read: `formats.Columns`, or a class with further columns."""
+@dataclass(frozen=True, slots=True)
+class SourceColumns:
+    """The columns to read: those that every row must have, and those that it may have."""
 
-    @property
-    def required(self) -> list[str]: ...
-    @property
-    def optional(self) -> list[str]: ...
-    @property
-    def flags(self) -> str:
-        """How the user names them, for messages."""
+    required: list[str]
+    optional: list[str]
+    flags: str  # how the user names them, for messages
 
 
 Reader = Callable[[str, SourceColumns], Iterator[Row]]
@@ -105,31 +102,30 @@ def _read_jsonl(given: str, columns: SourceColumns) -> Iterator[Row]:
             raise UserError(f"{where} is JSON too deep or too large to read") from None
         if not isinstance(row, dict):
             raise UserError(f"{where} must be one JSON object, not {type(row).__name__}")
+        for name in columns.required:
+            if name not in row:
+                raise UserError(
+                    f"{where}, field {name!r} is missing; there are {', '.join(row) or 'none'}; "
+                    f"{columns.flags}"
+                )
         yield number, row
 
 
 def _read_csv(given: str, columns: SourceColumns) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    rows = _csv_rows(given)
-    header = next(rows, (0, []))[1]
-    names = {header.index(name): name for name in _present(given, columns, header)}
-    for number, cells in rows:
-        if len(cells) != len(header):
-            raise UserError(
-                f"{given}, row {number} has {len(cells)} fields, the header has {len(header)}"
-            )
-        yield number, {name: _cell(cells[index]) for index, name in names.items()}
-
-
-def _csv_rows(given: str) -> Iterator[tuple[int, list[str]]]:
-    """The header as row 0, then every row that is not a blank line."""
-    cells = csv.reader(_lines(given), strict=True)
+    rows = filter(None, csv.reader(_lines(given), strict=True))  # a blank line is no row
     number = 0
     try:
-        for row in cells:
-            if row:
-                yield number, row
-                number += 1
+        header = next(rows, [])
+        names = {header.index(name): name for name in _present(given, columns, header)}
+        number = 1
+        for cells in rows:
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{given}, row {number} has {len(cells)} fields, the header has {len(header)}"
+                )
+            yield number, {name: _cell(cells[index]) for index, name in names.items()}
+            number += 1
     except csv.Error as error:
         raise UserError(f"{given}, row {number} is not CSV: {error}") from None
 

@@ -29,6 +29,7 @@ from transformers.masking_utils import flex_attention_mask, sdpa_mask
 from .packing import SHARED, Batch
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Heads = tuple[Tensor, ...]  # query, key, value: [B, H, L, D] each
 SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"  # names of the functions in transformers
 
 
@@ -60,14 +61,14 @@ def block_mask(batch: Batch, window: int | None) -> BlockMask:
     """FlexAttention's block mask: blocks that the rule hides completely are never computed."""
     rows, length = batch.input_ids.shape
     device = batch.input_ids.device
-    # Compiled, the [L, L] rule is never materialized; on a CPU compiling takes too long.
-    create = compiled_create() if device.type == "cuda" else create_block_mask
+    create = _creator(device.type)
     return create(mask_mod(batch, window), rows, None, length, length, device=device)
 
 
 @cache
-def compiled_create() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
+def _creator(device_type: str) -> Callable[..., BlockMask]:
+    # Compiled, the [L, L] rule is never materialized; on a CPU compiling takes too long.
+    return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask
 
 
 class PackedMasks:
@@ -123,43 +124,33 @@ def sdpa_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
     if packed is not None:
-        output = _attend_spans(query, key, value, packed, sliding_window, scaling, softcap)
+        output = _attend_spans(heads, packed, sliding_window, scaling, softcap)
     else:
         if attention_mask is None:
             attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-        output = _attend(query, key, value, attention_mask, scaling, softcap)
+        output = _attend(heads, attention_mask, scaling, softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
 @torch.compiler.disable  # it would be recompiled for every number of pairs
 def _attend_spans(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: Heads,
     packed: PackedMasks,
     window: int | None,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
     sizes = [stop - start for start, stop in packed.spans]
-    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2))
+    parts = zip(*(part.split(sizes, 2) for part in heads))
     masks = packed.dense(window)
-    return torch.cat(
-        [_attend(*part, mask, scaling, softcap) for part, mask in zip(parts, masks)], 2
-    )
+    return torch.cat([_attend(part, mask, scaling, softcap) for part, mask in zip(parts, masks)], 2)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend(heads: Heads, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
     """softmax(cap(q k^T * scaling) | mask) v; softmax in float32 as transformers' own."""
+    query, key, value = heads
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -13,7 +13,9 @@ backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,9 +72,8 @@ def token_logps(
     The product is computed in the autocast dtype if there is one, the rest in float32 at least.
     """
     device = hidden.device.type
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     bias = bias if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         return _TokenLogps.apply(
@@ -94,11 +95,11 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         logps, kept, ready = [], [], []
-        scratch = _Scratch(weight, min(chunk, len(hidden)))
+        scratch = _scratch(weight, min(chunk, len(hidden)))
         for rows, picks in zip(hidden.split(chunk), targets.split(chunk)):
             keep_bytes -= len(rows) * weight.shape[0] * weight.element_size()
             keep = (needs_weight or needs_bias) and keep_bytes >= 0
-            out = None if keep else scratch.rows(len(rows))
+            out = None if keep else scratch()[: len(rows)]
             logp, slopes, factor = _logps_and_slopes(rows, weight, bias, picks, rule, out)
             logps.append(logp)
             if needs_weight or needs_bias:
@@ -120,7 +121,7 @@ class _TokenLogps(torch.autograd.Function):
         # Chunks are added up in float32: bfloat16 would lose the last digits of later ones.
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if needs_bias else None
-        scratch = _Scratch(weight, min(ctx.chunk, len(hidden)))
+        scratch = _scratch(weight, min(ctx.chunk, len(hidden)))
         for number, start in enumerate(range(0, len(hidden), ctx.chunk)):
             part = slice(start, start + ctx.chunk)
             rows = hidden[part]
@@ -129,13 +130,17 @@ class _TokenLogps(torch.autograd.Function):
                 ctx.kept[number] = None
             else:
                 _, slopes, factor = _logps_and_slopes(
-                    rows, weight, bias, targets[part], ctx.rule, scratch.rows(len(rows))
+                    rows, weight, bias, targets[part], ctx.rule, scratch()[: len(rows)]
                 )
             factor = factor * grad[part, None]
             if grad_hidden is not None:
                 grad_hidden[part] = slopes @ weight * factor
             if grad_weight is not None:
-                _add_product(grad_weight, slopes.T, (rows * factor).to(rows.dtype))
+                scaled_rows = (rows * factor).to(rows.dtype)
+                if grad_weight.dtype == rows.dtype:
+                    grad_weight.addmm_(slopes.T, scaled_rows)
+                else:
+                    grad_weight += slopes.T @ scaled_rows
             if grad_bias is not None:
                 grad_bias += (slopes * factor).sum(0)
         return (
@@ -146,23 +151,13 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-class _Scratch:
-    """A buffer for the logits of one chunk after the other.
+def _scratch(weight: Tensor, rows: int) -> Callable[[], Tensor]:
+    """A buffer for the logits of one chunk after the other, created when it is first needed.
 
     Without it, freed and allocated again, such large blocks stay with the process: glibc's heap
     grew by a chunk each time.
     """
-
-    def __init__(self, weight: Tensor, most: int) -> None:
-        self._weight = weight
-        self._most = most
-        self._memory: Tensor | None = None
-
-    def rows(self, count: int) -> Tensor:
-        if self._memory is None:
-            shape = (self._most, self._weight.shape[0])
-            self._memory = self._weight.new_empty(shape, dtype=_wide(self._weight.dtype))
-        return self._memory[:count]
+    return cache(lambda: weight.new_empty(rows, weight.shape[0], dtype=_wide(weight.dtype)))
 
 
 def _logps_and_slopes(
@@ -198,14 +193,6 @@ def _logps_and_slopes(
         rule_slope = 1.0
     logps = (at_target - top - total.log()).squeeze(-1)
     return logps, slopes.to(weight.dtype), -rule_slope / total
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where total may be of a wider dtype."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -98,12 +98,6 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal LM itself, without a PEFT wrapper."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
-
-
 def set_attention(lm: PreTrainedModel, attn: Attention) -> None:
     """Set a packable architecture's attention; never eager, which would add a boolean mask.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from .attention import FLEX, SDPA, PackedMasks
 from .head import KEEP_BYTES, LogitRule, chunk_rows, token_logps
-from .load import causal_lm, default_attention, layer_windows, packs, rope_limit, set_attention
+from .load import default_attention, layer_windows, packs, rope_limit, set_attention
 from .packing import PADDING, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class SequenceLogps(nn.Module):
     @property
     def lm(self) -> PreTrainedModel:
         """The causal LM itself, without a PEFT wrapper."""
-        return causal_lm(self.model)
+        wrapper: Any = self.model
+        return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -177,10 +178,8 @@ def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
     if head is not None:
         ours = logit_rule(lm).apply(head(hidden.to(head.weight.dtype)).float())
         # The model may have rounded to bfloat16 after each operation.
-        if (
-            ours.shape == expected.shape
-            and (ours - expected).abs().max() <= 0.02 * ours.abs().max()
-        ):
+        same_shape = ours.shape == expected.shape
+        if same_shape and (ours - expected).abs().max() <= 0.02 * ours.abs().max():
             return
     raise UserError(
         f"{lm.config.model_type} changes its logits in an unknown way; "
@@ -190,7 +189,7 @@ def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
 
 def sum_by_sequence(values: Tensor, batch: Batch) -> Tensor:
     """[R] of scored tokens -> [S] sums, added in float64; float32 where a gradient is needed."""
-    total = torch.zeros(batch.num_sequences, dtype=torch.float64, device=values.device)
+    total = torch.zeros(len(batch.token_counts), dtype=torch.float64, device=values.device)
     total = total.index_add(0, batch.sequence, values.double())
     return total.float() if values.requires_grad else total
 

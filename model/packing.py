@@ -42,10 +42,6 @@ class Batch:
     spans: tuple[tuple[int, int], ...] | None  # a packed row's [start, stop) per pair
 
     @property
-    def num_sequences(self) -> int:
-        return len(self.token_counts)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens that the decoder computes, padding included."""
         return self.input_ids.numel()
@@ -118,11 +114,11 @@ def pack(
             before = first + sequence.start - shared  # index of the first scored token
             # The token before the first scored one is the branch's own, or the last shared one.
             opener = before - 1 if sequence.start > shared else start + shared - 1
-            row.score(sequence, 2 * index + branch - 1, opener, before)
+            row.score(sequence, opener, before)
         spans.append((start, len(row.ids)))
     padding = -len(row.ids) % multiple if pairs else multiple
     row.add([0] * padding, 0, PADDING, SHARED)
-    return row.batch((1, len(row.ids)), tuple(spans), device)
+    return row.batch(len(row.ids), tuple(spans), device)
 
 
 def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") -> Batch:
@@ -133,13 +129,11 @@ def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") 
         rows.add([0], 0, PADDING, SHARED)
     for index, pair in enumerate(pairs):
         for branch, sequence in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
-            start = len(rows.ids)
-            length = len(sequence.token_ids)
+            first, length = len(rows.ids) + sequence.start, len(sequence.token_ids)
             rows.add(sequence.token_ids, 0, index, branch)
             rows.add([0] * (width - length), length, PADDING, branch)
-            first = start + sequence.start
-            rows.score(sequence, 2 * index + branch - 1, first - 1, first)
-    return rows.batch((-1, width), None, device)
+            rows.score(sequence, first - 1, first)
+    return rows.batch(width, None, device)
 
 
 class _Columns:
@@ -152,7 +146,6 @@ class _Columns:
         self.branches: list[int] = []
         self.predict: list[int] = []
         self.targets: list[int] = []
-        self.sequences: list[int] = []
         self.token_counts: list[int] = []
 
     def add(self, token_ids: list[int], position: int, pair: int, branch: int) -> None:
@@ -163,32 +156,31 @@ class _Columns:
         self.pairs += [pair] * count
         self.branches += [branch] * count
 
-    def score(self, sequence: RenderedSequence, number: int, opener: int, first: int) -> None:
+    def score(self, sequence: RenderedSequence, opener: int, first: int) -> None:
         """Append the scored tokens: the first is at index `first` and is predicted at `opener`."""
         assert sequence.start > 0, "the first token of a sequence has nothing to predict it"
         count = len(sequence.token_ids) - sequence.start
         self.predict += [opener, *range(first, first + count - 1)]
         self.targets += sequence.token_ids[sequence.start :]
-        self.sequences += [number] * count
         self.token_counts.append(count)
 
     def batch(
-        self,
-        shape: tuple[int, int],
-        spans: tuple[tuple[int, int], ...] | None,
-        device: torch.device | str,
+        self, width: int, spans: tuple[tuple[int, int], ...] | None, device: torch.device | str
     ) -> Batch:
+        """Rows of `width` tokens; the scored tokens are in the order of their sequences."""
+        sequences = [number for number, n in enumerate(self.token_counts) for _ in range(n)]
+
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
         return Batch(
-            input_ids=column(self.ids).view(shape),
-            position_ids=column(self.positions).view(shape),
-            pair=column(self.pairs).view(shape),
-            branch=column(self.branches).view(shape),
+            input_ids=column(self.ids).view(-1, width),
+            position_ids=column(self.positions).view(-1, width),
+            pair=column(self.pairs).view(-1, width),
+            branch=column(self.branches).view(-1, width),
             predict=column(self.predict),
             targets=column(self.targets),
-            sequence=column(self.sequences),
+            sequence=column(sequences),
             token_counts=tuple(self.token_counts),
             spans=spans,
         )

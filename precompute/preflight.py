@@ -131,7 +131,7 @@ def print_plans(
             print(f"  the Hub has newer commits ({newest}); --update-refs takes them")
         for name in plan.damaged:
             print(f"  damaged, set aside, its pairs are scored again: {name}")
-        if pairs.kind == "text" and renderer_of(reference).has_chat_template:
+        if pairs.kind == "text" and renderer_of(reference).chat_template is not None:
             print("  warning: the pairs are plain text and this model has a chat template;")
             print("  `mrpo prepare --chat` makes them messages")
         print("  " + "; ".join(_described(plan, selection, store, engine)))

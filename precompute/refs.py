@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal as readable_size
+
 from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store, open_store
-from ..data.store.commands import readable_size
 from ..errors import UserError
 from ..settings import command
 from ..terminal import print_table

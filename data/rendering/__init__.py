@@ -1,5 +1,6 @@
 """Pairs to token ids, the same way for every model: template, text, tokens, split."""
 
+# ruff: noqa: F401 (what the folder offers)
 from .renderer import (
     RENDERING_VERSION,
     ExplainedSequence,
@@ -8,14 +9,3 @@ from .renderer import (
     Renderer,
 )
 from .template import TODAY, Refusal, RenderedText
-
-__all__ = [
-    "RENDERING_VERSION",
-    "TODAY",
-    "ExplainedSequence",
-    "Refusal",
-    "RenderedPair",
-    "RenderedSequence",
-    "RenderedText",
-    "Renderer",
-]

@@ -7,9 +7,7 @@ a whole, once, without added special tokens, and split by character offset where
     |---------- prompt -----------||-- scored --|    "</s>" is the end of turn
 
 A token across the boundary belongs to the response. Nothing is ever truncated. Tokenizers differ in
-how characters lie under tokens: a normalizer joins some (NFC), a character of several bytes lies
-under several tokens, a control token swallows adjacent white space, a post-processor trims
-spaces off. `spans` brings all of them to the same form, which the renderer splits.
+how characters lie under tokens; `spans` brings all of them to the same form.
 """
 
 from __future__ import annotations
@@ -100,13 +98,9 @@ class Renderer:
         return self.template.get()
 
     @property
-    def has_chat_template(self) -> bool:
-        return self.chat_template is not None
-
-    @property
     def end_of_turn(self) -> str | None:
         """The text that ends a turn; None where the template has no special token there."""
-        return self.template.tail().kept or None if self.has_chat_template else None
+        return None if self.chat_template is None else self.template.tail().kept or None
 
     def render(self, pair: Pair) -> RenderedPair | Refusal:
         """The pair as this model sees it, or a permanent reason why it can't be."""
@@ -115,22 +109,16 @@ class Renderer:
     def render_many(self, pairs: Sequence[Pair]) -> list[RenderedPair | Refusal]:
         """As `render`, for many pairs in one batched call of the tokenizer."""
         shown = [self.texts(pair) for pair in pairs]
-        texts = [
-            branch.text
-            for branches in shown
-            if not isinstance(branches, Refusal)
-            for branch in branches
-        ]
+        kept = [branches for branches in shown if not isinstance(branches, Refusal)]
+        texts = [branch.text for branches in kept for branch in branches]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         rendered: list[RenderedPair | Refusal] = []
         for pair, branches in zip(pairs, shown):
             if isinstance(branches, Refusal):
                 rendered.append(branches)
-            else:
-                chosen, rejected = (
-                    self._sequence(branch, next(encodings), pair.is_chat) for branch in branches
-                )
-                rendered.append(_paired(chosen, rejected))
+                continue
+            sequences = (self._sequence(b, next(encodings), pair.is_chat) for b in branches)
+            rendered.append(_paired(*sequences))
         return rendered
 
     def explain(self, pair: Pair) -> tuple[ExplainedSequence, ExplainedSequence] | Refusal:
@@ -162,9 +150,11 @@ class Renderer:
             start, boundary = index, begin < rendered.prompt_end
             if begin >= rendered.content_end:
                 end_start = index
-        if not is_chat:
-            ids, before = self._between_bos_and_eos(ids, start)
-            start += before
+        if not is_chat:  # plain text gets BOS and EOS where the tokenizer has them and it doesn't
+            if self._bos is not None and ids[:1] != [self._bos]:
+                ids, start = [self._bos, *ids], start + 1
+            if self._eos is not None and (start == len(ids) or ids[-1] != self._eos):
+                ids = [*ids, self._eos]
             end_start = len(ids) if self._eos is None else len(ids) - 1
         if start == len(ids):
             return Refusal("empty_response_tokens", "the response has no tokens of its own")
@@ -173,14 +163,6 @@ class Renderer:
                 "nothing_before_response", "no token comes before the first of the response"
             )
         return RenderedSequence(ids, start, end_start, boundary)
-
-    def _between_bos_and_eos(self, ids: list[int], start: int) -> tuple[list[int], int]:
-        """Plain text's ids with BOS before and EOS after it where the tokenizer has them and the
-        text doesn't; and how many ids were added before it."""
-        before = [self._bos] if self._bos is not None and ids[:1] != [self._bos] else []
-        ended = start < len(ids) and ids[-1] == self._eos
-        after = [self._eos] if self._eos is not None and not ended else []
-        return [*before, *ids, *after], len(before)
 
     def _explained(self, rendered: RenderedText, sequence: RenderedSequence) -> ExplainedSequence:
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)
@@ -261,9 +243,10 @@ def spans(
 ) -> Iterator[tuple[int, int, int]]:
     """(token index, begin, end) from the last token to the first, in characters of `text`.
 
-    Characters that a normalizer dropped or joined to others (under NFC an accent to its letter)
-    lie under no token according to the tokenizer; here the token before them holds them. An added
-    token is taken literally: without the white space that it swallows, and with nothing more.
+    A character of several bytes may lie under several tokens. Characters that a normalizer dropped
+    or joined to others (under NFC an accent to its letter) lie under none according to the
+    tokenizer; here the token before them holds them. An added token is taken literally: without
+    the white space that it swallows, and with nothing more.
     """
     following, last_end, last_stretched = len(text), -1, len(text)
     offsets, ids = encoding.offsets, encoding.ids

@@ -7,6 +7,7 @@ that of Llama 3.2 print today's) and finds the end of turn by rendering a sentin
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
 
 from ...errors import UserError
 
@@ -25,15 +28,9 @@ if TYPE_CHECKING:
 # The date that Llama 3.2's own template falls back to. Part of the rendering version.
 TODAY = datetime(2024, 7, 26, 12, 0, 0)
 SENTINEL = "SENTINELxRESPONSE"
-# Parameters of `apply_chat_template`, which a template variable can't be named after.
-RESERVED = frozenset(
-    {
-        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
-        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
-        *("tokenizer_kwargs", "strftime_now"),
-    }
-)
+# What a template raises for messages it doesn't accept: an error of its own, or Python's for a
+# field that is missing or has an unexpected type.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,9 @@ class ChatTemplate:
         self.kwargs = dict(kwargs or {})
         self._name = tokenizer.name_or_path or "this tokenizer"
         self._tails: dict[str, Tail] = {}
-        _check_kwargs(self.kwargs, "chat_template_kwargs of the reference")
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {*parameters, "messages", "strftime_now"}
+        self._check_kwargs(self.kwargs, "the reference")
         if self.get() is not None:
             self.tail()
 
@@ -111,7 +110,7 @@ class ChatTemplate:
                 "chat_template in refs.yaml, or prepare the pairs as text"
             )
         own = pair.chat_template_kwargs or {}  # a pair's own win over its reference's
-        _check_kwargs(own, "chat_template_kwargs of a pair")
+        self._check_kwargs(own, "a pair")
         kwargs = {"tools": pair.tools, **self.kwargs, **own}
         try:
             prompt = self._show(template, pair.prompt, kwargs, add_generation_prompt=True)
@@ -119,11 +118,18 @@ class ChatTemplate:
                 self._show(template, [*pair.prompt, *response], kwargs)
                 for response in (pair.chosen, pair.rejected)
             ]
-        except _template_errors() as error:
+        except TEMPLATE_ERRORS as error:
             return Refusal("template_refused", _one_line(error))
         for text in texts:
             if not text.startswith(prompt):
-                return Refusal("prompt_not_prefix", _first_difference(prompt, text))
+                pairs = enumerate(zip(prompt, text))
+                at = next((i for i, (a, b) in pairs if a != b), len(text))
+                return Refusal(
+                    "prompt_not_prefix",
+                    f"from character {at} the prompt alone reads "
+                    f"{json.dumps(prompt[at : at + 30])}, with the response "
+                    f"{json.dumps(text[at : at + 30])}",
+                )
         tail = self.tail(pair.tools)
         chosen, rejected = (self._cut(text, len(prompt), tail) for text in texts)
         return chosen, rejected
@@ -166,7 +172,7 @@ class ChatTemplate:
         way_out = "fix it, or override it with chat_template in refs.yaml"
         try:
             text = self._show(template, turns, self.kwargs)
-        except _template_errors() as error:
+        except TEMPLATE_ERRORS as error:
             raise UserError(
                 f"chat template of {self._name} can't show a question and an answer "
                 f"({_one_line(error)}); {way_out}"
@@ -180,6 +186,14 @@ class ChatTemplate:
         end = special.end() if special else 0
         return Tail(after[:end], after[end:])
 
+    def _check_kwargs(self, kwargs: Mapping[str, Any], of: str) -> None:
+        """Refuse parameters of `apply_chat_template`, which no template variable can be called."""
+        if taken := self._reserved & set(kwargs):
+            raise UserError(
+                f"chat_template_kwargs of {of}: {', '.join(sorted(taken))} can't be set there; "
+                "they hold the template's own variables only"
+            )
+
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
         """Any special token's text, the longest where several begin alike."""
@@ -189,29 +203,5 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _template_errors() -> tuple[type[Exception], ...]:
-    """What a template raises for messages it doesn't accept: an error of its own, or Python's for a
-    field that is missing or has an unexpected type."""
-    from jinja2.exceptions import TemplateError
-
-    return (TemplateError, TypeError, ValueError, LookupError)
-
-
-def _check_kwargs(kwargs: Mapping[str, Any], what: str) -> None:
-    if taken := RESERVED & set(kwargs):
-        raise UserError(
-            f"{what}: {', '.join(sorted(taken))} can't be set there; they hold the template's own "
-            "variables only"
-        )
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _first_difference(prompt: str, text: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, text)) if a != b), len(text))
-    return (
-        f"from character {at} the prompt alone reads {json.dumps(prompt[at : at + 30])}, with the "
-        f"response {json.dumps(text[at : at + 30])}"
-    )

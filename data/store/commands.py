@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from rich.filesize import decimal as readable_size
 
 from ...errors import UserError
 from ...files import TEMPORARY
 from ...settings import comma_separated, command
 from ...terminal import print_table
 from ..config import GcConfig, PullConfig, PushConfig, StatusConfig, VerifyConfig
-from ..ids import IdArray, IdIndex
+from ..ids import ID_DTYPE, IdArray, IdIndex
 from ..pairs import canonical_json
 from ..shards import PairShards
 from .files import Files, LocalFiles
@@ -45,19 +46,13 @@ def status(config: StatusConfig) -> None:
     With `config.pairs` also how many of these pairs it lacks; with `config.policies` the trained
     policies in place of the references.
     """
-    store = open_store(config.store)
-    ids = _pair_ids(PairShards(config.pairs)) if config.pairs else None
-    policies = store.policies
-    shown, kind = (policies, "policies") if config.policies else (store, "references")
-    _print_status(shown, kind, ids)
-    hidden = 0 if config.policies else len(policies.identities())
-    if hidden:
-        print(f"{hidden:,} scored policies are not shown; --policies lists them")
-
-
-def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
+    references = open_store(config.store)
+    store = references.policies if config.policies else references
     heading = ["reference", "identity", "rows", "size", "recorded", "engine", "model"]
-    if ids is not None:
+    ids = None
+    if config.pairs:
+        pairs = PairShards(config.pairs)
+        ids = np.concatenate([pairs.pair_ids(shard) for shard in range(len(pairs.names))])
         heading.append(f"missing of {len(ids):,}")
     lines = []
     counted: dict[frozenset[str], int] = {}
@@ -66,7 +61,7 @@ def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
         scores = store.scores(identity)
         total += scores.num_bytes()
         num_bad += len(scores.set_aside())
-        line = _describe(identity, store.names_of(identity), scores)
+        line = _status_line(identity, store.names_of(identity), scores)
         if ids is not None:
             # Damage that the footers show is not looked for again in the rows.
             torn = line[2] == DAMAGED
@@ -76,21 +71,23 @@ def _print_status(store: Store, kind: str, ids: IdArray | None) -> None:
     print_table([heading, *newest_first], justify="left")
     if num_bad:
         print(f"{num_bad} damaged files are set aside as .bad; `mrpo store gc` removes them")
+    kind = "policies" if config.policies else "references"
     print(f"store   {store.root} ({len(lines)} {kind}, {readable_size(total)})")
+    hidden = 0 if config.policies else len(store.policies.identities())
+    if hidden:
+        print(f"{hidden:,} scored policies are not shown; --policies lists them")
 
 
 def verify_digests(config: VerifyConfig) -> int:
     """Check every digest; 1 where anything is damaged, else 0."""
     store = open_store(config.store)
-    require(store)
     identities = selected(store, config.refs)
-    broken = set(store.damaged_records())
     damaged = files = 0
     for identity in identities:
         scores = store.scores(identity)
         files += len(scores.names())
         names = [f"scores/{name}" for name in scores.damaged()]
-        names += ["reference.json"] if identity in broken else []
+        names += ["reference.json"] if store.is_damaged(identity) else []
         for name in names:
             print(f"damaged {store.root}/{identity}/{name}")
         damaged += len(names)
@@ -115,7 +112,7 @@ def gc(config: GcConfig) -> list[Garbage]:
     """Print what can go, and remove it with `config.delete`; returns what was listed."""
     store = open_store(config.store)
     if not store.policies.identities():
-        require(store)
+        _require(store)
     garbage = list(find_garbage(store, replaced(store, comma_separated(config.runs))))
     if garbage:
         lines = [[item.name, readable_size(item.size), item.reason] for item in garbage]
@@ -154,12 +151,9 @@ def find_garbage(store: Store, unneeded: set[str]) -> Iterator[Garbage]:
 
 def replaced(store: Store, runs: list[str]) -> set[str]:
     """References that are the newest under none of their names, and that no run names."""
-    newest = {
-        canonical_json([record.alias, record.entry]): record.identity
-        for record in store.references()  # the last recorded last
-    }
-    known = {record.identity for record in store.references()}
-    older = known - set(newest.values())
+    records = store.references()  # the last recorded last
+    newest = {canonical_json([record.alias, record.entry]): record.identity for record in records}
+    older = {record.identity for record in records} - set(newest.values())
     return older - _named_by(runs) if older else set()
 
 
@@ -205,9 +199,8 @@ def _covered(scores: ScoreFiles) -> set[str]:
         return set()  # rows in a damaged file cover nothing
     names = scores.names()
     ids = [scores.ids_of(name) for name in names]
-    if not names:
-        return set()
-    places = IdIndex(np.concatenate(ids)).find(np.concatenate(ids))
+    all_ids = np.concatenate([np.empty(0, ID_DTYPE), *ids])
+    places = IdIndex(all_ids).find(all_ids)
     starts = np.cumsum([0, *map(len, ids)])
     return {
         name
@@ -244,7 +237,6 @@ def pull(config: PullConfig) -> Transfer:
 
 
 def _transfer_all(source: Store, target: Store, refs: str | None) -> Transfer:
-    require(source)
     done = Transfer()
     for identity in selected(source, refs):
         _transfer(source, target, identity, done)
@@ -284,8 +276,10 @@ def _transfer(source: Store, target: Store, identity: str, done: Transfer) -> No
 def selected(store: Store, refs: str | None) -> list[str]:
     """The identities that a comma-separated list of aliases means; all without a list.
 
-    An alias means every identity it ever had, `alias@prefix` a single one.
+    An alias means every identity it ever had, `alias@prefix` a single one. Raises `UserError`
+    where the store holds none.
     """
+    _require(store)
     if refs is None:
         return store.identities()
     identities: list[str] = []
@@ -301,7 +295,7 @@ def selected(store: Store, refs: str | None) -> list[str]:
     return identities
 
 
-def require(store: Store) -> None:
+def _require(store: Store) -> None:
     """Raises `UserError` where there is no store, so that a wrong path never looks healthy."""
     if not store.identities():
         raise UserError(
@@ -310,16 +304,7 @@ def require(store: Store) -> None:
         )
 
 
-def readable_size(num_bytes: int) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
-    if num_bytes < 1000:
-        return f"{num_bytes} B"
-    power = min((len(str(num_bytes)) - 1) // 3, 4)
-    return f"{num_bytes / 1000**power:.1f} {' kMGT'[power]}B"
-
-
-def _describe(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
-    """A line of `status`."""
+def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
     if not names:
         return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
     newest = names[-1]
@@ -343,10 +328,6 @@ def _shown(count: Callable[[], int]) -> str:
         return f"{count():,}"
     except UserError:
         return DAMAGED
-
-
-def _pair_ids(shards: PairShards) -> IdArray:
-    return np.concatenate([shards.pair_ids(shard) for shard in range(len(shards.names))])
 
 
 def _missing(scores: ScoreFiles, ids: IdArray, counted: dict[frozenset[str], int]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -23,43 +23,6 @@ from ...files import locked, sync, write_bytes
 
 WRITERS = 8  # files sent at a time
 COMMIT_FILES, COMMIT_BYTES = 500, 256 * 2**20  # what one commit on the Hub takes at most
-
-
-class Files(Protocol):
-    """The few operations that the store needs, on names relative to its root."""
-
-    root: str
-    is_local: bool
-
-    def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder; empty where there is none."""
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """The same with their sizes in bytes."""
-
-    def folders(self) -> list[str]:
-        """Names of the folders directly under the root."""
-
-    def read(self, name: str) -> bytes:
-        """A file's bytes. Raises `FileNotFoundError`."""
-
-    def open(self, name: str) -> pa.NativeFile:
-        """A file to read parts of. Raises `FileNotFoundError`."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Put a whole file there, durably; on any error nothing of it remains."""
-
-    def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
-        """Put many files there, each whole or not at all."""
-
-    def rename(self, name: str, new: str) -> None:
-        """Rename a file, replacing what has the new name."""
-
-    def remove(self, name: str) -> None:
-        """Delete a file; gone already is fine."""
-
-    def lease(self, name: str) -> contextlib.AbstractContextManager[bool]:
-        """Hold a lease if nobody does: yields whether it was got."""
 
 
 def open_files(root: str | Path) -> Files:
@@ -91,7 +54,7 @@ def open_files(root: str | Path) -> Files:
 
 
 class LocalFiles:
-    """Files on a local disk, written atomically and durably, with leases by file lock."""
+    """Files on a local disk; all names are relative to the root."""
 
     is_local = True
 
@@ -100,6 +63,7 @@ class LocalFiles:
         self.root = str(folder)
 
     def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder; empty where there is none."""
         try:
             with os.scandir(self.folder / folder) as entries:
                 return [entry.name for entry in entries if entry.is_file()]
@@ -107,10 +71,12 @@ class LocalFiles:
             return []
 
     def sizes(self, folder: str) -> dict[str, int]:
+        """The same with their sizes in bytes."""
         names = self.names(folder)
         return {name: os.stat(self.folder / folder / name).st_size for name in names}
 
     def folders(self) -> list[str]:
+        """Names of the folders directly under the root."""
         try:
             with os.scandir(self.folder) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
@@ -118,12 +84,15 @@ class LocalFiles:
             return []
 
     def read(self, name: str) -> bytes:
+        """A file's bytes. Raises `FileNotFoundError`, as `open` does."""
         return (self.folder / name).read_bytes()
 
     def open(self, name: str) -> pa.NativeFile:
+        """A file to read parts of."""
         return pa.OSFile(str(self.folder / name))
 
     def write(self, name: str, data: bytes) -> None:
+        """Put a whole file there, durably; on any error nothing of it remains."""
         write_bytes(self.folder / name, data)
 
     def write_all(self, files: Iterable[tuple[str, bytes]]) -> None:
@@ -131,10 +100,12 @@ class LocalFiles:
             self.write(name, data)
 
     def rename(self, name: str, new: str) -> None:
+        """Rename a file, replacing what has the new name."""
         os.replace(self.folder / name, self.folder / new)
         sync((self.folder / new).parent)
 
     def remove(self, name: str) -> None:
+        """Delete a file; gone already is fine."""
         (self.folder / name).unlink(missing_ok=True)
 
     def modified(self, name: str) -> float:
@@ -150,7 +121,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def lease(self, name: str) -> Iterator[bool]:
-        """A file lock: the system drops it when the process ends, however it ends."""
+        """Hold a lease if nobody does: yields whether it was got. It ends with the process."""
         path = self.folder / name
         with locked(path) as held:
             try:
@@ -161,7 +132,7 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Files behind fsspec: s3://, gs://, memory://. Every lease is granted."""
+    """The same behind fsspec: s3://, gs://, memory://. Every lease is granted."""
 
     is_local = False
 
@@ -173,13 +144,14 @@ class RemoteFiles:
 
     def sizes(self, folder: str) -> dict[str, int]:
         return {
-            _last(entry["name"]): int(entry["size"] or 0)
+            PurePosixPath(entry["name"]).name: int(entry["size"] or 0)
             for entry in self._entries(folder)
             if entry["type"] == "file"
         }
 
     def folders(self) -> list[str]:
-        return sorted(_last(e["name"]) for e in self._entries("") if e["type"] == "directory")
+        entries = self._entries("")
+        return sorted(PurePosixPath(e["name"]).name for e in entries if e["type"] == "directory")
 
     def read(self, name: str) -> bytes:
         return bytes(self.system.cat_file(self._at(name)))
@@ -277,5 +249,4 @@ def _local_files(folder: Path) -> LocalFiles:
     return LocalFiles(folder)
 
 
-def _last(name: str) -> str:
-    return PurePosixPath(name.rstrip("/")).name
+Files = LocalFiles | RemoteFiles

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -19,11 +18,11 @@ import pyarrow as pa
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
-from ..formats import Broken, Columns, PairReader, Unusable, by_reason
-from ..ids import IdIndex, ids_from_bytes, ids_to_arrow, ids_to_numpy
+from ..formats import Broken, PairReader, Unusable, by_reason, pair_columns
+from ..ids import IdIndex, ids_to_numpy
 from ..pairs import parse_id
 from ..references import check_alias
-from ..sources import Source, open_sources
+from ..sources import Source, SourceColumns, open_sources
 from .scores import SCORE_SCHEMA, ScoreFiles
 from .store import ReferenceRecord, open_store
 
@@ -34,27 +33,6 @@ ID_COLUMN = "pair_id"
 NO_SCORE, ALREADY_THERE = "no score", "already there"
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredColumns:
-    """The columns of a pair (None: of its id) with its scores; see `sources.SourceColumns`."""
-
-    pair: Columns | None
-    logps: tuple[str, str]  # chosen, rejected
-    tokens: tuple[str, str]
-
-    @property
-    def required(self) -> list[str]:
-        return [*([ID_COLUMN] if self.pair is None else self.pair.required), *self.logps]
-
-    @property
-    def optional(self) -> list[str]:
-        return [*([] if self.pair is None else self.pair.optional), *self.tokens]
-
-    @property
-    def flags(self) -> str:
-        return "name columns with --chosen-column, --chosen-logps-column and so on"
-
-
 @command(ImportConfig)
 def import_scores(config: ImportConfig) -> ReferenceRecord:
     """Store the scores of every row that has them; returns the reference that they became.
@@ -63,7 +41,6 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
     """
     check_alias(config.alias, "--alias")
     sources = open_sources(config.source)
-    columns = _columns(config)
     store = open_store(config.store)
     record = ReferenceRecord(
         alias=config.alias,
@@ -73,7 +50,7 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
     )
     scores, left = store.scores(record.identity), Counter[str]()
     # Everything is read before anything is stored: an invalid row leaves the store as it was.
-    tables = [table for source in sources for table in _tables(source, columns, config.chat, left)]
+    tables = [table for source in sources for table in _tables(source, config, left)]
     kept = sum(_add(scores, table, left) for table in tables)
     if not kept and not left[ALREADY_THERE]:
         raise UserError(
@@ -86,57 +63,51 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
     return record
 
 
-def _columns(config: ImportConfig) -> ScoredColumns:
-    pair = Columns(config.prompt_column, config.chosen_column, config.rejected_column)
-    return ScoredColumns(
-        pair=None if config.by_id else pair,
-        logps=(config.chosen_logps_column, config.rejected_logps_column),
-        tokens=(config.chosen_tokens_column, config.rejected_tokens_column),
-    )
-
-
-Row = tuple[bytes, list[float | None], list[int | None]]  # id; log-probs, tokens of both responses
-
-
-def _tables(
-    source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]
-) -> Iterator[pa.Table]:
+def _tables(source: Source, config: ImportConfig, left: Counter[str]) -> Iterator[pa.Table]:
     """The rows with a score, in tables of the store's columns; `left` counts the others."""
-    rows = _rows(source, columns, chat, left)
+    rows = _rows(source, config, left)
     while batch := list(islice(rows, BATCH_ROWS)):
-        ids, logps, tokens = zip(*batch)
-        values = dict(zip(("chosen_logp", "rejected_logp"), zip(*logps)))
-        values |= dict(zip(("chosen_tokens", "rejected_tokens"), zip(*tokens)))
-        unknown = [None] * len(batch)
-        arrays = [
-            pa.array(values.get(field.name, unknown), field.type)
-            for field in SCORE_SCHEMA
-            if field.name != ID_COLUMN
-        ]
-        yield pa.table([ids_to_arrow(ids_from_bytes(list(ids))), *arrays], SCORE_SCHEMA.names)
+        # A column that the rows lack becomes null.
+        yield pa.Table.from_pylist(batch, SCORE_SCHEMA)
 
 
-def _rows(source: Source, columns: ScoredColumns, chat: bool, left: Counter[str]) -> Iterator[Row]:
-    pairs = PairReader(columns.pair, source.name, chat) if columns.pair else None
-    for number, row in source.rows(columns):
+def _rows(
+    source: Source, config: ImportConfig, left: Counter[str]
+) -> Iterator[dict[str, bytes | float | int | None]]:
+    pairs, parts = PairReader(config, source.name), pair_columns(config)
+    needed, optional = ([ID_COLUMN], []) if config.by_id else (parts.required, parts.optional)
+    logps = {
+        "chosen_logp": config.chosen_logps_column,
+        "rejected_logp": config.rejected_logps_column,
+    }
+    tokens = {
+        "chosen_tokens": config.chosen_tokens_column,
+        "rejected_tokens": config.rejected_tokens_column,
+    }
+    scored = SourceColumns(
+        [*needed, *logps.values()],
+        [*optional, *tokens.values()],
+        "name columns with --chosen-column, --chosen-logps-column and so on",
+    )
+    for number, row in source.rows(scored):
         try:
-            for name in columns.required:
-                if name not in row:
-                    raise Broken(name, f"is missing; {columns.flags}")
-            logps = [_logp(name, row[name]) for name in columns.logps]
-            tokens = [_token_count(name, row.get(name)) for name in columns.tokens]
-            identity = pairs.read(row).id if pairs else _pair_id(row[ID_COLUMN])
+            scores = {name: _logp(column, row[column]) for name, column in logps.items()}
+            counts = {name: _token_count(column, row) for name, column in tokens.items()}
+            identity = parse_id(row[ID_COLUMN]) if config.by_id else pairs.read(row)[1]
+            if identity is None:
+                raise Broken(
+                    ID_COLUMN,
+                    f"is {row[ID_COLUMN]!r}; an id has 32 hex digits, as `mrpo inspect` shows",
+                )
         except Broken as error:
             raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
         except Unusable as error:
             left[error.reason] += 1
-        except UnicodeEncodeError:  # half of a surrogate pair: no UTF-8, and so no id
-            left["not_unicode"] += 1
         else:
-            if None in logps:
+            if None in scores.values():
                 left[NO_SCORE] += 1
             else:
-                yield identity, logps, tokens
+                yield {ID_COLUMN: identity, **scores, **counts}
 
 
 def _add(scores: ScoreFiles, table: pa.Table, left: Counter[str]) -> int:
@@ -169,7 +140,8 @@ def _logp(name: str, value: Any) -> float | None:
     return logp
 
 
-def _token_count(name: str, value: Any) -> int | None:
+def _token_count(name: str, row: dict[str, Any]) -> int | None:
+    value = row.get(name)
     if value is None or value == "" or value != value:
         return None
     try:
@@ -179,11 +151,3 @@ def _token_count(name: str, value: Any) -> int | None:
     if count < 1 or count != float(value):
         raise Broken(name, f"is {value!r}; a count of tokens is a whole number from 1")
     return count
-
-
-def _pair_id(value: Any) -> bytes:
-    """A pair's id from 16 raw bytes or 32 hex digits."""
-    pair_id = parse_id(value)
-    if pair_id is None:
-        raise Broken(ID_COLUMN, f"is {value!r}; an id has 32 hex digits, as `mrpo inspect` shows")
-    return pair_id

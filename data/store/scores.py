@@ -58,14 +58,14 @@ class ScoreFiles:
 
     def __init__(self, files: Files, identity: str) -> None:
         self._files = files
+        self._identity = identity
         self._folder = f"{identity}/scores"
-        self._leases = f"{identity}/leases"
         self._read_names: set[str] = set()  # of the files whose ids are in `_known`
         self._known = IdSet()
 
     def names(self) -> list[str]:
         """The score files in the order that decides between two rows for a pair."""
-        return sorted(name for name in self._files.names(self._folder) if is_score_file(name))
+        return sorted(filter(SCORE_FILE.fullmatch, self._files.names(self._folder)))
 
     def units(self) -> frozenset[str]:
         """The units of the files: equal sets of units have equal pairs."""
@@ -77,7 +77,7 @@ class ScoreFiles:
 
     def num_bytes(self) -> int:
         sizes = self._files.sizes(self._folder)
-        return sum(size for name, size in sizes.items() if is_score_file(name))
+        return sum(size for name, size in sizes.items() if SCORE_FILE.fullmatch(name))
 
     def num_rows(self) -> int:
         """Rows by the files' footers; a row that two racing writers added counts twice."""
@@ -90,8 +90,7 @@ class ScoreFiles:
 
     def pair_ids(self) -> IdArray:
         """Every pair with a row, scored or permanently missing, once: [n] of 16 bytes."""
-        parts = _parallel(self.ids_of, self.names())
-        ids = np.concatenate(parts) if parts else np.empty(0, ID_DTYPE)
+        ids = np.concatenate([np.empty(0, ID_DTYPE), *_parallel(self.ids_of, self.names())])
         return ids[IdIndex(ids).firsts()]
 
     def missing(self, ids: IdArray, *, refresh: bool = True) -> np.ndarray:
@@ -136,14 +135,19 @@ class ScoreFiles:
     ) -> Iterator[pa.Table]:
         """The rows of the files (or of those named), each file's digest checked first.
 
-        In the order of `names()`, which decides between two rows. Raises `UserError` at a damaged
-        file.
+        In the order of `names()`, which decides between two rows. Per-token log-probs are null for
+        files that keep none. Raises `UserError` at a damaged file.
         """
         for name in self.names() if names is None else names:
             data = self.read_file(name)
             if not intact(name, data):
                 raise UserError(self._damage(name))
-            yield read_columns(pa.BufferReader(data), columns)
+            with pq.ParquetFile(pa.BufferReader(data)) as file:
+                table = file.read(columns=list(columns))
+            for column in TOKEN_COLUMNS:
+                if column in columns and column not in table.column_names:
+                    table = table.append_column(column, pa.nulls(len(table), TOKEN_TYPE))
+            yield table.select(list(columns))
 
     def read_file(self, name: str) -> bytes:
         """A score file as it is, unchecked."""
@@ -178,7 +182,7 @@ class ScoreFiles:
         The lease ends with its process. It only saves double work: a race costs a second row.
         """
         assert re.fullmatch(r"[0-9a-f]{32}", unit), unit
-        return self._files.lease(f"{self._leases}/{unit}")
+        return self._files.lease(f"{self._identity}/leases/{unit}")
 
     def ids_of(self, name: str) -> IdArray:
         """The pairs of one file. Raises `UserError` where it can't be read as Parquet."""
@@ -190,12 +194,11 @@ class ScoreFiles:
         try:
             with pq.ParquetFile(self._files.open(f"{self._folder}/{name}")) as file:
                 yield file
-        except pa.ArrowInvalid:
-            raise UserError(self._damage(name)) from None
-        except OSError as error:
-            if error.errno is not None:
+        except (pa.ArrowInvalid, OSError) as error:
+            # Without a number it is Arrow's, for a page that it cannot decode.
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise UserError(self._damage(name)) from None  # from Arrow, for a page it cannot decode
+            raise UserError(self._damage(name)) from None
 
     def _damage(self, name: str) -> str:
         return (
@@ -210,10 +213,10 @@ def checked(table: pa.Table) -> pa.Table:
     Raises `UserError` for a score that is not finite, that is missing without a reason, or that
     comes with one. Wrong columns and repeated ids are faults of the caller: `AssertionError`.
     """
-    extra = [name for name in TOKEN_COLUMNS if name in table.column_names]
     schema = SCORE_SCHEMA
-    for name in extra:
-        schema = schema.append(pa.field(name, TOKEN_TYPE))
+    for name in TOKEN_COLUMNS:
+        if name in table.column_names:
+            schema = schema.append(pa.field(name, TOKEN_TYPE))
     assert set(table.column_names) == set(schema.names), table.column_names
     table = table.select(schema.names).cast(schema)
     ids = ids_to_numpy(table["pair_id"])
@@ -235,16 +238,6 @@ def to_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def read_columns(source: pa.NativeFile, columns: Sequence[str]) -> pa.Table:
-    """Columns of a score file; per-token log-probs are null in files that keep none."""
-    with pq.ParquetFile(source) as file:
-        table = file.read(columns=list(columns))
-    for name in TOKEN_COLUMNS:
-        if name in columns and name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), TOKEN_TYPE))
-    return table.select(list(columns))
-
-
 def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> None:
     if not bad.any():
         return
@@ -254,10 +247,6 @@ def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> 
         f"pair {pair}: {name} is {values[row]} with reason {reason!r}; a score must be finite, "
         f"or missing with a reason ({int(bad.sum())} such rows; check the reference's weights)"
     )
-
-
-def is_score_file(name: str) -> bool:
-    return SCORE_FILE.fullmatch(name) is not None
 
 
 def intact(name: str, data: bytes) -> bool:

@@ -98,7 +98,7 @@ class Store:
     def merge(self, records: Sequence[ReferenceRecord]) -> list[ReferenceRecord]:
         """Add names to those of an identity, unchanged; returns all."""
         identity = records[0].identity
-        if self._is_damaged(identity):
+        if self.is_damaged(identity):
             self.files.rename(f"{identity}/{RECORD}", f"{identity}/{RECORD}{BAD}")
         kept = merged(self.names_of(identity), records)
         self.files.write(f"{identity}/{RECORD}", _encoded(kept))
@@ -117,7 +117,12 @@ class Store:
         check_alias(name)
         records = [record for record in self.references() if record.alias == name]
         if prefix:
-            return self._by_prefix(alias, prefix, records)
+            matching = {r.identity: r for r in records if r.identity.startswith(prefix.lower())}
+            if len(matching) != 1:
+                known = ", ".join(sorted({r.identity[:12] for r in records})) or "none"
+                problem = "matches several identities" if matching else "matches no identity"
+                raise UserError(f"{alias}: {problem} in {self.root}; recorded under it: {known}")
+            return next(iter(matching.values()))
         if specs is not None and name in specs:
             records = [record for record in records if record.entry == specs[name].entry()]
         elif specs is not None:
@@ -148,22 +153,9 @@ class Store:
                 return {key: part["commit"] for key, part in parts if part and "commit" in part}
         return {}
 
-    def damaged_records(self) -> list[str]:
-        """Identities whose `reference.json` exists and is invalid; changes nothing."""
-        return [name for name in self.identities() if self._is_damaged(name)]
-
-    def _is_damaged(self, identity: str) -> bool:
+    def is_damaged(self, identity: str) -> bool:
+        """Whether the `reference.json` of an identity exists and is invalid."""
         return RECORD in self.files.names(identity) and not self.names_of(identity)
-
-    def _by_prefix(
-        self, alias: str, prefix: str, records: list[ReferenceRecord]
-    ) -> ReferenceRecord:
-        matching = {r.identity: r for r in records if r.identity.startswith(prefix.lower())}
-        if len(matching) == 1:
-            return next(iter(matching.values()))
-        known = ", ".join(sorted({r.identity[:12] for r in records})) or "none"
-        problem = "matches several identities" if matching else "matches no identity"
-        raise UserError(f"{alias}: {problem} in {self.root}; recorded under it: {known}")
 
 
 class NotScored(UserError):
@@ -230,15 +222,13 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
     try:
         content = json.loads(data)
         digest = content.pop("digest")
-        if digest != identity_of(content):
-            return []
+        valid = digest == identity_of(content)
         shared = {key: content[key] for key in ("inputs", "resolved_commit", "created")}
         records = [
             ReferenceRecord(**name, **shared, runs=tuple(content["runs"]))
             for name in content["names"]
         ]
+        valid &= all(r.identity == identity and bool(ALIAS.fullmatch(r.alias)) for r in records)
     except (ValueError, AttributeError, KeyError, TypeError):
         return []
-    if all(record.identity == identity and ALIAS.fullmatch(record.alias) for record in records):
-        return records
-    return []
+    return records if valid else []

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mrpo.data.formats import Broken, Columns, PairReader, Unusable, split_common_text
+from mrpo.data.config import ColumnSettings, PrepareConfig
+from mrpo.data.formats import Broken, PairReader, Unusable, pair_columns, split_common_text
 from mrpo.data.pairs import Pair
 
 Messages = list[dict[str, Any]]
@@ -27,8 +28,8 @@ def assistant(content: str) -> Messages:
     return [{"role": "assistant", "content": content}]
 
 
-def read(row: dict[str, Any], columns: Columns | None = None, chat: bool = False) -> Pair:
-    return PairReader(columns or Columns(), "file", chat).read(row)
+def read(row: dict[str, Any], **names: Any) -> Pair:
+    return PairReader(ColumnSettings(**names), "file").read(row)[0]
 
 
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def test_dialogues_that_differ_before_the_last_turn_are_unusable() -> None:
 
 
 def test_after_a_dialogue_text_that_is_none_is_unusable() -> None:
-    reader = PairReader(Columns(), "file", chat=False)
+    reader = PairReader(ColumnSettings(), "file")
     reader.read({"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")})
     with pytest.raises(Unusable, match="not_a_dialogue"):
         reader.read({"chosen": dialogue("q", "a"), "rejected": "just text"})
@@ -188,7 +189,6 @@ def test_unusable_rows_say_why(values: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt": "q", "rejected": "b"}, "'chosen' is missing; there are prompt, rejected"),
         (row("q", 5, "b"), "'chosen' must be text or a list of messages, not int"),
         (row("q", {"role": "user"}, "b"), "'chosen' must be text or a list of messages, not dict"),
         (row("q", "a", assistant("b")), "'rejected' must be text or messages as the chosen"),
@@ -239,13 +239,20 @@ def test_tools_and_template_arguments_may_be_json_text() -> None:
 
 
 def test_other_column_names() -> None:
-    columns = Columns(prompt="question", chosen="right", rejected="wrong", source="origin")
+    names = PrepareConfig(
+        source="file.jsonl",
+        out="pairs",
+        prompt_column="question",
+        chosen_column="right",
+        rejected_column="wrong",
+        source_column="origin",
+    )
+    reader = PairReader(names, "file")
     values = {"question": "q", "right": "a", "wrong": "b", "origin": "o", "prompt": 3, "source": 4}
-    assert read(values, columns) == Pair("q", "a", "b", source="o")
-    with pytest.raises(Broken, match="'question' is missing"):
-        read(row("q", "a", "b"), columns)
+    assert reader.read(values)[0] == Pair("q", "a", "b", source="o")
+    assert pair_columns(names).required == ["question", "right", "wrong", "origin"]
     with pytest.raises(Broken, match="'origin' must be text, not int"):
-        read(values | {"origin": 5}, columns)
+        reader.read(values | {"origin": 5})
 
 
 def test_the_source_is_the_column_or_the_name() -> None:

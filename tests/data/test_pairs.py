@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrpo.data.pairs import Pair, canonical_json, pair_id, response_bytes, without_nulls
+from mrpo.data.pairs import Pair, canonical_json, response_bytes, without_nulls
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
@@ -30,7 +30,7 @@ def assistant(content: str) -> list[dict[str, Any]]:
 def test_the_id_of_a_text_pair_is_the_digest_of_its_json_by_hand() -> None:
     by_hand = '{"chosen":" Zürich","prompt":"Where?","rejected":" \\"東京\\"\\n"}'
     pair = Pair("Where?", " Zürich", ' "東京"\n')
-    assert pair_id(pair) == pair.id == sha256(by_hand.encode()).digest()[:16]
+    assert pair.id == sha256(by_hand.encode()).digest()[:16]
 
 
 def test_the_id_of_a_chat_pair_is_the_digest_of_its_json_by_hand() -> None:
@@ -74,7 +74,7 @@ def test_unicode_is_not_normalized() -> None:
 
 def test_half_a_surrogate_pair_has_no_id() -> None:
     with pytest.raises(UnicodeEncodeError):
-        pair_id(Pair("q", "\ud83d", "b"))
+        _ = Pair("q", "\ud83d", "b").id
 
 
 @given(JSON)

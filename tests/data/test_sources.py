@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrpo.data.formats import Columns
+from mrpo.data.config import ColumnSettings
+from mrpo.data.formats import pair_columns
 from mrpo.data.sources import Row, open_sources
 from mrpo.errors import UserError
 
@@ -23,9 +24,9 @@ ROWS = [
 OBJECT = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 
 
-def rows(given: Path | str, columns: Columns | None = None) -> list[Row]:
+def rows(given: Path | str, **names: str) -> list[Row]:
     (source,) = open_sources(str(given))
-    return list(source.rows(columns or Columns()))
+    return list(source.rows(pair_columns(ColumnSettings(**names))))
 
 
 def write_jsonl(path: Path, values: list[dict[str, Any]], ascii_only: bool = False) -> Path:
@@ -81,12 +82,11 @@ def test_a_csv_cell_can_hold_messages_as_json(tmp_path: Path) -> None:
 
 def test_of_a_table_only_the_columns_that_matter_are_read(tmp_path: Path) -> None:
     values = [{"q": "q1", "chosen": "a", "rejected": "b", "tools": "[]", "image": "x"}]
-    columns = Columns(prompt="q")
     for path in (
         write_csv(tmp_path / "rows.csv", values),
         write_parquet(tmp_path / "rows.parquet", values),
     ):
-        ((_, row),) = rows(path, columns)
+        ((_, row),) = rows(path, prompt_column="q")
         assert row == {"q": "q1", "chosen": "a", "rejected": "b", "tools": "[]"}
 
 
@@ -112,7 +112,7 @@ def test_a_hub_data_set_is_read_by_split_and_configuration(
     ):
         rows("hub/name:dev")
     with pytest.raises(UserError, match="column 'right' is missing; there are prompt, chosen"):
-        rows("hub/name:test", Columns(chosen="right"))
+        rows("hub/name:test", chosen_column="right")
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_line() -> None:
@@ -158,6 +158,11 @@ def test_what_can_be_no_source(
     [
         ("x.jsonl", OBJECT + b'{"prompt": \n', r"line 2 is not JSON: Expecting value at column"),
         ("x.jsonl", OBJECT + b"\n[1]\n", "line 3 must be one JSON object, not list"),
+        (
+            "x.jsonl",
+            b'{"prompt": "q", "rejected": "b"}\n',
+            "line 1, field 'chosen' is missing; there are prompt, rejected; name columns with",
+        ),
         ("x.jsonl", OBJECT + b'{"a": "\xff"}\n', "line 2 is not UTF-8 at byte 8"),
         ("x.jsonl", b"[" * 100_000, "line 1 is JSON too deep"),
         ("x.jsonl.gz", gzip.compress(OBJECT * 999)[:-30], "cannot be read after line"),

@@ -50,7 +50,6 @@ def check_scored_tokens(batch: Batch, pairs: list[RenderedPair]) -> None:
     rows = sequences(pairs)
     assert batch.targets.tolist() == [t for s in rows for t in s.token_ids[s.start :]]
     assert batch.token_counts == tuple(len(s.token_ids) - s.start for s in rows)
-    assert batch.num_sequences == len(rows)
     assert batch.sequence.tolist() == [
         i for i, n in enumerate(batch.token_counts) for _ in range(n)
     ]

@@ -101,7 +101,7 @@ def test_a_mistral_folder_gets_a_fast_tokenizer_even_with_mistral_common_install
 
 def test_messages_for_a_model_without_template_are_refused() -> None:
     renderer = Renderer(BY_NAME["alpaca"].tokenizer())
-    assert not renderer.has_chat_template
+    assert renderer.chat_template is None
     assert renderer.end_of_turn is None
     assert isinstance(renderer.render(Pair("Is it?", " Yes.", " No.")), RenderedPair)
     with pytest.raises(UserError, match="no chat template and the pairs are messages"):

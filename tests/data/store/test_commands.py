@@ -178,7 +178,7 @@ def test_the_other_commands_leave_policies_alone(with_policy: Store, tmp_path: P
 
 def test_status_of_a_store_that_is_not_there_makes_none(tmp_path: Path, capsys: Capture) -> None:
     status(StatusConfig(store=str(tmp_path / "none")))
-    assert capsys.readouterr().out.endswith("(0 references, 0 B)\n")
+    assert capsys.readouterr().out.endswith("(0 references, 0 bytes)\n")
     assert not (tmp_path / "none").exists()
 
 

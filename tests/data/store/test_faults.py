@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from mrpo import files as root_files
-from mrpo.data.store import LocalFiles, ScoreFiles, Store
-from mrpo.data.store.files import open_files
+from mrpo.data.store import ScoreFiles, Store
+from mrpo.data.store.files import LocalFiles, open_files
 from mrpo.errors import UserError
 
 

@@ -151,7 +151,7 @@ def test_a_wrong_value_stops_with_file_line_and_field(
 
 def test_a_missing_column_an_odd_id_and_an_odd_alias_are_refused(tmp_path: Path) -> None:
     plain = jsonl(tmp_path / "plain.jsonl", ROWS)
-    with pytest.raises(UserError, match="'ref_chosen_logps' is missing; name columns with"):
+    with pytest.raises(UserError, match="'ref_chosen_logps' is missing; there are"):
         bring(tmp_path, plain)
     odd = jsonl(tmp_path / "odd.jsonl", [row | {"pair_id": "12"} for row in scored()])
     with pytest.raises(UserError, match="32 hex digits"):

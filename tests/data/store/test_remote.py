@@ -243,7 +243,7 @@ def test_push_and_pull_carry_every_row_and_the_second_time_none(
     assert push(PushConfig(target=url, store=local.root)).exit_code == 0
     assert "copied  3 files" in capsys.readouterr().out.splitlines()[-2]
     assert push(PushConfig(target=url, store=local.root)).exit_code == 0
-    assert "copied  0 files, 0 B; 6 were there already" in capsys.readouterr().out
+    assert "copied  0 files, 0 bytes; 6 were there already" in capsys.readouterr().out
     assert pull(PullConfig(source=url, store=str(tmp_path / "other"))).exit_code == 0
     copy = Store(tmp_path / "other")
     assert copy.references() == local.references()
