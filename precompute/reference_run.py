@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +27,8 @@ from ..settings import comma_separated
 from .config import PrecomputeConfig
 from .engines import EngineName
 from .process import Event, WorkerProcess
-from .worker import Job, run_job
+from .scoring import Job
+from .worker import run_job
 
 WORKER = "mrpo.precompute.worker"
 SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold the model
@@ -144,7 +145,7 @@ class ReferenceRun:
         return self._outcome
 
     def _start(self, running: _Running) -> None:
-        values = running.job.values()
+        values = asdict(running.job)
         worker = WorkerProcess(WORKER, values, self._queue, running.log, running.environment)
         self._workers[worker] = running
 
@@ -175,25 +176,21 @@ class ReferenceRun:
         """Note how a worker ended; one that ran out of memory is replaced by a smaller one."""
         if running.mistake is not None:
             self._outcome.mistakes.append(running.mistake)
-        elif worker.exit_code != 0:
-            smaller = _with_half_the_batch(running) if worker.ran_out_of_memory else None
-            if smaller is None:
-                self._outcome.crashes.append(worker.why_it_failed())
-                return
-            self._bar.update(-running.ahead)
-            self._bar.write(
-                f"{smaller.settings.alias}: out of memory; going on with "
-                f"{smaller.settings.max_tokens} tokens at once",
-                file=sys.stderr,
-            )
-            self._start(_Running(smaller, running.log, running.environment))
-
-
-def _with_half_the_batch(running: _Running) -> Job | None:
-    tokens = (running.batch or running.job.settings.max_tokens or 0) // 2
-    if tokens < SMALLEST_BATCH:
-        return None
-    return replace(running.job, settings=replace(running.job.settings, max_tokens=tokens))
+            return
+        if worker.exit_code == 0:
+            return
+        settings = running.job.settings
+        max_tokens = (running.batch or settings.max_tokens or 0) // 2
+        if max_tokens < SMALLEST_BATCH or not worker.ran_out_of_memory:
+            self._outcome.crashes.append(worker.why_it_failed())
+            return
+        self._bar.update(-running.ahead)
+        self._bar.write(
+            f"{settings.alias}: out of memory; going on with {max_tokens} tokens at once",
+            file=sys.stderr,
+        )
+        smaller = replace(running.job, settings=replace(settings, max_tokens=max_tokens))
+        self._start(_Running(smaller, running.log, running.environment))
 
 
 def _engine(config: PrecomputeConfig) -> EngineName:

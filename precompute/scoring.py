@@ -1,9 +1,8 @@
 """The loop over a reference's missing pairs: shard after shard, render, score, store.
 
-The missing pairs of a shard become one file in the store, complete or absent: what is done is
-skipped, and a killed run loses at most the shard in progress. Several processes share a reference
-through leases; each works on the shards that no other holds, then waits for those, so that none is
-left undone if its holder died. The next shard is rendered while the engine scores this one.
+The missing pairs of a shard become one file in the store, complete or absent, so a killed run loses
+at most the shard in progress. Several processes share a reference through leases; each works on the
+shards that no other holds, then waits for those, in case a holder dies.
 
 A row of the store is a score, or the permanent reason why there is none. A pair that only a limit
 of this run leaves out gets no row, so the next run tries it again; a score that is not finite is
@@ -12,27 +11,28 @@ never stored.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ..data.ids import IdArray, unit_of
-from ..data.rendering import Refusal, RenderedPair, RenderedSequence, Renderer
+from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..data.shards import PairShards
 from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
-from .engines.protocol import Engine, Logps, PairTokenLogps, Progress
+from .engines import EngineName
+from .engines.protocol import Engine, EngineSettings, PairTokenLogps, Progress
 from .process import Report
 
 BEYOND_CONTEXT = "beyond_context"
+RENDERERS = 16  # kept in a process at most
 POLL_SECONDS = 1.0  # between two looks at shards that other processes hold
 REPORT_SECONDS = 0.2  # between two reports of progress within a shard
 
@@ -74,17 +74,32 @@ class PairSelection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceWork:
-    """One reference and the pairs to score under it."""
+class Job:
+    """All that a worker has to know of one reference and the pairs to score, as plain values."""
 
-    alias: str
+    engine: EngineName
+    settings: EngineSettings
+    pairs: str
+    split: str | None = None  # None: all pairs
+    store: str
+    identity: str
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    context: int | None  # tokens of the longest sequence the model itself takes
+    limit: int | None  # the same of this run
+    keep_token_logps: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceWork:
+    """A job in progress: with what it names opened and loaded."""
+
+    job: Job
     selection: PairSelection
     scores: ScoreFiles
     renderer: Renderer
     engine: Engine | None  # None where no pair is to be scored
-    context: int | None  # tokens of the longest sequence the model itself takes
-    limit: int | None  # the same of this run
-    keep_token_logps: bool
+    limit: int | None  # tokens of the longest sequence that job and engine take
     report: Report
 
 
@@ -123,24 +138,21 @@ def score_missing(work: ReferenceWork) -> None:
         time.sleep(POLL_SECONDS)
 
 
-@lru_cache(16)
-def renderer_for(
-    identity: str,
-    model: str,
-    revision: str | None,
-    chat_template: str | None,
-    chat_template_kwargs: str,
-) -> Renderer:
-    """A reference's renderer, loaded once in this process; `chat_template_kwargs` as JSON.
+_renderers: dict[str, Renderer] = {}  # by identity
 
-    The identity is part of the key because a local folder's tokenizer may change.
-    """
-    return Renderer.load(
-        model,
-        revision=revision,
-        chat_template=chat_template,
-        chat_template_kwargs=json.loads(chat_template_kwargs),
-    )
+
+def renderer_for(job: Job) -> Renderer:
+    """The reference's renderer, loaded once in this process."""
+    if job.identity not in _renderers:
+        if len(_renderers) == RENDERERS:
+            del _renderers[next(iter(_renderers))]
+        _renderers[job.identity] = Renderer.load(
+            job.settings.model,
+            revision=job.settings.revision,
+            chat_template=job.chat_template,
+            chat_template_kwargs=job.chat_template_kwargs,
+        )
+    return _renderers[job.identity]
 
 
 def sort_out(
@@ -183,43 +195,30 @@ def score_rows(
     rows = list(work.refused)
     not_finite: list[tuple[bytes, str]] = []
     for pair_id, pair, logps in zip(work.ids, work.pairs, scored):
-        row = _row(pair_id.tobytes(), pair, logps)
+        row = {"pair_id": pair_id.tobytes(), **_token_counts(pair), **_sums(pair, logps)}
         bad = [name for name in ("chosen", "rejected") if not np.isfinite(row[f"{name}_logp"])]
         if bad:
-            not_finite.append((pair_id.tobytes(), bad[0]))
+            not_finite.append((row["pair_id"], bad[0]))
             continue
         if keep_token_logps:
             row |= dict(zip(TOKEN_COLUMNS, (logps.chosen, logps.rejected)))
         rows.append(row)
-    return ShardResult(scores_to_table(rows, keep_token_logps), not_finite)
-
-
-def scores_to_table(rows: Sequence[Mapping[str, Any]], keep_token_logps: bool) -> pa.Table:
-    """Rows by column name as a table of the store; an absent column is null."""
     schema = SCORE_SCHEMA
-    if keep_token_logps:
-        for name in TOKEN_COLUMNS:
-            schema = schema.append(pa.field(name, pa.list_(pa.float32())))
-    columns = {name: [row.get(name) for row in rows] for name in schema.names}
-    return pa.table(columns, schema=schema)
+    for name in TOKEN_COLUMNS if keep_token_logps else ():
+        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
+    return ShardResult(pa.Table.from_pylist(rows, schema), not_finite)
 
 
-def _row(pair_id: bytes, pair: RenderedPair, logps: PairTokenLogps) -> dict[str, Any]:
-    chosen, rejected = pair.chosen, pair.rejected
-    return {
-        "pair_id": pair_id,
-        "chosen_logp": _sum(logps.chosen, 0, chosen),
-        "rejected_logp": _sum(logps.rejected, 0, rejected),
-        "chosen_end_logp": _sum(logps.chosen, chosen.end_start - chosen.start, chosen),
-        "rejected_end_logp": _sum(logps.rejected, rejected.end_start - rejected.start, rejected),
-        **_token_counts(pair),
-    }
-
-
-def _sum(logps: Logps, first: int, sequence: RenderedSequence) -> float:
-    """Nats from the `first` scored token on, summed in float64; 0 where there is no such token."""
-    assert len(logps) == len(sequence.token_ids) - sequence.start
-    return float(logps[first:].astype(np.float64).sum())
+def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
+    """Nats of each response and of its end of turn, summed in float64."""
+    sums = {}
+    for name in ("chosen", "rejected"):
+        sequence, values = getattr(pair, name), getattr(logps, name)
+        assert len(values) == len(sequence.token_ids) - sequence.start
+        end = values[sequence.end_start - sequence.start :]
+        sums[f"{name}_logp"] = float(values.astype(np.float64).sum())
+        sums[f"{name}_end_logp"] = float(end.astype(np.float64).sum())
+    return sums
 
 
 def _token_counts(pair: RenderedPair) -> dict[str, Any]:
@@ -232,52 +231,48 @@ def _token_counts(pair: RenderedPair) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    number: int
-    missing: IdArray
-    work: ShardWork
-
-
 def _pass_over(work: ReferenceWork, shards: Iterable[int]) -> list[int]:
-    """Work on the shards that no other process holds; returns those to look at again."""
+    """Work on the shards that no other process holds; returns those to look at again.
+
+    The next shard is rendered while the engine scores this one.
+    """
     again: list[int] = []
     numbers = iter(shards)
     with ThreadPoolExecutor(1) as pool:
 
-        def render_next() -> Future[_Shard] | None:
+        def render_next() -> Future[tuple[int, IdArray, ShardWork]] | None:
             number = next(numbers, None)
             return None if number is None else pool.submit(_render, work, number)
 
         future = render_next()
         while future is not None:
-            shard = future.result()
-            if len(shard.missing) == 0:
+            number, missing, rendered = future.result()
+            if len(missing) == 0:
                 future = render_next()
                 continue
-            with work.scores.lease(unit_of(shard.missing)) as ours:
+            with work.scores.lease(unit_of(missing)) as ours:
                 # Another process may have finished it before we got the lease.
-                still_missing = ours and bool(work.scores.missing(shard.missing).all())
+                still_missing = ours and bool(work.scores.missing(missing).all())
                 future = render_next()
                 if still_missing:
-                    _score(work, shard)
+                    _score(work, number, rendered)
                 else:
-                    again.append(shard.number)
+                    again.append(number)
     return again
 
 
-def _render(work: ReferenceWork, number: int) -> _Shard:
+def _render(work: ReferenceWork, number: int) -> tuple[int, IdArray, ShardWork]:
+    """A shard's number, the ids of its missing pairs, and these rendered."""
     rows, ids = work.selection.missing(number, work.scores)
-    pairs = work.selection.pairs.pairs(number, rows) if rows else []
-    rendered = work.renderer.render_many(pairs)
-    return _Shard(number, ids, sort_out(ids, rendered, work.context, work.limit))
+    rendered = work.renderer.render_many(work.selection.pairs.pairs(number, rows) if rows else [])
+    return number, ids, sort_out(ids, rendered, work.job.context, work.limit)
 
 
-def _score(work: ReferenceWork, shard: _Shard) -> None:
+def _score(work: ReferenceWork, number: int, shard: ShardWork) -> None:
     result = score_rows(
-        shard.work,
+        shard,
         work.engine,
-        keep_token_logps=work.keep_token_logps,
+        keep_token_logps=work.job.keep_token_logps,
         progress=_throttled(work.report),
     )
     if len(result.table):
@@ -285,19 +280,20 @@ def _score(work: ReferenceWork, shard: _Shard) -> None:
     work.report(
         {
             "event": "shard",
-            "shard": shard.number,
-            "pairs": len(shard.work.pairs) - len(result.not_finite),
-            "tokens": shard.work.tokens,
-            "refused": len(shard.work.refused),
-            "over_limit": shard.work.over_limit,
+            "shard": number,
+            "pairs": len(shard.pairs) - len(result.not_finite),
+            "tokens": shard.tokens,
+            "refused": len(shard.refused),
+            "over_limit": shard.over_limit,
         }
     )
     if result.not_finite:
         pair_id, branch = result.not_finite[0]
         raise UserError(
-            f"reference {work.alias}: pair {pair_id.hex()}: the log-prob of its {branch} response "
-            f"is not finite ({len(result.not_finite)} such pairs in this shard); nothing is stored "
-            "for them; set dtype to bfloat16 or float32 in refs.yaml, or check the weights"
+            f"reference {work.job.settings.alias}: pair {pair_id.hex()}: the log-prob of its "
+            f"{branch} response is not finite ({len(result.not_finite)} such pairs in this shard); "
+            "nothing is stored for them; set dtype to bfloat16 or float32 in refs.yaml, or check "
+            "the weights"
         )
 
 
