@@ -53,6 +53,7 @@ TOKENIZER_FILES = (
 # Notes of where a model came from and what wrote it: the same model saved elsewhere differs here.
 CONFIG_NOTES = ("_name_or_path", "transformers_version", "_commit_hash", "base_model_name_or_path")
 BLOCK = 16 * 2**20  # bytes hashed at a time by one thread
+STAT = ("size", "mtime_ns", "ctime_ns", "ino", "dev")
 SETTLED = 2 * 10**9  # nanoseconds after which a file's time stamps are trusted
 
 
@@ -171,10 +172,7 @@ def _dtype(spec: ReferenceSpec, commit: str | None) -> str:
     if spec.dtype != "auto":
         return spec.dtype
     folder = spec.model_folder
-    if folder is None:
-        config = hub_config(spec.model, commit)
-    else:
-        config = _json(spec.alias, folder / MODEL_CONFIG)
+    config = _json(spec.alias, folder / MODEL_CONFIG) if folder else hub_config(spec.model, commit)
     parts = (config, config.get("text_config") or {})
     named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
     dtype = str(next(filter(None, named), "float32")).removeprefix("torch.")
@@ -257,10 +255,7 @@ def file_digest(path: Path) -> str:
 
 def _hash(path: Path, size: int) -> str:
     """In blocks, so that a single large file keeps every core busy."""
-    with (
-        path.open("rb") as file,
-        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
-    ):
+    with path.open("rb") as file, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
 
         def block(start: int) -> bytes:
             return hashlib.sha256(os.pread(file.fileno(), BLOCK, start)).digest()
@@ -272,56 +267,42 @@ def _hash(path: Path, size: int) -> str:
 def _stat(path: Path) -> dict[str, int]:
     """What changes when a file does, whether it is rewritten, replaced or restored by a copy."""
     stat = os.stat(path)
-    return {
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-        "device": stat.st_dev,
-    }
+    return {name: getattr(stat, f"st_{name}") for name in STAT}
 
 
-def hub_commit(name: str, revision: str | None, file: str = "config.json") -> str:
+def hub_commit(name: str, revision: str | None, file: str) -> str:
     """The commit that a branch, tag or commit of a Hub model now stands for, 40 hex digits."""
     # The cache's path of any file is …/snapshots/<commit>/<file>.
     return _download(name, revision, file).parent.name
 
 
-def hub_config(name: str, revision: str | None, file: str = "config.json") -> dict[str, Any]:
-    """A JSON file of a Hub model."""
-    content = json.loads(_download(name, revision, file).read_text(encoding="utf-8"))
+def hub_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The configuration of a Hub model."""
+    content = json.loads(_download(name, revision, MODEL_CONFIG).read_text(encoding="utf-8"))
     assert isinstance(content, dict), content
     return content
 
 
 def _download(name: str, revision: str | None, file: str) -> Path:
     """Raises `UserError` where the model is unknown, gated, or neither reachable nor cached."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(name, file, revision=revision))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         problem = "gated on the Hub; accept its terms on its page and run `hf auth login`"
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         problem = (
             "no such model on the Hub, or a private one; check the name in refs.yaml, or run "
             "`hf auth login`"
         )
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         problem = f"the Hub has no revision {revision!r}; check refs.yaml"
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         problem = (
             "not in the Hub's cache, and the Hub can't be reached; connect, or name a local folder "
             "in refs.yaml"
         )
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         problem = f"has no {file}; is it a model that transformers loads?"
     raise UserError(f"{name}: {problem}")
