@@ -75,13 +75,13 @@ def survey(
     store: Store,
     *,
     dry_run: bool = False,
-    processes: int | None = None,
+    many_processes: bool = True,
 ) -> None:
     """Find what the store lacks, and render every such pair for every reference.
 
-    Uses up to `processes`, by default all cores where there are many pairs. Sets damaged score
-    files aside unless it is a dry run, and changes nothing else. Raises `UserError` where the disk
-    has no room.
+    Where there are many pairs, it uses all cores if `many_processes`. Sets damaged score files
+    aside unless it is a dry run, and changes nothing else. Raises `UserError` where the disk has no
+    room.
     """
     tasks: list[tuple[ReferencePlan, int, list[int]]] = []
     for plan in plans:
@@ -90,15 +90,11 @@ def survey(
         for shard in selection.shards:
             if rows := selection.missing(shard, scores, refresh=shard == 0)[0]:
                 tasks.append((plan, shard, rows))
-    if sum(len(rows) for _, _, rows in tasks) <= POOL_PAIRS:
-        processes = 1
-    processes = min(processes or os.cpu_count() or 1, 32, max(len(tasks), 1))
-    with (
-        ProcessPoolExecutor(processes, get_context("spawn"))
-        if processes > 1
-        else nullcontext() as pool
-    ):
-        jobs = [(plan.job, selection, shard, rows) for plan, shard, rows in tasks]
+    jobs = [(plan.job, selection, shard, rows) for plan, shard, rows in tasks]
+    many = many_processes and sum(len(rows) for _, _, rows in tasks) > POOL_PAIRS
+    processes = min(os.cpu_count() or 1, 32, len(tasks)) if many else 1
+    pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
+    with pool or nullcontext():
         results: Iterable[MissingPairs] = (pool.map if pool else map)(_survey_shard, jobs)
         for (plan, _, _), missing in zip(tasks, results):
             plan.missing.add(missing)
@@ -118,9 +114,7 @@ def print_plans(plans: Sequence[ReferencePlan], selection: PairSelection, store:
             f"identity {reference.identity[:12]}"
         )
         if reference.moved:
-            newest = ", ".join(
-                f"{part} at {commit[:8]}" for part, commit in reference.moved.items()
-            )
+            newest = ", ".join(f"{part} at {new[:8]}" for part, new in reference.moved.items())
             print(f"  the Hub has newer commits ({newest}); --update-refs takes them")
         for name in plan.damaged:
             print(f"  damaged, set aside, its pairs are scored again: {name}")

@@ -35,7 +35,7 @@ from .config import EngineChoice, PrecomputeConfig
 from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
 from .preflight import ReferencePlan, duration, model_context, print_plans, survey
-from .reference_run import Placement, ReferenceOutcome, ReferenceRun, place, tensor_parallel_size
+from .reference_run import Placement, ReferenceOutcome, ReferenceRun, place
 from .scoring import Job, PairSelection
 
 
@@ -164,7 +164,7 @@ class _Run:
             self.selection,
             self.store,
             dry_run=self.config.dry_run,
-            processes=1 if self.in_process else None,
+            many_processes=not self.in_process,
         )
         return plans
 
@@ -207,8 +207,8 @@ class _Run:
                     f" ({outcome.tokens:,} tokens in {duration(outcome.seconds)}, "
                     f"{outcome.tokens_per_second:,.0f} tokens/s)"
                 )
-            reasons = self._reasons(plan.job.identity).most_common()
-            parts += [f"{count:,} {reason}" for reason, count in reasons]
+            for reason, count in self._reasons(plan.job.identity).most_common():
+                parts.append(f"{count:,} {reason}")
             if outcome.left_out:
                 parts.append(f"{outcome.left_out:,} left out as too long for this run")
             if outcome.unscored:
@@ -219,11 +219,9 @@ class _Run:
     def report_failures(self) -> None:
         """What went wrong, on stderr; raises `UserError` where it was the user's mistakes alone."""
         for plan, outcome in zip(self.plans, self.outcomes):
-            who = "reference"
-            if not outcome.unscored:
-                who = "a worker, whose share others scored, of reference"
+            shared = "" if outcome.unscored else "a worker, whose share others scored, of "
             for crash in outcome.crashes:
-                print(f"{who} {plan.reference.alias} failed: {crash}", file=sys.stderr)
+                print(f"{shared}reference {plan.reference.alias} failed: {crash}", file=sys.stderr)
         if not any(outcome.unscored for outcome in self.outcomes):
             return
         mistakes = dict.fromkeys(text for outcome in self.outcomes for text in outcome.mistakes)
@@ -260,7 +258,7 @@ class _Run:
             adapter_revision=reference.adapter_revision,
             autocast="autocast" in reference.inputs,
             max_tokens=config.max_tokens,
-            tensor_parallel_size=tensor_parallel_size(config, spec),
+            tensor_parallel_size=config.tensor_parallel_size or spec.tensor_parallel_size,
             pipeline_parallel_size=config.pipeline_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
             server=self.placement.servers.get(reference.alias),
@@ -281,10 +279,7 @@ class _Run:
         )
 
     def _facts(self, outcome: ReferenceOutcome) -> dict[str, Any]:
-        """How the scores were made: engine, versions, machine, speed, date.
-
-        And where the pairs are, for `mrpo store verify --rescore`.
-        """
+        """How the scores were made, and of which pairs, for `mrpo store verify --rescore`."""
         return {
             **outcome.facts,
             "python": platform.python_version(),

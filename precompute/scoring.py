@@ -12,9 +12,9 @@ never stored.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,17 +24,15 @@ import pyarrow as pa
 from ..data.ids import IdArray, unit_of
 from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..data.shards import PairShards
-from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles
+from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles, Store
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
 from .engines import EngineName
 from .engines.protocol import Engine, EngineSettings, PairTokenLogps, Progress
 from .process import Report
 
-BEYOND_CONTEXT = "beyond_context"
 RENDERERS = 16  # kept in a process at most
 POLL_SECONDS = 1.0  # between two looks at shards that other processes hold
-REPORT_SECONDS = 0.2  # between two reports of progress within a shard
 
 
 @dataclass(frozen=True)
@@ -90,19 +88,6 @@ class Job:
     keep_token_logps: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceWork:
-    """A job in progress: with what it names opened and loaded."""
-
-    job: Job
-    selection: PairSelection
-    scores: ScoreFiles
-    renderer: Renderer
-    engine: Engine | None  # None where no pair is to be scored
-    limit: int | None  # tokens of the longest sequence that job and engine take
-    report: Report
-
-
 @dataclass(slots=True)
 class ShardWork:
     """Missing pairs of a shard as one reference sees them."""
@@ -123,19 +108,95 @@ class ShardResult:
     """A shard's rows to store, and the pairs whose score was not finite."""
 
     table: pa.Table
-    not_finite: list[tuple[bytes, str]] = field(default_factory=list)  # pair id, branch
+    not_finite: list[tuple[bytes, str]]  # pair id, branch
 
 
-def score_missing(work: ReferenceWork) -> None:
-    """Score every selected pair that the store lacks.
+class ReferenceScorer:
+    """Scores every selected pair that the store lacks under one reference."""
 
-    Raises `UserError` at the first shard with a score that is not finite; the shard's other rows
-    are stored.
-    """
-    todo: Sequence[int] = work.selection.shards
-    while todo := _pass_over(work, todo):
-        work.report({"event": "waiting", "shards": len(todo)})
-        time.sleep(POLL_SECONDS)
+    def __init__(self, job: Job, engine: Engine | None, report: Report) -> None:
+        """`engine` is None where preflight saw no pair that can be scored."""
+        self._job, self._engine, self._report = job, engine, report
+        self._renderer = renderer_for(job)
+        self._selection = PairSelection(PairShards(job.pairs), job.split)
+        self._scores = Store(job.store).scores(job.identity)
+        limits = [job.limit, engine.limit if engine else None]
+        self._limit = min((limit for limit in limits if limit is not None), default=None)
+
+    def run(self) -> None:
+        """Score shard after shard, until none is left to this or another process.
+
+        Raises `UserError` at the first shard with a score that is not finite; the shard's other
+        rows are stored.
+        """
+        todo: Sequence[int] = self._selection.shards
+        while todo := self._pass_over(todo):
+            self._report({"event": "waiting", "shards": len(todo)})
+            time.sleep(POLL_SECONDS)
+
+    def _pass_over(self, shards: Iterable[int]) -> list[int]:
+        """Work on the shards that no other process holds; returns those to look at again.
+
+        The next shard is rendered while the engine scores this one.
+        """
+        again: list[int] = []
+        numbers = iter(shards)
+        with ThreadPoolExecutor(1) as pool:
+
+            def render_next() -> Future[tuple[int, IdArray, ShardWork]] | None:
+                number = next(numbers, None)
+                return None if number is None else pool.submit(self._render, number)
+
+            future = render_next()
+            while future is not None:
+                number, missing, shard = future.result()
+                if len(missing) == 0:
+                    future = render_next()
+                    continue
+                with self._scores.lease(unit_of(missing)) as ours:
+                    # Another process may have finished it before we got the lease.
+                    still_missing = ours and bool(self._scores.missing(missing).all())
+                    future = render_next()
+                    if still_missing:
+                        self._score(number, shard)
+                    else:
+                        again.append(number)
+        return again
+
+    def _render(self, number: int) -> tuple[int, IdArray, ShardWork]:
+        """A shard's number, the ids of its missing pairs, and these rendered."""
+        rows, ids = self._selection.missing(number, self._scores)
+        pairs = self._selection.pairs.pairs(number, rows) if rows else []
+        rendered = self._renderer.render_many(pairs)
+        return number, ids, sort_out(ids, rendered, self._job.context, self._limit)
+
+    def _score(self, number: int, shard: ShardWork) -> None:
+        result = score_rows(
+            shard,
+            self._engine,
+            keep_token_logps=self._job.keep_token_logps,
+            progress=lambda pairs: self._report({"event": "progress", "pairs": pairs}),
+        )
+        if len(result.table):
+            self._scores.add(result.table)
+        self._report(
+            {
+                "event": "shard",
+                "shard": number,
+                "pairs": len(shard.pairs) - len(result.not_finite),
+                "tokens": shard.tokens,
+                "refused": len(shard.refused),
+                "over_limit": shard.over_limit,
+            }
+        )
+        if result.not_finite:
+            pair_id, branch = result.not_finite[0]
+            raise UserError(
+                f"reference {self._job.settings.alias}: pair {pair_id.hex()}: the log-prob of its "
+                f"{branch} response is not finite ({len(result.not_finite)} such pairs in this "
+                "shard); nothing is stored for them; set dtype to bfloat16 or float32 in "
+                "refs.yaml, or check the weights"
+            )
 
 
 _renderers: dict[str, Renderer] = {}  # by identity
@@ -174,7 +235,7 @@ def sort_out(
         if isinstance(pair, Refusal):
             refused.append({"pair_id": pair_id, "reason": pair.reason})
         elif context is not None and padded_tokens(pair) > context:
-            refused.append({"pair_id": pair_id, "reason": BEYOND_CONTEXT, **_token_counts(pair)})
+            refused.append({"pair_id": pair_id, "reason": "beyond_context", **_token_counts(pair)})
         elif limit is not None and padded_tokens(pair) > limit:
             over_limit += 1
         else:
@@ -191,10 +252,9 @@ def score_rows(
     if work.pairs:
         assert engine is not None, "preflight saw no pair to score"
         scored = engine.score(work.pairs, progress)
-    assert len(scored) == len(work.pairs)
     rows = list(work.refused)
     not_finite: list[tuple[bytes, str]] = []
-    for pair_id, pair, logps in zip(work.ids, work.pairs, scored):
+    for pair_id, pair, logps in zip(work.ids, work.pairs, scored, strict=True):
         row = {"pair_id": pair_id.tobytes(), **_token_counts(pair), **_sums(pair, logps)}
         bad = [name for name in ("chosen", "rejected") if not np.isfinite(row[f"{name}_logp"])]
         if bad:
@@ -229,83 +289,3 @@ def _token_counts(pair: RenderedPair) -> dict[str, Any]:
         "chosen_boundary": pair.chosen.boundary,
         "rejected_boundary": pair.rejected.boundary,
     }
-
-
-def _pass_over(work: ReferenceWork, shards: Iterable[int]) -> list[int]:
-    """Work on the shards that no other process holds; returns those to look at again.
-
-    The next shard is rendered while the engine scores this one.
-    """
-    again: list[int] = []
-    numbers = iter(shards)
-    with ThreadPoolExecutor(1) as pool:
-
-        def render_next() -> Future[tuple[int, IdArray, ShardWork]] | None:
-            number = next(numbers, None)
-            return None if number is None else pool.submit(_render, work, number)
-
-        future = render_next()
-        while future is not None:
-            number, missing, rendered = future.result()
-            if len(missing) == 0:
-                future = render_next()
-                continue
-            with work.scores.lease(unit_of(missing)) as ours:
-                # Another process may have finished it before we got the lease.
-                still_missing = ours and bool(work.scores.missing(missing).all())
-                future = render_next()
-                if still_missing:
-                    _score(work, number, rendered)
-                else:
-                    again.append(number)
-    return again
-
-
-def _render(work: ReferenceWork, number: int) -> tuple[int, IdArray, ShardWork]:
-    """A shard's number, the ids of its missing pairs, and these rendered."""
-    rows, ids = work.selection.missing(number, work.scores)
-    rendered = work.renderer.render_many(work.selection.pairs.pairs(number, rows) if rows else [])
-    return number, ids, sort_out(ids, rendered, work.job.context, work.limit)
-
-
-def _score(work: ReferenceWork, number: int, shard: ShardWork) -> None:
-    result = score_rows(
-        shard,
-        work.engine,
-        keep_token_logps=work.job.keep_token_logps,
-        progress=_throttled(work.report),
-    )
-    if len(result.table):
-        work.scores.add(result.table)
-    work.report(
-        {
-            "event": "shard",
-            "shard": number,
-            "pairs": len(shard.pairs) - len(result.not_finite),
-            "tokens": shard.tokens,
-            "refused": len(shard.refused),
-            "over_limit": shard.over_limit,
-        }
-    )
-    if result.not_finite:
-        pair_id, branch = result.not_finite[0]
-        raise UserError(
-            f"reference {work.job.settings.alias}: pair {pair_id.hex()}: the log-prob of its "
-            f"{branch} response is not finite ({len(result.not_finite)} such pairs in this shard); "
-            "nothing is stored for them; set dtype to bfloat16 or float32 in refs.yaml, or check "
-            "the weights"
-        )
-
-
-def _throttled(report: Report) -> Callable[[int], None]:
-    """Reports finished pairs every `REPORT_SECONDS`; the shard's own report has the rest."""
-    finished, reported = 0, time.monotonic()
-
-    def progress(pairs: int) -> None:
-        nonlocal finished, reported
-        finished += pairs
-        if finished and time.monotonic() - reported >= REPORT_SECONDS:
-            report({"event": "progress", "pairs": finished})
-            finished, reported = 0, time.monotonic()
-
-    return progress

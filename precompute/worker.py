@@ -6,16 +6,15 @@ its own process.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from typing import Any
 
-from ..data.shards import PairShards
-from ..data.store import Store
 from .engines import load_engine
 from .engines.protocol import EngineSettings
 from .process import Report, serve
-from .scoring import Job, PairSelection, ReferenceWork, renderer_for, score_missing
+from .scoring import Job, ReferenceScorer, renderer_for
 
 # What a server's tokenizer must agree on: words, spaces, digits, accents, scripts, bytes.
 PROBES = ("The answer is 42.", "  two\n\nlines\t", "naïve café, 東京 🙂", "x = [1, 2]; # ok")
@@ -31,34 +30,19 @@ def main() -> int:
 
 
 def run_job(job: Job, report: Report) -> None:
-    """Load the reference and score what the store lacks. Raises `UserError` as `score_missing`."""
-    settings, renderer = job.settings, renderer_for(job)
+    """Load the reference and score what the store lacks. Raises `UserError` as the scorer does."""
+    settings = job.settings
     if job.engine == "server":
-        encode = renderer.tokenizer.encode
+        encode = renderer_for(job).tokenizer.encode
         probes = {text: encode(text, add_special_tokens=False) for text in PROBES}
         settings = replace(settings, probes=probes)
-    # Where every missing pair is refused for good, there is nothing to score, only to store.
-    engine = load_engine(job.engine, settings) if settings.longest else None
-    limits = [job.limit, engine.limit if engine else None]
-    try:
-        if engine:
-            report({"event": "ready", "facts": engine.facts})
-        score_missing(
-            ReferenceWork(
-                job,
-                PairSelection(PairShards(job.pairs), job.split),
-                Store(job.store).scores(job.identity),
-                renderer,
-                engine,
-                min((limit for limit in limits if limit is not None), default=None),
-                report,
-            )
-        )
-        if engine:
-            report({"event": "done", "facts": engine.facts})
-    finally:
-        if engine:
-            engine.close()
+    if not settings.longest:  # every missing pair is refused for good, and only to be stored
+        ReferenceScorer(job, None, report).run()
+        return
+    with contextlib.closing(load_engine(job.engine, settings)) as engine:
+        report({"event": "ready", "facts": engine.facts})
+        ReferenceScorer(job, engine, report).run()
+        report({"event": "done", "facts": engine.facts})
 
 
 if __name__ == "__main__":
