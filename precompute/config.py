@@ -87,11 +87,6 @@ class PrecomputeConfig(ScoredPairSettings):
             raise UserError(
                 "--server: credentials in a URL end up in logs; put the key into $VLLM_API_KEY"
             )
-        if self.bf16 and self.engine in ("vllm", "server"):
-            raise UserError(
-                f"--bf16 is for --engine hf, not {self.engine}; "
-                "set `dtype: bfloat16` in refs.yaml instead"
-            )
 
 
 @dataclass(kw_only=True, slots=True)

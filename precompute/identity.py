@@ -6,10 +6,9 @@ change of any makes another reference. Engine, library versions, machine, folder
 not part of it.
 
     reference = resolve_reference(spec, store.kept_commits(spec))
-    scores = store.scores(reference.identity)
 
-Below: digests of local files, kept between runs, and what is asked of the Hub, which answers from
-its cache where it can't be reached.
+Digests of local files are kept between runs; the Hub is asked through its cache, which answers
+where it can't be reached.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 from ..data.ids import digest_of, identity_of
 from ..data.references import DTYPES, ReferenceSpec
 from ..data.rendering import RENDERING_VERSION
+from ..data.store import ReferenceRecord
 from ..errors import UserError
 from ..files import write_json
 
@@ -53,6 +53,7 @@ TOKENIZER_FILES = (
 # Notes of where a model came from and what wrote it: the same model saved elsewhere differs here.
 CONFIG_NOTES = ("_name_or_path", "transformers_version", "_commit_hash", "base_model_name_or_path")
 BLOCK = 16 * 2**20  # bytes hashed at a time by one thread
+STAT = ("size", "mtime_ns", "ctime_ns", "ino", "dev")
 SETTLED = 2 * 10**9  # nanoseconds after which a file's time stamps are trusted
 
 
@@ -77,6 +78,16 @@ class ResolvedReference:
     def identity(self) -> str:
         return identity_of(self.inputs)
 
+    def record(self, *runs: Mapping[str, Any]) -> ReferenceRecord:
+        """The reference as the store names it; `runs` say what computed its scores."""
+        return ReferenceRecord(
+            alias=self.alias,
+            entry=self.spec.entry(),
+            inputs=self.inputs,
+            resolved_commit=self.revision,
+            runs=runs,
+        )
+
 
 def resolve_reference(
     spec: ReferenceSpec, kept: Mapping[str, str] | None = None, *, update: bool = False
@@ -88,26 +99,44 @@ def resolve_reference(
 
     Raises `UserError` where a model is missing, gated or incomplete.
     """
-    kept = {} if update else dict(kept or {})
-    commits: dict[str, str] = {}
-    moved: dict[str, str] = {}
+    on_hub: dict[str, tuple[str, str | None, str]] = {}
     if spec.model_folder is None:
-        commits["model"] = _commit(spec.model, spec.revision, MODEL_CONFIG, "model", kept, moved)
+        on_hub["model"] = (spec.model, spec.revision, MODEL_CONFIG)
     if spec.adapter is not None and spec.adapter_folder is None:
-        commits["adapter"] = _commit(spec.adapter, None, ADAPTER_CONFIG, "adapter", kept, moved)
+        on_hub["adapter"] = (spec.adapter, None, ADAPTER_CONFIG)
+    commits, moved = {}, {}
+    for part, (name, revision, config) in on_hub.items():
+        kept_commit = None if update or not kept else kept.get(part)
+        commits[part], newest = _commits(name, revision, config, kept_commit)
+        if newest != commits[part]:
+            moved[part] = newest
+    inputs = _inputs(spec, commits)
     return ResolvedReference(
         spec=spec,
         model=str(spec.model_folder or spec.model),
         revision=commits.get("model"),
         adapter=spec.adapter and str(spec.adapter_folder or spec.adapter),
         adapter_revision=commits.get("adapter"),
-        dtype=_dtype(spec, commits.get("model")),
-        inputs=identity_inputs(spec, commits),
+        dtype=inputs["dtype"],
+        inputs=inputs,
         moved=moved,
     )
 
 
-def identity_inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str, Any]:
+def _commits(name: str, revision: str | None, config: str, kept: str | None) -> tuple[str, str]:
+    """The commit to use, and the newest one where the Hub can be asked."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision, revision
+    try:
+        newest = hub_commit(name, revision, config)
+    except UserError:
+        if kept is None:
+            raise
+        return kept, kept  # kept scores need no Hub
+    return kept or newest, newest
+
+
+def _inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str, Any]:
     """Everything that makes the scores, as JSON; `commits` of what is on the Hub."""
     inputs: dict[str, Any] = {
         "dtype": _dtype(spec, commits.get("model")),
@@ -129,36 +158,13 @@ def identity_inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str
                 f"reference {spec.alias}: {folder} has no tokenizer; save one beside the model "
                 "(`tokenizer.save_pretrained`)"
             )
-        inputs["tokenizer"] = {"files": files_digest(folder, names)}
-    if spec.adapter_folder is not None:
-        inputs["adapter"] = _local_part(
-            spec.alias, spec.adapter_folder, ADAPTER_CONFIG, ADAPTER_FILES
-        )
+        inputs["tokenizer"] = {"files": _files_digest(folder, names)}
+    folder = spec.adapter_folder
+    if folder is not None:
+        inputs["adapter"] = _local_part(spec.alias, folder, ADAPTER_CONFIG, ADAPTER_FILES)
     elif spec.adapter is not None:
         inputs["adapter"] = {"commit": commits["adapter"]}
     return {key: value for key, value in inputs.items() if value}
-
-
-def _commit(
-    name: str,
-    revision: str | None,
-    config: str,
-    part: str,
-    kept: Mapping[str, str],
-    moved: dict[str, str],
-) -> str:
-    """The commit to use; where the Hub has a newer one than is kept, it is put into `moved`."""
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
-    if part not in kept:
-        return hub_commit(name, revision, config)
-    try:
-        newest = hub_commit(name, revision, config)
-    except UserError:  # kept scores need no Hub
-        return kept[part]
-    if newest != kept[part]:
-        moved[part] = newest
-    return kept[part]
 
 
 def _dtype(spec: ReferenceSpec, commit: str | None) -> str:
@@ -166,21 +172,10 @@ def _dtype(spec: ReferenceSpec, commit: str | None) -> str:
     if spec.dtype != "auto":
         return spec.dtype
     folder = spec.model_folder
-    if folder is None:
-        config = hub_config(spec.model, commit)
-    else:
-        config = _json(spec.alias, folder / MODEL_CONFIG)
-    nested = config.get("text_config") or {}
-    value = next(
-        (
-            part[key]
-            for part in (config, nested)
-            for key in ("dtype", "torch_dtype")
-            if part.get(key)
-        ),
-        "float32",
-    )
-    dtype = str(value).removeprefix("torch.")
+    config = _json(spec.alias, folder / MODEL_CONFIG) if folder else hub_config(spec.model, commit)
+    parts = (config, config.get("text_config") or {})
+    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    dtype = str(next(filter(None, named), "float32")).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UserError(
             f"reference {spec.alias}: its config.json says dtype {dtype!r}; set dtype in refs.yaml "
@@ -203,7 +198,7 @@ def _local_part(alias: str, folder: Path, config: str, patterns: tuple[str, ...]
             f"reference {alias}: {folder} has no weights ({', '.join(patterns)}); name the folder "
             "that `save_pretrained` wrote"
         )
-    return {"weights": files_digest(folder, names), "config": identity_of(notes)}
+    return {"weights": _files_digest(folder, names), "config": identity_of(notes)}
 
 
 def _existing(folder: Path, *patterns: str) -> list[str]:
@@ -226,14 +221,7 @@ def _json(alias: str, path: Path) -> dict[str, Any]:
     return content
 
 
-def cache_folder() -> Path:
-    """Where digests of local files are kept between runs."""
-    given = os.environ.get("MRPO_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or f"{home}/mrpo").expanduser()
-
-
-def files_digest(folder: Path, names: Iterable[str]) -> str:
+def _files_digest(folder: Path, names: Iterable[str]) -> str:
     """One digest of several files of a folder, by name and content; 32 hex digits."""
     return identity_of({name: file_digest(folder / name) for name in names})
 
@@ -241,14 +229,19 @@ def files_digest(folder: Path, names: Iterable[str]) -> str:
 def file_digest(path: Path) -> str:
     """The digest of a file's content, 64 hex digits: SHA-256 over the SHA-256 of its blocks.
 
-    It is kept in `cache_folder()` until the file's stat changes. A file written moments ago is
-    hashed again next time, because a second write could leave the same time stamps. Raises
-    `UserError` for a file that changes meanwhile.
+    It is kept in `$MRPO_CACHE`, else in the user's cache folder, until the file's stat changes. A
+    file written moments ago is hashed again next time, because a second write could leave the same
+    time stamps. Raises `UserError` for a file that changes meanwhile.
     """
     before = _stat(path)
-    cached = cache_folder() / "digests" / f"{digest_of(str(path.resolve()).encode())}.json"
-    if (known := _cached(cached)).get("stat") == before:
-        return str(known["digest"])
+    cache = os.environ.get("MRPO_CACHE")
+    cache = cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mrpo")
+    digests = Path(cache).expanduser() / "digests"
+    cached = digests / f"{digest_of(str(path.resolve()).encode())}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
+        known = json.loads(cached.read_bytes())
+        if known["stat"] == before:
+            return str(known["digest"])
     started = time.time_ns()
     digest = _hash(path, before["size"])
     if _stat(path) != before:
@@ -262,81 +255,54 @@ def file_digest(path: Path) -> str:
 
 def _hash(path: Path, size: int) -> str:
     """In blocks, so that a single large file keeps every core busy."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with path.open("rb") as file, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
 
-            def block(start: int) -> bytes:
-                return hashlib.sha256(os.pread(descriptor, BLOCK, start)).digest()
+        def block(start: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), BLOCK, start)).digest()
 
-            blocks = pool.map(block, range(0, max(size, 1), BLOCK))
-            return hashlib.sha256(b"".join(blocks)).hexdigest()
-    finally:
-        os.close(descriptor)
+        blocks = pool.map(block, range(0, max(size, 1), BLOCK))
+        return hashlib.sha256(b"".join(blocks)).hexdigest()
 
 
 def _stat(path: Path) -> dict[str, int]:
     """What changes when a file does, whether it is rewritten, replaced or restored by a copy."""
     stat = os.stat(path)
-    return {
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-        "device": stat.st_dev,
-    }
+    return {name: getattr(stat, f"st_{name}") for name in STAT}
 
 
-def _cached(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) and "digest" in known else {}
-
-
-def hub_commit(name: str, revision: str | None, file: str = "config.json") -> str:
+def hub_commit(name: str, revision: str | None, file: str) -> str:
     """The commit that a branch, tag or commit of a Hub model now stands for, 40 hex digits."""
     # The cache's path of any file is …/snapshots/<commit>/<file>.
     return _download(name, revision, file).parent.name
 
 
-def hub_config(name: str, revision: str | None, file: str = "config.json") -> dict[str, Any]:
-    """A JSON file of a Hub model."""
-    content = json.loads(_download(name, revision, file).read_text(encoding="utf-8"))
+def hub_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The configuration of a Hub model."""
+    content = json.loads(_download(name, revision, MODEL_CONFIG).read_text(encoding="utf-8"))
     assert isinstance(content, dict), content
     return content
 
 
 def _download(name: str, revision: str | None, file: str) -> Path:
     """Raises `UserError` where the model is unknown, gated, or neither reachable nor cached."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(name, file, revision=revision))
-    except GatedRepoError:
-        raise UserError(
-            f"{name}: gated on the Hub; accept its terms on its page and run `hf auth login`"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{name}: no such model on the Hub, or a private one; check the name in refs.yaml, "
-            "or run `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{name}: the Hub has no revision {revision!r}; check refs.yaml") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{name}: not in the Hub's cache, and the Hub can't be reached; connect, or name a "
-            "local folder in refs.yaml"
-        ) from None
-    except EntryNotFoundError:
-        raise UserError(f"{name}: has no {file}; is it a model that transformers loads?") from None
+    except errors.GatedRepoError:
+        problem = "gated on the Hub; accept its terms on its page and run `hf auth login`"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        problem = (
+            "no such model on the Hub, or a private one; check the name in refs.yaml, or run "
+            "`hf auth login`"
+        )
+    except errors.RevisionNotFoundError:
+        problem = f"the Hub has no revision {revision!r}; check refs.yaml"
+    except errors.LocalEntryNotFoundError:
+        problem = (
+            "not in the Hub's cache, and the Hub can't be reached; connect, or name a local folder "
+            "in refs.yaml"
+        )
+    except errors.EntryNotFoundError:
+        problem = f"has no {file}; is it a model that transformers loads?"
+    raise UserError(f"{name}: {problem}")

@@ -1,13 +1,11 @@
 """What scoring will take, before any weights are loaded.
 
 Every missing pair is rendered for every reference: refusals are counted, tokens and disk space
-added up, time estimated. `make_plans` gives one `ReferencePlan` per reference, `print_plans` shows
-them.
+added up, time estimated. `survey` completes the references' plans, `print_plans` shows them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -20,13 +18,11 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..data.rendering import Renderer
-from ..data.store import ReferenceRecord, ScoreFiles, Store
+from ..data.store import Store
 from ..errors import UserError
-from ..model.packing import packed_tokens, padded_tokens
-from .engines import EngineName
+from ..model.packing import padded_tokens
 from .identity import ResolvedReference
-from .scoring import PairSelection, renderer_for, sort_out
+from .scoring import Job, PairSelection, renderer_for, sort_out
 
 POOL_PAIRS = 20_000  # renderings from which starting further processes pays
 ROW_BYTES = 120  # of a pair in a score file, measured; token log-probs come on top
@@ -57,64 +53,57 @@ class MissingPairs:
         return self.todo + self.over_limit + self.refused.total()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReferencePlan:
     """What one reference is and what it has to do."""
 
     reference: ResolvedReference
-    record: ReferenceRecord  # as the store will keep it
-    context: int | None  # tokens of the longest sequence the model itself takes
-    missing: MissingPairs
-    damaged: tuple[str, ...]  # score files set aside (in a dry run: that would be)
-    bytes: int  # of new score files, estimated
+    job: Job
+    damaged: list[str] = field(default_factory=list)  # score files (to be) set aside
+    missing: MissingPairs = field(default_factory=MissingPairs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of new score files, estimated."""
+        rows = self.missing.todo + self.missing.refused.total()
+        return ROW_BYTES * rows + 4 * self.missing.scored_tokens * self.job.keep_token_logps
 
 
-def make_plans(
-    references: Sequence[ResolvedReference],
+def survey(
+    plans: Sequence[ReferencePlan],
     selection: PairSelection,
     store: Store,
     *,
-    limit: int | None,
-    keep_token_logps: bool,
     dry_run: bool = False,
-    processes: int | None = None,
-) -> list[ReferencePlan]:
-    """Plan the scoring of every reference's missing pairs.
-
-    `limit` is the longest sequence (tokens) to score in this run, `processes` the most to render
-    in (None: by the number of cores). Sets damaged score files aside unless it is a dry run, and
-    changes nothing else. Raises `UserError` where the disk has no room.
-    """
-    scores = [store.scores(reference.identity) for reference in references]
-    damaged = [tuple(s.damaged() if dry_run else s.check()) for s in scores]
-    contexts = [model_context(reference) for reference in references]
-    surveyed = _survey(references, contexts, scores, selection, limit, processes)
-    plans = [
-        ReferencePlan(
-            reference=reference,
-            record=ReferenceRecord(
-                alias=reference.alias,
-                entry=reference.spec.entry(),
-                inputs=reference.inputs,
-                resolved_commit=reference.revision,
-            ),
-            context=context,
-            missing=missing,
-            damaged=names,
-            bytes=ROW_BYTES * (missing.todo + missing.refused.total())
-            + 4 * missing.scored_tokens * keep_token_logps,
-        )
-        for reference, context, missing, names in zip(references, contexts, surveyed, damaged)
-    ]
-    _check_disk(store, sum(plan.bytes for plan in plans))
-    return plans
-
-
-def print_plans(
-    plans: Sequence[ReferencePlan], selection: PairSelection, store: Store, engine: EngineName
+    many_processes: bool = True,
 ) -> None:
+    """Find what the store lacks, and render every such pair for every reference.
+
+    Where there are many pairs, it uses all cores if `many_processes`. Sets damaged score files
+    aside unless it is a dry run, and changes nothing else. Raises `UserError` where the disk has no
+    room.
+    """
+    tasks: list[tuple[ReferencePlan, int, list[int]]] = []
+    for plan in plans:
+        scores = store.scores(plan.job.identity)
+        plan.damaged = scores.damaged() if dry_run else scores.check()
+        for shard in selection.shards:
+            if rows := selection.missing(shard, scores, refresh=shard == 0)[0]:
+                tasks.append((plan, shard, rows))
+    jobs = [(plan.job, selection, shard, rows) for plan, shard, rows in tasks]
+    many = many_processes and sum(len(rows) for _, _, rows in tasks) > POOL_PAIRS
+    processes = min(os.cpu_count() or 1, 32, len(tasks)) if many else 1
+    pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
+    with pool or nullcontext():
+        results: Iterable[MissingPairs] = (pool.map if pool else map)(_survey_shard, jobs)
+        for (plan, _, _), missing in zip(tasks, results):
+            plan.missing.add(missing)
+    _check_disk(store, sum(plan.num_bytes for plan in plans))
+
+
+def print_plans(plans: Sequence[ReferencePlan], selection: PairSelection, store: Store) -> None:
     """What was derived, on stdout."""
-    pairs = selection.pairs
+    pairs, engine = selection.pairs, plans[0].job.engine
     print(f"{selection.num_pairs:,} pairs of {pairs.path}, engine {engine}, store {store.root}")
     for plan in plans:
         reference = plan.reference
@@ -125,16 +114,14 @@ def print_plans(
             f"identity {reference.identity[:12]}"
         )
         if reference.moved:
-            newest = ", ".join(
-                f"{part} at {commit[:8]}" for part, commit in reference.moved.items()
-            )
+            newest = ", ".join(f"{part} at {new[:8]}" for part, new in reference.moved.items())
             print(f"  the Hub has newer commits ({newest}); --update-refs takes them")
         for name in plan.damaged:
             print(f"  damaged, set aside, its pairs are scored again: {name}")
-        if pairs.kind == "text" and renderer_of(reference).chat_template is not None:
+        if pairs.kind == "text" and renderer_for(plan.job).chat_template is not None:
             print("  warning: the pairs are plain text and this model has a chat template;")
             print("  `mrpo prepare --chat` makes them messages")
-        print("  " + "; ".join(_described(plan, selection, store, engine)))
+        print("  " + "; ".join(_described(plan, selection, store)))
 
 
 def duration(seconds: float) -> str:
@@ -142,17 +129,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def renderer_of(reference: ResolvedReference) -> Renderer:
-    """The reference's renderer, loaded once in this process."""
-    return renderer_for(
-        reference.identity,
-        reference.model,
-        reference.revision,
-        reference.spec.chat_template,
-        json.dumps(dict(reference.spec.chat_template_kwargs)),
-    )
 
 
 def model_context(reference: ResolvedReference) -> int | None:
@@ -163,20 +139,18 @@ def model_context(reference: ResolvedReference) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _described(
-    plan: ReferencePlan, selection: PairSelection, store: Store, engine: EngineName
-) -> list[str]:
+def _described(plan: ReferencePlan, selection: PairSelection, store: Store) -> list[str]:
     missing = plan.missing
     parts = [
         f"{selection.num_pairs - missing.num_pairs:,} pairs in the store",
         f"{missing.todo:,} to score",
     ]
     if missing.todo:
-        seconds = _estimated_seconds(plan, store, engine)
+        seconds = _estimated_seconds(plan, store)
         about = "time unknown" if seconds is None else f"about {duration(seconds)}"
         parts[-1] += (
             f" ({missing.tokens:,} tokens, the longest sequence {missing.longest:,}, {about}, "
-            f"{plan.bytes / 1e6:.1f} MB)"
+            f"{plan.num_bytes / 1e6:.1f} MB)"
         )
     if missing.refused:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in missing.refused.most_common())
@@ -200,77 +174,36 @@ def _check_disk(store: Store, needed: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A shard's missing pairs under one reference."""
-
-    number: int  # of the reference
-    reference: ResolvedReference
-    selection: PairSelection
-    shard: int
-    rows: list[int]
-    context: int | None
-    limit: int | None
-
-
-def _survey(
-    references: Sequence[ResolvedReference],
-    contexts: Sequence[int | None],
-    scores: Sequence[ScoreFiles],
-    selection: PairSelection,
-    limit: int | None,
-    processes: int | None,
-) -> list[MissingPairs]:
-    """Render every missing pair for every reference, on all cores where there are many pairs."""
-    tasks = [
-        _Task(number, reference, selection, shard, rows, context, limit)
-        for number, (reference, context) in enumerate(zip(references, contexts))
-        for shard in selection.shards
-        if (rows := selection.missing(shard, scores[number], refresh=shard == 0)[0])
-    ]
-    if sum(len(task.rows) for task in tasks) <= POOL_PAIRS:
-        processes = 1
-    processes = min(processes or os.cpu_count() or 1, 32, max(len(tasks), 1))
-    totals = [MissingPairs() for _ in references]
-    with (
-        ProcessPoolExecutor(processes, get_context("spawn"))
-        if processes > 1
-        else nullcontext() as pool
-    ):
-        results: Iterable[MissingPairs] = (pool.map if pool else map)(_survey_shard, tasks)
-        for task, result in zip(tasks, results):
-            totals[task.number].add(result)
-    return totals
+def _survey_shard(task: tuple[Job, PairSelection, int, list[int]]) -> MissingPairs:
+    """What some rows of a shard cost under one reference."""
+    job, selection, shard, rows = task
+    rendered = renderer_for(job).render_many(selection.pairs.pairs(shard, rows))
+    ids = selection.pairs.pair_ids(shard)[rows]
+    work = sort_out(ids, rendered, job.context, job.limit)
+    branches = [branch for pair in work.pairs for branch in (pair.chosen, pair.rejected)]
+    return MissingPairs(
+        todo=len(work.pairs),
+        tokens=work.tokens,
+        scored_tokens=sum(len(branch.token_ids) - branch.start for branch in branches),
+        longest=max(map(padded_tokens, work.pairs), default=0),
+        over_limit=work.over_limit,
+        refused=Counter(row["reason"] for row in work.refused),
+    )
 
 
-def _survey_shard(task: _Task) -> MissingPairs:
-    pairs = task.selection.pairs
-    rendered = renderer_of(task.reference).render_many(pairs.pairs(task.shard, task.rows))
-    work = sort_out(pairs.pair_ids(task.shard)[task.rows], rendered, task.context, task.limit)
-    missing = MissingPairs(over_limit=work.over_limit)
-    missing.refused.update(row["reason"] for row in work.refused)
-    for pair in work.pairs:
-        missing.todo += 1
-        missing.tokens += packed_tokens(pair)
-        missing.longest = max(missing.longest, padded_tokens(pair))
-        for branch in (pair.chosen, pair.rejected):
-            missing.scored_tokens += len(branch.token_ids) - branch.start
-    return missing
-
-
-def _estimated_seconds(plan: ReferencePlan, store: Store, engine: EngineName) -> float | None:
+def _estimated_seconds(plan: ReferencePlan, store: Store) -> float | None:
     """By the reference's last run on this engine, else by counting operations.
 
     None where neither is known: a server may run on any machine.
     """
-    reference, tokens = plan.reference, plan.missing.tokens
-    names = store.names_of(reference.identity)
+    job, tokens = plan.job, plan.missing.tokens
+    names = store.names_of(job.identity)
     for run in reversed(names[0].runs if names else ()):
-        if run.get("engine") == engine and run.get("tokens_per_second"):
+        if run.get("engine") == job.engine and run.get("tokens_per_second"):
             return tokens / float(run["tokens_per_second"])
-    if engine == "server":
+    if job.engine == "server":
         return None
-    operations = 2 * _num_parameters(reference.model, reference.revision) * tokens
+    operations = 2 * _num_parameters(job.settings.model, job.settings.revision) * tokens
     return operations / (EFFICIENCY * _matrix_rate())
 
 

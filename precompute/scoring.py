@@ -1,9 +1,8 @@
 """The loop over a reference's missing pairs: shard after shard, render, score, store.
 
-The missing pairs of a shard become one file in the store, complete or absent: what is done is
-skipped, and a killed run loses at most the shard in progress. Several processes share a reference
-through leases; each works on the shards that no other holds, then waits for those, so that none is
-left undone if its holder died. The next shard is rendered while the engine scores this one.
+The missing pairs of a shard become one file in the store, complete or absent, so a killed run loses
+at most the shard in progress. Several processes share a reference through leases; each works on the
+shards that no other holds, then waits for those, in case a holder dies.
 
 A row of the store is a score, or the permanent reason why there is none. A pair that only a limit
 of this run leaves out gets no row, so the next run tries it again; a score that is not finite is
@@ -12,29 +11,28 @@ never stored.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ..data.ids import IdArray, unit_of
-from ..data.rendering import Refusal, RenderedPair, RenderedSequence, Renderer
+from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..data.shards import PairShards
-from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles
+from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles, Store
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
-from .engines.protocol import Engine, Logps, PairTokenLogps, Progress
+from .engines import EngineName
+from .engines.protocol import Engine, EngineSettings, PairTokenLogps, Progress
 from .process import Report
 
-BEYOND_CONTEXT = "beyond_context"
+RENDERERS = 16  # kept in a process at most
 POLL_SECONDS = 1.0  # between two looks at shards that other processes hold
-REPORT_SECONDS = 0.2  # between two reports of progress within a shard
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,20 @@ class PairSelection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceWork:
-    """One reference and the pairs to score under it."""
+class Job:
+    """All that a worker has to know of one reference and the pairs to score, as plain values."""
 
-    alias: str
-    selection: PairSelection
-    scores: ScoreFiles
-    renderer: Renderer
-    engine: Engine | None  # None where no pair is to be scored
+    engine: EngineName
+    settings: EngineSettings
+    pairs: str
+    split: str | None = None  # None: all pairs
+    store: str
+    identity: str
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
     context: int | None  # tokens of the longest sequence the model itself takes
     limit: int | None  # the same of this run
     keep_token_logps: bool
-    report: Report
 
 
 @dataclass(slots=True)
@@ -108,39 +108,112 @@ class ShardResult:
     """A shard's rows to store, and the pairs whose score was not finite."""
 
     table: pa.Table
-    not_finite: list[tuple[bytes, str]] = field(default_factory=list)  # pair id, branch
+    not_finite: list[tuple[bytes, str]]  # pair id, branch
 
 
-def score_missing(work: ReferenceWork) -> None:
-    """Score every selected pair that the store lacks.
+class ReferenceScorer:
+    """Scores every selected pair that the store lacks under one reference."""
 
-    Raises `UserError` at the first shard with a score that is not finite; the shard's other rows
-    are stored.
-    """
-    todo: Sequence[int] = work.selection.shards
-    while todo := _pass_over(work, todo):
-        work.report({"event": "waiting", "shards": len(todo)})
-        time.sleep(POLL_SECONDS)
+    def __init__(self, job: Job, engine: Engine | None, report: Report) -> None:
+        """`engine` is None where preflight saw no pair that can be scored."""
+        self._job, self._engine, self._report = job, engine, report
+        self._renderer = renderer_for(job)
+        self._selection = PairSelection(PairShards(job.pairs), job.split)
+        self._scores = Store(job.store).scores(job.identity)
+        limits = [job.limit, engine.limit if engine else None]
+        self._limit = min((limit for limit in limits if limit is not None), default=None)
+
+    def run(self) -> None:
+        """Score shard after shard, until none is left to this or another process.
+
+        Raises `UserError` at the first shard with a score that is not finite; the shard's other
+        rows are stored.
+        """
+        todo: Sequence[int] = self._selection.shards
+        while todo := self._pass_over(todo):
+            self._report({"event": "waiting", "shards": len(todo)})
+            time.sleep(POLL_SECONDS)
+
+    def _pass_over(self, shards: Iterable[int]) -> list[int]:
+        """Work on the shards that no other process holds; returns those to look at again.
+
+        The next shard is rendered while the engine scores this one.
+        """
+        again: list[int] = []
+        numbers = iter(shards)
+        with ThreadPoolExecutor(1) as pool:
+
+            def render_next() -> Future[tuple[int, IdArray, ShardWork]] | None:
+                number = next(numbers, None)
+                return None if number is None else pool.submit(self._render, number)
+
+            future = render_next()
+            while future is not None:
+                number, missing, shard = future.result()
+                if len(missing) == 0:
+                    future = render_next()
+                    continue
+                with self._scores.lease(unit_of(missing)) as ours:
+                    # Another process may have finished it before we got the lease.
+                    still_missing = ours and bool(self._scores.missing(missing).all())
+                    future = render_next()
+                    if still_missing:
+                        self._score(number, shard)
+                    else:
+                        again.append(number)
+        return again
+
+    def _render(self, number: int) -> tuple[int, IdArray, ShardWork]:
+        """A shard's number, the ids of its missing pairs, and these rendered."""
+        rows, ids = self._selection.missing(number, self._scores)
+        pairs = self._selection.pairs.pairs(number, rows) if rows else []
+        rendered = self._renderer.render_many(pairs)
+        return number, ids, sort_out(ids, rendered, self._job.context, self._limit)
+
+    def _score(self, number: int, shard: ShardWork) -> None:
+        result = score_rows(
+            shard,
+            self._engine,
+            keep_token_logps=self._job.keep_token_logps,
+            progress=lambda pairs: self._report({"event": "progress", "pairs": pairs}),
+        )
+        if len(result.table):
+            self._scores.add(result.table)
+        self._report(
+            {
+                "event": "shard",
+                "shard": number,
+                "pairs": len(shard.pairs) - len(result.not_finite),
+                "tokens": shard.tokens,
+                "refused": len(shard.refused),
+                "over_limit": shard.over_limit,
+            }
+        )
+        if result.not_finite:
+            pair_id, branch = result.not_finite[0]
+            raise UserError(
+                f"reference {self._job.settings.alias}: pair {pair_id.hex()}: the log-prob of its "
+                f"{branch} response is not finite ({len(result.not_finite)} such pairs in this "
+                "shard); nothing is stored for them; set dtype to bfloat16 or float32 in "
+                "refs.yaml, or check the weights"
+            )
 
 
-@lru_cache(16)
-def renderer_for(
-    identity: str,
-    model: str,
-    revision: str | None,
-    chat_template: str | None,
-    chat_template_kwargs: str,
-) -> Renderer:
-    """A reference's renderer, loaded once in this process; `chat_template_kwargs` as JSON.
+_renderers: dict[str, Renderer] = {}  # by identity
 
-    The identity is part of the key because a local folder's tokenizer may change.
-    """
-    return Renderer.load(
-        model,
-        revision=revision,
-        chat_template=chat_template,
-        chat_template_kwargs=json.loads(chat_template_kwargs),
-    )
+
+def renderer_for(job: Job) -> Renderer:
+    """The reference's renderer, loaded once in this process."""
+    if job.identity not in _renderers:
+        if len(_renderers) == RENDERERS:
+            del _renderers[next(iter(_renderers))]
+        _renderers[job.identity] = Renderer.load(
+            job.settings.model,
+            revision=job.settings.revision,
+            chat_template=job.chat_template,
+            chat_template_kwargs=job.chat_template_kwargs,
+        )
+    return _renderers[job.identity]
 
 
 def sort_out(
@@ -162,7 +235,7 @@ def sort_out(
         if isinstance(pair, Refusal):
             refused.append({"pair_id": pair_id, "reason": pair.reason})
         elif context is not None and padded_tokens(pair) > context:
-            refused.append({"pair_id": pair_id, "reason": BEYOND_CONTEXT, **_token_counts(pair)})
+            refused.append({"pair_id": pair_id, "reason": "beyond_context", **_token_counts(pair)})
         elif limit is not None and padded_tokens(pair) > limit:
             over_limit += 1
         else:
@@ -179,47 +252,33 @@ def score_rows(
     if work.pairs:
         assert engine is not None, "preflight saw no pair to score"
         scored = engine.score(work.pairs, progress)
-    assert len(scored) == len(work.pairs)
     rows = list(work.refused)
     not_finite: list[tuple[bytes, str]] = []
-    for pair_id, pair, logps in zip(work.ids, work.pairs, scored):
-        row = _row(pair_id.tobytes(), pair, logps)
+    for pair_id, pair, logps in zip(work.ids, work.pairs, scored, strict=True):
+        row = {"pair_id": pair_id.tobytes(), **_token_counts(pair), **_sums(pair, logps)}
         bad = [name for name in ("chosen", "rejected") if not np.isfinite(row[f"{name}_logp"])]
         if bad:
-            not_finite.append((pair_id.tobytes(), bad[0]))
+            not_finite.append((row["pair_id"], bad[0]))
             continue
         if keep_token_logps:
             row |= dict(zip(TOKEN_COLUMNS, (logps.chosen, logps.rejected)))
         rows.append(row)
-    return ShardResult(scores_to_table(rows, keep_token_logps), not_finite)
-
-
-def scores_to_table(rows: Sequence[Mapping[str, Any]], keep_token_logps: bool) -> pa.Table:
-    """Rows by column name as a table of the store; an absent column is null."""
     schema = SCORE_SCHEMA
-    if keep_token_logps:
-        for name in TOKEN_COLUMNS:
-            schema = schema.append(pa.field(name, pa.list_(pa.float32())))
-    columns = {name: [row.get(name) for row in rows] for name in schema.names}
-    return pa.table(columns, schema=schema)
+    for name in TOKEN_COLUMNS if keep_token_logps else ():
+        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
+    return ShardResult(pa.Table.from_pylist(rows, schema), not_finite)
 
 
-def _row(pair_id: bytes, pair: RenderedPair, logps: PairTokenLogps) -> dict[str, Any]:
-    chosen, rejected = pair.chosen, pair.rejected
-    return {
-        "pair_id": pair_id,
-        "chosen_logp": _sum(logps.chosen, 0, chosen),
-        "rejected_logp": _sum(logps.rejected, 0, rejected),
-        "chosen_end_logp": _sum(logps.chosen, chosen.end_start - chosen.start, chosen),
-        "rejected_end_logp": _sum(logps.rejected, rejected.end_start - rejected.start, rejected),
-        **_token_counts(pair),
-    }
-
-
-def _sum(logps: Logps, first: int, sequence: RenderedSequence) -> float:
-    """Nats from the `first` scored token on, summed in float64; 0 where there is no such token."""
-    assert len(logps) == len(sequence.token_ids) - sequence.start
-    return float(logps[first:].astype(np.float64).sum())
+def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
+    """Nats of each response and of its end of turn, summed in float64."""
+    sums = {}
+    for name in ("chosen", "rejected"):
+        sequence, values = getattr(pair, name), getattr(logps, name)
+        assert len(values) == len(sequence.token_ids) - sequence.start
+        end = values[sequence.end_start - sequence.start :]
+        sums[f"{name}_logp"] = float(values.astype(np.float64).sum())
+        sums[f"{name}_end_logp"] = float(end.astype(np.float64).sum())
+    return sums
 
 
 def _token_counts(pair: RenderedPair) -> dict[str, Any]:
@@ -230,86 +289,3 @@ def _token_counts(pair: RenderedPair) -> dict[str, Any]:
         "chosen_boundary": pair.chosen.boundary,
         "rejected_boundary": pair.rejected.boundary,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    number: int
-    missing: IdArray
-    work: ShardWork
-
-
-def _pass_over(work: ReferenceWork, shards: Iterable[int]) -> list[int]:
-    """Work on the shards that no other process holds; returns those to look at again."""
-    again: list[int] = []
-    numbers = iter(shards)
-    with ThreadPoolExecutor(1) as pool:
-
-        def render_next() -> Future[_Shard] | None:
-            number = next(numbers, None)
-            return None if number is None else pool.submit(_render, work, number)
-
-        future = render_next()
-        while future is not None:
-            shard = future.result()
-            if len(shard.missing) == 0:
-                future = render_next()
-                continue
-            with work.scores.lease(unit_of(shard.missing)) as ours:
-                # Another process may have finished it before we got the lease.
-                still_missing = ours and bool(work.scores.missing(shard.missing).all())
-                future = render_next()
-                if still_missing:
-                    _score(work, shard)
-                else:
-                    again.append(shard.number)
-    return again
-
-
-def _render(work: ReferenceWork, number: int) -> _Shard:
-    rows, ids = work.selection.missing(number, work.scores)
-    pairs = work.selection.pairs.pairs(number, rows) if rows else []
-    rendered = work.renderer.render_many(pairs)
-    return _Shard(number, ids, sort_out(ids, rendered, work.context, work.limit))
-
-
-def _score(work: ReferenceWork, shard: _Shard) -> None:
-    result = score_rows(
-        shard.work,
-        work.engine,
-        keep_token_logps=work.keep_token_logps,
-        progress=_throttled(work.report),
-    )
-    if len(result.table):
-        work.scores.add(result.table)
-    work.report(
-        {
-            "event": "shard",
-            "shard": shard.number,
-            "pairs": len(shard.work.pairs) - len(result.not_finite),
-            "tokens": shard.work.tokens,
-            "refused": len(shard.work.refused),
-            "over_limit": shard.work.over_limit,
-        }
-    )
-    if result.not_finite:
-        pair_id, branch = result.not_finite[0]
-        raise UserError(
-            f"reference {work.alias}: pair {pair_id.hex()}: the log-prob of its {branch} response "
-            f"is not finite ({len(result.not_finite)} such pairs in this shard); nothing is stored "
-            "for them; set dtype to bfloat16 or float32 in refs.yaml, or check the weights"
-        )
-
-
-def _throttled(report: Report) -> Callable[[int], None]:
-    """Reports finished pairs every `REPORT_SECONDS`; the shard's own report has the rest."""
-    finished, reported = 0, time.monotonic()
-
-    def progress(pairs: int) -> None:
-        nonlocal finished, reported
-        finished += pairs
-        if finished and time.monotonic() - reported >= REPORT_SECONDS:
-            report({"event": "progress", "pairs": finished})
-            finished, reported = 0, time.monotonic()
-
-    return progress

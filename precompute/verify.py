@@ -7,6 +7,7 @@ difference.
 
 from __future__ import annotations
 
+import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ from ..data.config import VerifyConfig
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.references import ReferenceSpec, load_refs
 from ..data.shards import PairShards, ShardWriter
-from ..data.store import ReferenceRecord, ScoreFiles, Store, open_store
+from ..data.store import ReferenceRecord, Store, open_store
 from ..data.store.commands import selected, verify_digests
 from ..errors import UserError
 from ..settings import command
 from .run import score
 
-COLUMNS = ["pair_id", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
+COLUMNS = ["pair_id", "reason", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
 # Nats per token that two runs in a precision may differ by: in 16 bits another batch size alone
 # moves single tokens by 0.05, and means by far less.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
@@ -55,9 +56,10 @@ def verify(config: VerifyConfig) -> Verification:
     if config.rescore == 0:
         return Verification(damaged, agrees)
     store, specs = open_store(config.store), load_refs(config.refs_config)
+    entries = {alias: spec.entry() for alias, spec in specs.items()}
     for identity in selected(store, config.refs):
         names = [record for record in store.names_of(identity) if not record.imported]
-        current = [record for record in names if _is_entry(record, specs)]
+        current = [record for record in names if record.entry == entries.get(record.alias)]
         if current:
             record = current[-1]
             agrees[_title(record)] = _scored_again(store, record, specs[record.alias], config)
@@ -67,10 +69,6 @@ def verify(config: VerifyConfig) -> Verification:
     return Verification(damaged, agrees)
 
 
-def _is_entry(record: ReferenceRecord, specs: dict[str, ReferenceSpec]) -> bool:
-    return record.alias in specs and record.entry == specs[record.alias].entry()
-
-
 def _title(record: ReferenceRecord) -> str:
     return f"{record.alias}@{record.identity[:12]}"
 
@@ -78,21 +76,13 @@ def _title(record: ReferenceRecord) -> str:
 def _scored_again(
     store: Store, record: ReferenceRecord, spec: ReferenceSpec, config: VerifyConfig
 ) -> bool:
-    """Score a sample of a reference's pairs again and print how the scores compare.
-
-    Returns whether they agree.
-    """
+    """Score a sample of a reference's pairs again; prints and returns whether the scores agree."""
     pairs = PairShards(config.pairs or _last_folder(record))
-    stored = store.scores(record.identity).read([*COLUMNS, "reason"])
+    stored = store.scores(record.identity).read(COLUMNS)
     stored = stored.filter(stored["reason"].is_null())
     engine = record.runs[-1].get("engine") if record.runs else None
     with tempfile.TemporaryDirectory(prefix="mrpo-verify-") as folder:
-        sample = _write_sample(pairs, stored, config.rescore, Path(folder) / "pairs")
-        if sample is None:
-            raise UserError(
-                f"--rescore: {pairs.path} has no pair with a score of {_title(record)}; name "
-                "others with --pairs"
-            )
+        sample = _write_sample(record, pairs, stored, config.rescore, Path(folder) / "pairs")
         again = Store(Path(folder) / "store")
         again.merge([record])  # so that the alias keeps the Hub commit it has in the store
         score(
@@ -103,13 +93,10 @@ def _scored_again(
             bf16="autocast" in record.inputs,
         )
         rows = again.scores(record.identity)
-        if not rows.names():
-            print(
-                f"differs {_title(record)}: is another reference now (weights, tokenizer or "
-                "template)"
-            )
-            return False
-        return _compare(record, stored, rows)
+        if rows.names():
+            return _compare(record, stored, rows.read(COLUMNS))
+    print(f"differs {_title(record)}: is another reference now (weights, tokenizer or template)")
+    return False
 
 
 def _last_folder(record: ReferenceRecord) -> str:
@@ -124,31 +111,33 @@ def _last_folder(record: ReferenceRecord) -> str:
 
 
 def _write_sample(
-    pairs: PairShards, stored: pa.Table, count: int, folder: Path
-) -> PairShards | None:
-    """Up to `count` random pairs that have a score; None where there are none.
+    record: ReferenceRecord, pairs: PairShards, stored: pa.Table, count: int, folder: Path
+) -> PairShards:
+    """Up to `count` random pairs that have a score; raises `UserError` where there are none.
 
     They are written as a folder of pairs, because a worker process reads its pairs from one.
     """
     index = IdIndex(ids_to_numpy(stored["pair_id"]))
-    known = [index.find(pairs.pair_ids(shard)) >= 0 for shard in range(len(pairs.names))]
-    places = np.array(
-        [(shard, row) for shard, rows in enumerate(known) for row in np.flatnonzero(rows)]
-    )
-    chosen = np.random.default_rng().permutation(len(places))[:count]
-    if len(chosen) == 0:
-        return None
+    places = [
+        (shard, int(row))
+        for shard in range(len(pairs.names))
+        for row in np.flatnonzero(index.find(pairs.pair_ids(shard)) >= 0)
+    ]
+    if not places:
+        raise UserError(
+            f"--rescore: {pairs.path} has no pair with a score of {_title(record)}; name others "
+            "with --pairs"
+        )
     folder.mkdir()
-    writer = ShardWriter(folder, len(chosen))
-    for shard, row in places[np.sort(chosen)].tolist():
+    writer = ShardWriter(folder, count)
+    for shard, row in sorted(random.sample(places, min(count, len(places)))):
         (pair,) = pairs.pairs(shard, [row])
         writer.add(pair, pair.id)
     writer.finish({})
     return PairShards(folder)
 
 
-def _compare(record: ReferenceRecord, stored: pa.Table, scores: ScoreFiles) -> bool:
-    again = scores.read([*COLUMNS, "reason"])
+def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool:
     rows = IdIndex(ids_to_numpy(stored["pair_id"])).find(ids_to_numpy(again["pair_id"]))
     before = stored.take(pa.array(rows))
     refused = again["reason"].is_valid().to_numpy()

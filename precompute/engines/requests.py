@@ -8,15 +8,14 @@ blocks of their common tokens there, so that the prompt is computed once:
     rejected   p p p p p p p p | a b f g       common: up to b
                [ cached blocks    ]  ^ first: log-probs of a and b are those of the chosen response
 
-The cached blocks must end before the row that predicts the token at `first`, else that row is
-missing (the V2 runner leaves it out, the V1 runner returns uninitialized memory). Since blocks are
-whole, this fails only where the common tokens end with a block; such a request does not read the
-cache.
+The row that predicts the token at `first` must lie behind the cached blocks: otherwise the V2
+runner leaves it out, and the V1 runner returns uninitialized memory. Since blocks are whole, this
+concerns only common tokens that end with a block; such a request does not read the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,10 +65,10 @@ def plan_requests(pairs: Sequence[RenderedPair], block: int) -> list[Request]:
     return requests
 
 
-def scored_pair(pair: RenderedPair, chosen: Logps, rejected: Logps | None) -> PairTokenLogps:
-    """A pair's log-probs from its requests; for common tokens they are the chosen response's."""
+def scored_pair(pair: RenderedPair, parts: Mapping[int, Logps]) -> PairTokenLogps:
+    """A pair's log-probs from its requests, by branch; common tokens have the chosen response's."""
+    chosen, own = parts[CHOSEN], parts.get(REJECTED, np.empty(0, np.float32))
     count = len(pair.rejected.token_ids) - pair.rejected.start
-    own = np.empty(0, np.float32) if rejected is None else rejected
     return PairTokenLogps(chosen, np.concatenate([chosen[: count - len(own)], own]))
 
 

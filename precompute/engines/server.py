@@ -5,10 +5,7 @@ cache for them. Started with `--enable-scale-out` on the V2 model runner (a GPU'
 server also scores given ids on the responses' rows alone, at `/inference/v1/generate`; there the
 prompt is computed once per pair. Scores whose rows came from the cache are missing from the answer
 and requested again. Each pair has a cache salt of its own, so that no other traffic decides what
-it finds cached.
-
-Before anything is scored, the server must show that it serves the model named in refs.yaml, with
-its tokenizer.
+it finds cached. A server that serves another model or tokenizer than refs.yaml names is refused.
 """
 
 from __future__ import annotations
@@ -27,17 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-)
+import tenacity
 
 from ...errors import UserError
 from .protocol import EngineSettings, Logps, PairTokenLogps, Progress
-from .requests import CHOSEN, REJECTED, Request, plan_requests, scored_pair
+from .requests import CHOSEN, Request, plan_requests, scored_pair
 
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair
@@ -49,10 +40,6 @@ TIMEOUT = 600.0  # seconds for an answer, its time in the server's queue include
 CLAMPED = -9999.0  # JSON has no infinity: the server writes this for it
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 SHARING, PLAIN = "/inference/v1/generate", "/v1/completions"
-
-
-class _Unavailable(Exception):
-    """The server is up but gave no answer: a status code of `RETRIED`, or no JSON."""
 
 
 class ServerEngine:
@@ -113,7 +100,7 @@ class ServerEngine:
         """One pair, the rejected response after the chosen one, whose blocks it shares."""
         salt = secrets.token_hex(16)
         parts = {request.branch: self._logps(request, salt) for request in plan}
-        return scored_pair(pair, parts[CHOSEN], parts.get(REJECTED))
+        return scored_pair(pair, parts)
 
     def _logps(self, request: Request, salt: str) -> Logps:
         if self._route == SHARING:
@@ -185,16 +172,16 @@ class ServerEngine:
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer to a GET, or to a POST of `body`; tries again with growing pauses."""
-        retrying = Retrying(
-            retry=retry_if_exception_type((_Unavailable, httpx.RequestError)),
-            wait=wait_exponential(FIRST_WAIT),
-            stop=stop_after_attempt(ATTEMPTS),
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(httpx.HTTPError),
+            wait=tenacity.wait_exponential(FIRST_WAIT),
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
             before_sleep=lambda state: _report_retry(path, state),
             reraise=True,
         )
         try:
             return retrying(self._call_once, path, body)
-        except (_Unavailable, httpx.RequestError) as error:
+        except httpx.HTTPError as error:
             raise UserError(
                 f"{self._url}{path} failed {ATTEMPTS} times, last with: {_one_line(error)}; is the "
                 "server up?"
@@ -208,22 +195,21 @@ class ServerEngine:
             raise UserError(f"--server {self._url}: not a URL ({error})") from None
         reason = f"{answer.status_code} {answer.text[:300]}"
         if answer.status_code in RETRIED:
-            raise _Unavailable(reason)
+            raise httpx.HTTPStatusError(reason, request=answer.request, response=answer)
         if not answer.is_success:
             raise UserError(f"{self._url}{path} answers {' '.join(reason.split())}")
         try:
             content = answer.json()
         except ValueError:
-            raise _Unavailable(f"no JSON: {answer.text[:300]}") from None
+            raise httpx.DecodingError(f"no JSON: {answer.text[:300]}") from None
         assert isinstance(content, dict), content
         return content
 
 
-def _report_retry(path: str, state: RetryCallState) -> None:
+def _report_retry(path: str, state: tenacity.RetryCallState) -> None:
     assert state.outcome is not None
-    assert state.next_action is not None
-    reason, pause = _one_line(state.outcome.exception()), state.next_action.sleep
-    print(f"{path}: {reason}; again in {pause:g} s", file=sys.stderr, flush=True)
+    reason = _one_line(state.outcome.exception())
+    print(f"{path}: {reason}; again in {state.upcoming_sleep:g} s", file=sys.stderr, flush=True)
 
 
 def _one_line(error: BaseException | None) -> str:
@@ -232,7 +218,5 @@ def _one_line(error: BaseException | None) -> str:
 
 def _same(served: str, named: str) -> bool:
     """Whether two names mean the same model: equal, or paths to the same folder."""
-    folders = Path(served), Path(named)
-    if all(folder.is_dir() for folder in folders):
-        return folders[0].resolve() == folders[1].resolve()
-    return served == named
+    folders = Path(served).is_dir() and Path(named).is_dir()
+    return served == named or (folders and Path(served).samefile(named))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,12 +63,13 @@ class VllmEngine:
     @property
     def facts(self) -> dict[str, Any]:
         import vllm
+        from vllm.platforms import current_platform
 
         return {
             "engine": "vllm",
             "vllm": vllm.__version__,
             "torch": torch.__version__,
-            "device": _device_name(),
+            "device": str(current_platform.get_device_name()),
             "route": "prompt_logprob_token_ids" if self._by_token_ids else "prompt_logprobs",
             "max_tokens": self._max_tokens,
             "tensor_parallel_size": self._settings.tensor_parallel_size,
@@ -78,11 +80,11 @@ class VllmEngine:
         self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
     ) -> list[PairTokenLogps]:
         self.cached_tokens = self.asked_again = 0
-        parts: list[list[Logps | None]] = [[None, None] for _ in pairs]
-        unfinished = [0] * len(pairs)
+        requests = plan_requests(pairs, self._block)
+        unfinished = Counter(request.pair for request in requests)
+        parts: list[dict[int, Logps]] = [{} for _ in pairs]
         waiting: dict[str, Request] = {}
-        for request in plan_requests(pairs, self._block):
-            unfinished[request.pair] += 1
+        for request in requests:
             self._send(request, waiting)
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
@@ -95,12 +97,9 @@ class VllmEngine:
                     continue
                 parts[request.pair][request.branch] = logps
                 unfinished[request.pair] -= 1
-                progress(int(unfinished[request.pair] == 0))
-        scored = []
-        for pair, (chosen, rejected) in zip(pairs, parts):
-            assert chosen is not None
-            scored.append(scored_pair(pair, chosen, rejected))
-        return scored
+                if not unfinished[request.pair]:
+                    progress(1)
+        return [scored_pair(pair, branches) for pair, branches in zip(pairs, parts)]
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
@@ -233,9 +232,3 @@ def _lora_arguments(alias: str, folder: Path) -> dict[str, Any]:
         "max_lora_rank": next(allowed for allowed in LORA_RANKS if allowed >= rank),
         "lora_target_modules": sorted(names),
     }
-
-
-def _device_name() -> str:
-    from vllm.platforms import current_platform
-
-    return str(current_platform.get_device_name())

@@ -73,14 +73,14 @@ def test_within_a_pair_the_cache_never_swallows_a_row_that_is_needed(
 @given(st.lists(pairs(), min_size=1, max_size=6), st.sampled_from([1, 4, 8]))
 @settings(max_examples=300, deadline=None)
 def test_requests_give_every_scored_token_once(batch: list[RenderedPair], block: int) -> None:
-    parts: dict[tuple[int, int], np.ndarray] = {}
+    parts: list[dict[int, np.ndarray]] = [{} for _ in batch]
     for request in plan_requests(batch, block):
         places = range(request.first, len(request.token_ids))
-        parts[request.pair, request.branch] = np.array(
+        parts[request.pair][request.branch] = np.array(
             [true_logp(request.token_ids, place) for place in places], dtype=np.float32
         )
     for index, pair in enumerate(batch):
-        scored = scored_pair(pair, parts[index, CHOSEN], parts.get((index, REJECTED)))
+        scored = scored_pair(pair, parts[index])
         for logps, sequence in ((scored.chosen, pair.chosen), (scored.rejected, pair.rejected)):
             places = range(sequence.start, len(sequence.token_ids))
             wanted = [true_logp(sequence.token_ids, place) for place in places]
@@ -133,7 +133,8 @@ def test_a_response_that_is_the_beginning_of_the_other_needs_no_request() -> Non
     whole = RenderedSequence(ids, 10, 20, False)
     beginning = RenderedSequence(ids[:15], 10, 15, False)
     (only,) = plan_requests([RenderedPair(whole, beginning, 10)], 16)
-    scored = scored_pair(RenderedPair(whole, beginning, 10), np.arange(10, dtype=np.float32), None)
+    parts = {CHOSEN: np.arange(10, dtype=np.float32)}
+    scored = scored_pair(RenderedPair(whole, beginning, 10), parts)
     assert only.branch == CHOSEN
     assert scored.rejected.tolist() == [0, 1, 2, 3, 4]
 

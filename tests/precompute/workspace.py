@@ -21,7 +21,8 @@ from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.precompute.identity import resolve_reference
 from mrpo.precompute.preflight import model_context
-from mrpo.precompute.worker import Job, run_job
+from mrpo.precompute.scoring import Job
+from mrpo.precompute.worker import run_job
 
 WORDS = ["what", "is", "the", "capital", "of", "France", "Paris", "eggs", "polite", "thank", "you"]
 
