@@ -9,7 +9,7 @@ score a pair is NaN there and gets the weight 0; what is undefined is NaN, never
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -121,7 +121,7 @@ def normalize_logps(logps: Array, normalize: str, tokens: Array, response_bytes:
     >>> normalize_logps(logps, "byte", tokens, np.array([16])).tolist()
     [[-0.375, -0.5]]
     """
-    check_normalize(normalize)
+    check_choice("normalization", normalize, NORMALIZATIONS)
     if normalize == "none":
         return logps
     length = like(tokens if normalize == "token" else response_bytes, logps)
@@ -130,12 +130,10 @@ def normalize_logps(logps: Array, normalize: str, tokens: Array, response_bytes:
     return logps / torch.where(length > 0, length, torch.nan)
 
 
-def check_normalize(normalize: str) -> None:
-    """Raise `UserError` for an unknown unit of length."""
-    if normalize not in NORMALIZATIONS:
-        raise UserError(
-            f"normalization {normalize!r} is unknown; choose one of {', '.join(NORMALIZATIONS)}"
-        )
+def check_choice(what: str, given: str, choices: Iterable[str]) -> None:
+    """Raise `UserError` for a name that is not among the choices."""
+    if given not in choices:
+        raise UserError(f"{what} {given!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def _to_tensor(value: Any) -> Any:

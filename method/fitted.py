@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
@@ -39,7 +40,7 @@ class FittedWeights:
 
     def for_prompts(self, prompts: np.ndarray) -> np.ndarray:
         """[N, K]: for each training pair, the weights that have not seen its prompt."""
-        return self.fold_weights[_fold_of(prompts, len(self.fold_weights))]
+        return self.fold_weights[_fold_of(prompts)]
 
     def describe(self, aliases: Sequence[str]) -> list[str]:
         """Lines for the user: each weight with its interval, and what to drop."""
@@ -60,12 +61,7 @@ class FittedWeights:
 
 
 def fit_weights(
-    margins: np.ndarray,
-    prompts: np.ndarray,
-    *,
-    folds: int = FOLDS,
-    bootstrap: int = 0,
-    seed: int = 0,
+    margins: np.ndarray, prompts: np.ndarray, *, bootstrap: int = 0, seed: int = 0
 ) -> FittedWeights:
     """Fit weights to pairs whose first response is the one people chose.
 
@@ -74,8 +70,7 @@ def fit_weights(
 
     Args:
         margins: [N, K] D in nats, NaN where a reference is missing (such pairs are left out).
-        prompts: [N] integers, equal for equal prompts: folds and bootstrap go by prompt.
-        folds: parts of the prompts; a prompt's fold is its number modulo `folds`.
+        prompts: [N] integers, equal for equal prompts; the fold is the number modulo `FOLDS`.
         bootstrap: resamples of the prompts for the intervals; 0: no intervals.
         seed: of the bootstrap alone.
 
@@ -94,13 +89,13 @@ def fit_weights(
     margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
     scale = np.sqrt(np.mean(margins**2)) or 1.0
     scaled = np.asfortranarray(margins / scale)  # the layout that `logistic_regression` uses
-    fold = _fold_of(prompts, folds)
+    fold = _fold_of(prompts)
     full = _coefficients(scaled, np.ones(len(prompts)))
-    fold_fits = [_coefficients(scaled, fold != f) for f in range(folds)]
+    fold_fits = [_coefficients(scaled, fold != f) for f in range(FOLDS)]
     intervals: np.ndarray | None = None
     drop: tuple[int, ...] = ()
     if bootstrap:
-        intervals, drop = _intervals(_bootstrap(scaled, prompts, bootstrap, seed))
+        intervals, drop = _intervals(scaled, prompts, bootstrap, seed)
     return FittedWeights(
         weights=_sum_to_one(full),
         coefficients=full / scale,
@@ -161,28 +156,27 @@ def logistic_regression(
     ).x
 
 
-def _bootstrap(scaled: np.ndarray, prompts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """[B, K] coefficients of margins [N, K], each fitted to as many prompts drawn anew."""
+_coefficients = partial(logistic_regression, ridge=RIDGE, non_negative=True)
+
+
+def _intervals(
+    scaled: np.ndarray, prompts: np.ndarray, resamples: int, seed: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Percentile intervals [K, 2] of the weights, and the columns whose coefficient may be 0.
+
+    Each resample draws as many prompts anew, with all their pairs.
+    """
     rng = np.random.default_rng(seed)
     distinct, prompt_of = np.unique(prompts, return_inverse=True)
     fits = []
     for _ in range(resamples):
         drawn = np.bincount(rng.integers(0, len(distinct), len(distinct)), minlength=len(distinct))
         fits.append(_coefficients(scaled, drawn[prompt_of]))
-    return np.stack(fits)
-
-
-def _coefficients(scaled: np.ndarray, sample_weights: np.ndarray) -> np.ndarray:
-    return logistic_regression(scaled, sample_weights, ridge=RIDGE, non_negative=True)
-
-
-def _intervals(coefficients: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Percentile intervals [K, 2] of the weights, and the columns whose coefficient may be 0."""
-    tail = (1 - CONFIDENCE) / 2 / coefficients.shape[1]
-    weights = np.apply_along_axis(_sum_to_one, 1, coefficients)
+    tail = (1 - CONFIDENCE) / 2 / scaled.shape[1]
+    weights = [_sum_to_one(fit) for fit in fits]
     low = np.quantile(weights, tail, axis=0, method="lower")
     high = np.quantile(weights, 1 - tail, axis=0, method="higher")
-    may_be_zero = np.quantile(coefficients, tail, axis=0, method="lower") <= 0
+    may_be_zero = np.quantile(fits, tail, axis=0, method="lower") <= 0
     return np.stack([low, high], axis=1), tuple(np.flatnonzero(may_be_zero).tolist())
 
 
@@ -192,5 +186,5 @@ def _sum_to_one(coefficients: np.ndarray) -> np.ndarray:
     return coefficients / total if total > 0 else np.eye(len(coefficients))[0]
 
 
-def _fold_of(prompts: np.ndarray, folds: int) -> np.ndarray:
-    return (np.asarray(prompts).astype(np.uint64) % np.uint64(folds)).astype(np.intp)
+def _fold_of(prompts: np.ndarray) -> np.ndarray:
+    return (np.asarray(prompts).astype(np.uint64) % np.uint64(FOLDS)).astype(np.intp)

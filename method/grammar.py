@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple
 
 from ..errors import UserError
 from .objective import SEPARATE, Method
@@ -34,48 +34,15 @@ METHODS = {
 }
 
 
-class MethodOptions(TypedDict, total=False):
-    """Fields of `Method` that the text does not name; their defaults are the dataclass's."""
-
-    adaptive_epsilon: bool
-    normalize: str
-    beta: float
-    loss_type: str
-    label_smoothing: float
-    sft_weight: float
-
-
-class ReferenceSettings(Protocol):
-    """Settings of a command that say how several references become one."""
-
-    method: str
-    refs: str | None
-    reference_kind: Any  # one of KINDS, or None
-    weighting: str | None
-    weights: str | None
-    epsilon: Any  # a number, "none", or None
-    adaptive_epsilon: bool
-
-
-class MethodSettings(ReferenceSettings, Protocol):
-    """Settings of a command that has a loss on top of the references."""
-
-    normalize: Any  # one of NORMALIZATIONS
-    beta: float
-    loss_type: str
-    label_smoothing: float
-    sft_weight: float
-
-
 def parse_method(
     text: str,
     aliases: Sequence[str],
     *,
     reference_kind: str | None = None,
     weighting: str | None = None,
-    weights: str | Sequence[float] | None = None,
-    epsilon: float | str | None = None,
-    **options: Unpack[MethodOptions],
+    weights: str | None = None,
+    epsilon: float | Literal["none"] | None = None,
+    **options: Any,
 ) -> Method:
     """Read `METHOD[:ref/ref…][+weighting]`; every keyword that is not None overrides its part.
 
@@ -85,10 +52,10 @@ def parse_method(
             Without a list in the text a method uses all of them, and dpo the first.
         reference_kind: "harmonic", "geometric" or "arithmetic".
         weighting: one of `WEIGHTINGS`.
-        weights: one number for each reference of the method, or "0.5,0.3,0.2"; implies the
+        weights: one number for each reference of the method, as "0.5,0.3,0.2"; implies the
             weighting "fixed".
         epsilon: CTRO's half-width, or "none".
-        options: other fields of `Method`.
+        options: other fields of `Method`, such as beta.
 
     Raises `UserError` for whatever is unknown or does not go together.
 
@@ -107,17 +74,21 @@ def parse_method(
             f"method {text!r} averages losses and has no reference kind; "
             f"leave out --reference-kind {reference_kind}, or use the method {reference_kind}"
         )
-    numbers = _numbers(weights)
+    implied = default.weighting if weights is None else "fixed"
     method = Method(
         name=name,
         references=references,
         columns=tuple(list(aliases).index(reference) for reference in references),
         kind=reference_kind or default.kind,
-        weighting=weighting or text_weighting or ("fixed" if numbers else default.weighting),
-        epsilon=default.epsilon if epsilon is None else _epsilon(epsilon),
+        weighting=weighting or text_weighting or implied,
+        epsilon=default.epsilon if epsilon is None else None if epsilon == "none" else epsilon,
         **options,
     )
-    return replace(method, weights=_fixed(text, method, numbers))
+    if weights is not None:
+        return replace(method, weights=_fixed(text, method, weights))
+    if method.weighting == "fixed":
+        raise UserError("weighting fixed needs --weights, for example --weights 0.5,0.3,0.2")
+    return method
 
 
 def named_references(text: str) -> tuple[str, ...]:
@@ -144,35 +115,6 @@ def aliases_of(refs: str | None, method: str) -> list[str]:
     if len(set(aliases)) < len(aliases):
         raise UserError(f"--refs {refs}: a reference is given twice; name each once")
     return aliases
-
-
-def method_of(settings: MethodSettings) -> Method:
-    """The method that a command's settings name, over exactly the references that it uses."""
-    return replace(
-        reference_method(settings),
-        normalize=settings.normalize,
-        beta=settings.beta,
-        loss_type=settings.loss_type,
-        label_smoothing=settings.label_smoothing,
-        sft_weight=settings.sft_weight,
-    )
-
-
-def reference_method(settings: ReferenceSettings) -> Method:
-    """`method_of` for a command without a loss of its own.
-
-    The columns are those of the references used, in the method's order.
-    """
-    method = parse_method(
-        settings.method,
-        aliases_of(settings.refs, settings.method),
-        reference_kind=settings.reference_kind,
-        weighting=settings.weighting,
-        weights=settings.weights,
-        epsilon=settings.epsilon,
-        adaptive_epsilon=settings.adaptive_epsilon,
-    )
-    return replace(method, columns=tuple(range(len(method.references))))
 
 
 def beta_warning(normalize: str, beta: float) -> str | None:
@@ -220,45 +162,22 @@ def _check_references(
         raise UserError(f"method {text!r}: dpo takes one reference; use mrpo or multi-dpo for more")
 
 
-def _epsilon(epsilon: float | str) -> float | None:
-    """A number of 0 or more, or None for "none"."""
-    if epsilon == "none":
-        return None
+def _fixed(text: str, method: Method, weights: str) -> tuple[float, ...]:
+    """The user's weights, checked against the weighting and the references."""
+    if method.weighting != "fixed":
+        raise UserError(
+            f"--weights does not go with weighting {method.weighting}; leave one of them out"
+        )
     try:
-        number = float(epsilon)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise UserError(f"epsilon is {epsilon!r}; it must be a number of 0 or more, or none")
-    return number
-
-
-def _numbers(weights: str | Sequence[float] | None) -> list[float] | None:
-    """Weights as given by a caller or on the command line."""
-    if weights is None:
-        return None
-    try:
-        return [float(w) for w in (weights.split(",") if isinstance(weights, str) else weights)]
+        numbers = [float(number) for number in weights.split(",")]
     except ValueError:
         raise UserError(
             f"--weights {weights}: not numbers; give one for each reference, as 0.5,0.3,0.2"
         ) from None
-
-
-def _fixed(text: str, method: Method, weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    """The user's weights, checked against the weighting and the references."""
-    if (method.weighting == "fixed") != (weights is not None):
-        raise UserError(
-            "weighting fixed needs --weights, for example --weights 0.5,0.3,0.2"
-            if weights is None
-            else f"--weights does not go with weighting {method.weighting}; leave one of them out"
-        )
-    if weights is None:
-        return None
-    if len(weights) != len(method.references):
+    if len(numbers) != len(method.references):
         raise UserError(
             f"method {text!r} has {len(method.references)} references "
-            f"({', '.join(method.references)}) and --weights {len(weights)} numbers; "
+            f"({', '.join(method.references)}) and --weights {len(numbers)} numbers; "
             "give one for each"
         )
-    return tuple(fixed_weights(weights).tolist())
+    return tuple(fixed_weights(numbers).tolist())

@@ -15,6 +15,7 @@ from ..errors import UserError
 from .arrays import (
     Array,
     accepts_numpy,
+    check_choice,
     floating,
     in_float64,
     like,
@@ -208,10 +209,7 @@ LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
 def check_loss(loss_type: str, label_smoothing: float) -> None:
     """Raise `UserError` for an unknown loss, and for a smoothing that it does not take."""
-    if loss_type not in LOSS_TYPES:
-        raise UserError(
-            f"loss type {loss_type!r} is unknown; choose one of {', '.join(LOSS_TYPES)}"
-        )
+    check_choice("loss type", loss_type, LOSS_TYPES)
     if not 0 <= label_smoothing < 0.5:
         raise UserError(
             f"label smoothing is {label_smoothing}; as a chance of a wrong label it must be "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import losses
-from .arrays import check_normalize, like, normalize_logps, renormalized
+from .arrays import NORMALIZATIONS, check_choice, like, normalize_logps, renormalized
 from .fitted import FittedWeights, fit_weights
 from .virtual_reference import KINDS, ctro_clip, virtual_reference
 from .weightings import FROM_HELD_OUT, PER_PAIR, WEIGHTINGS
@@ -47,17 +47,12 @@ class ReferenceLogps:
 
     def reference_logps(self, columns: list[int], normalize: str) -> tuple[np.ndarray, np.ndarray]:
         """[N, len(columns)] each, normalized; a reference missing in one response is in both."""
-        chosen = normalize_logps(
-            self.ref_chosen_logps[:, columns],
-            normalize,
-            self.ref_chosen_tokens[:, columns],
-            self.chosen_bytes,
-        )
-        rejected = normalize_logps(
-            self.ref_rejected_logps[:, columns],
-            normalize,
-            self.ref_rejected_tokens[:, columns],
-            self.rejected_bytes,
+        chosen, rejected = (
+            normalize_logps(logps[:, columns], normalize, tokens[:, columns], response_bytes)
+            for logps, tokens, response_bytes in (
+                (self.ref_chosen_logps, self.ref_chosen_tokens, self.chosen_bytes),
+                (self.ref_rejected_logps, self.ref_rejected_tokens, self.rejected_bytes),
+            )
         )
         missing = np.isnan(chosen) | np.isnan(rejected)
         return np.where(missing, np.nan, chosen), np.where(missing, np.nan, rejected)
@@ -115,15 +110,12 @@ class Method:
     fitted: FittedWeights | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, SEPARATE):
-            raise UserError(
-                f"reference kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}"
-            )
-        if self.weighting not in WEIGHTINGS:
-            raise UserError(
-                f"weighting {self.weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}"
-            )
-        check_normalize(self.normalize)
+        if self.kind != SEPARATE:
+            check_choice("reference kind", self.kind, KINDS)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("normalization", self.normalize, NORMALIZATIONS)
+        if self.epsilon is not None and not 0 <= self.epsilon < float("inf"):
+            raise UserError(f"epsilon is {self.epsilon}; it must be a number of 0 or more, or none")
         if not 0 < self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}; it must be a positive number, for example 0.1")
         if not 0 <= self.sft_weight < float("inf"):
@@ -231,36 +223,23 @@ class Method:
         rejected = normalize_logps(
             policy_rejected_logps, self.normalize, rejected_tokens, targets.rejected_bytes
         )
-        virtual_chosen = targets.virtual_chosen_logps
-        virtual_rejected = targets.virtual_rejected_logps
+        policy, beta = (chosen, rejected), self.beta
+        loss_type, smoothing = self.loss_type, self.label_smoothing
+        virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
         if self.kind == SEPARATE:
+            references = targets.ref_chosen_logps, targets.ref_rejected_logps
             loss = losses.multi_dpo_loss(
-                chosen,
-                rejected,
-                targets.ref_chosen_logps,
-                targets.ref_rejected_logps,
-                targets.weights,
-                self.beta,
-                self.loss_type,
-                self.label_smoothing,
+                *policy, *references, targets.weights, beta, loss_type, smoothing
             )
         else:
-            loss = losses.preference_loss(
-                chosen,
-                rejected,
-                virtual_chosen,
-                virtual_rejected,
-                self.beta,
-                self.loss_type,
-                self.label_smoothing,
-            )
+            loss = losses.preference_loss(*policy, *virtual, beta, loss_type, smoothing)
         if self.sft_weight:
             loss = loss + self.sft_weight * losses.sft_loss(policy_chosen_logps, chosen_tokens)
-        return PairLosses(
-            loss,
-            self.beta * (chosen.detach() - like(virtual_chosen, chosen)),
-            self.beta * (rejected.detach() - like(virtual_rejected, rejected)),
-        )
+        rewards = [
+            beta * (logps.detach() - like(reference, logps))
+            for logps, reference in zip(policy, virtual)
+        ]
+        return PairLosses(loss, *rewards)
 
     def _weights(
         self, scores: ReferenceLogps, chosen: Tensor, rejected: Tensor, held_out: bool

@@ -127,11 +127,7 @@ def vaw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     return _column_shares((present & (chosen > rejected)).to(chosen.dtype), present)
 
 
-PER_PAIR = {
-    "uniform": uniform_weights,
-    "arwc": arwc_weights,
-    "max-margin": max_margin_weights,
-}
+PER_PAIR = {"uniform": uniform_weights, "arwc": arwc_weights, "max-margin": max_margin_weights}
 FROM_HELD_OUT = {"vdw": vdw_weights, "vaw": vaw_weights}
 WEIGHTINGS = (*PER_PAIR, *FROM_HELD_OUT, "fitted", "fixed")
 

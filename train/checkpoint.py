@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..data.ids import identity_of
 from ..data.shards import PairShards
 from ..errors import UserError
-from ..files import new_folder, write_json
+from ..files import new_folder, to_json, write_json
 from .config import TrainConfig
 from .distributed import Ranks
 from .run_folder import RunFolder
@@ -69,7 +70,7 @@ class Checkpoint:
 
     folder: Path
     state: TrainState
-    settings: dict[str, Any]  # `numeric_settings`, and the policy's source
+    settings: Mapping[str, Any]  # `numeric_settings`, and the policy's source
     accuracy: float | None  # on held-out pairs, if they were evaluated at this step
     log_bytes: int  # length of the log when it was written
 
@@ -82,65 +83,52 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 def best(saved: Sequence[Checkpoint]) -> Checkpoint | None:
     """The checkpoint of best held-out accuracy, the earliest of equals."""
     evaluated = [checkpoint for checkpoint in saved if checkpoint.accuracy is not None]
-    return max(
-        evaluated,
-        key=lambda checkpoint: (checkpoint.accuracy, -checkpoint.state.step),
-        default=None,
-    )
+    # In the order of their steps, and `max` gives the first of equals.
+    return max(evaluated, key=attrgetter("accuracy"), default=None)
 
 
+@contextmanager
+def _no_single_process_warning() -> Iterator[None]:
+    """Silences torch's warning, at each save, that torch.distributed is not in use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@_no_single_process_warning()
 def save(
-    folder: Path,
-    policy: nn.Module,
-    optimizer: optim.Optimizer,
-    state: TrainState,
-    ranks: Ranks,
-    *,
-    settings: Mapping[str, Any],
-    accuracy: float | None,
-    log_bytes: int,
-    keep: int,
+    new: Checkpoint, policy: nn.Module, optimizer: optim.Optimizer, ranks: Ranks, keep: int
 ) -> None:
     """Write a checkpoint, then remove all but the last `keep` and the best one."""
     with ExitStack() as complete:
-        partial = ranks.on_first(
-            lambda: complete.enter_context(new_folder(folder / f"step-{state.step:08d}"))
-        )
-        model, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED_ONLY)
-        with _no_single_process_warning():
-            dcp.save({"model": model, "optimizer": optimizer_state}, checkpoint_id=partial)
+        partial = ranks.on_first(lambda: complete.enter_context(new_folder(new.folder)))
+        model, moments = get_state_dict(policy, optimizer, options=TRAINED_ONLY)
+        dcp.save({"model": model, "optimizer": moments}, checkpoint_id=partial)
         if ranks.first:
-            content = {
-                "state": state,
-                "settings": settings,
-                "accuracy": accuracy,
-                "log_bytes": log_bytes,
-            }
+            content = to_json(new)
+            del content["folder"]
             write_json(partial / STATE_FILE, content)
     if ranks.first:
-        _remove_old(folder, keep)
+        _remove_old(new.folder.parent, keep)
     ranks.barrier()
 
 
+@_no_single_process_warning()
 def load(checkpoint: Checkpoint, policy: nn.Module, optimizer: optim.Optimizer) -> None:
     """Load a checkpoint's weights and optimizer, whatever number of processes wrote it."""
-    model, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED_ONLY)
-    with _no_single_process_warning():  # loads in place
-        dcp.load({"model": model, "optimizer": optimizer_state}, checkpoint_id=checkpoint.folder)
+    model, moments = get_state_dict(policy, optimizer, options=TRAINED_ONLY)
+    # Loads in place.
+    dcp.load({"model": model, "optimizer": moments}, checkpoint_id=checkpoint.folder)
     set_state_dict(
-        policy,
-        optimizer,
-        model_state_dict=model,
-        optim_state_dict=optimizer_state,
-        options=TRAINED_ONLY,
+        policy, optimizer, model_state_dict=model, optim_state_dict=moments, options=TRAINED_ONLY
     )
 
 
+@_no_single_process_warning()
 def load_weights(checkpoint: Checkpoint, policy: nn.Module) -> None:
     """Load a checkpoint's weights alone, for evaluation and export."""
     model = get_model_state_dict(policy, options=TRAINED_ONLY)
-    with _no_single_process_warning():
-        dcp.load({"model": model}, checkpoint_id=checkpoint.folder)
+    dcp.load({"model": model}, checkpoint_id=checkpoint.folder)
     set_model_state_dict(policy, model, options=TRAINED_ONLY)
 
 
@@ -157,7 +145,7 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
     Raises `UserError` if the folder holds a run and --resume is not given, or if one of
     `settings` is not that of the run.
     """
-    folder = RunFolder(Path(config.output_dir))
+    folder = RunFolder(config.output_dir)
     saved = checkpoints(folder.checkpoints)
     if not config.resume:
         if saved or folder.finished:
@@ -181,11 +169,9 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
 
 def _read(path: Path) -> Checkpoint:
     content = json.loads(path.read_text(encoding="utf-8"))
-    state = TrainState(**content["state"])
+    state = TrainState(**content.pop("state"))
     state.position = Position(*state.position)
-    return Checkpoint(
-        path.parent, state, content["settings"], content["accuracy"], content["log_bytes"]
-    )
+    return Checkpoint(path.parent, state, **content)
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -197,11 +183,3 @@ def _remove_old(folder: Path, keep: int) -> None:
             checkpoint.folder.rename(folder / f".{name}.partial")
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover)
-
-
-@contextmanager
-def _no_single_process_warning() -> Iterator[None]:
-    """Silences torch's warning, at each save, that torch.distributed is not in use."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -1,14 +1,14 @@
 """Pairs beside their joined scores, row for row: what a training run reads, shard by shard.
 
 The folder of pairs and the folder of joined scores have the same shards, and row numbers are
-those within a shard. `stream.py` decides the order in which rows are read.
+those within a shard. `stream.py` decides the order in which rows are read. `method_of` is the
+method of a command's settings, over the joined columns.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,40 @@ from ..data.pairs import Pair, in_fraction, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
 from ..errors import UserError
 from ..files import write_bytes
+from ..method.grammar import aliases_of, parse_method
 from ..method.objective import Method, ReferenceLogps
+from .config import MethodConfig, TrainConfig
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
-USABLE = "usable.npy"  # beside the joined scores: what every row is used for
+USES = "uses.bin"  # beside the joined scores: a byte a row, which says what it is used for
 UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]  # quick to read
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The method that a command's settings name, over exactly the references that it uses.
+
+    Its columns are those of the joined scores, which are in the method's order.
+    """
+    method = parse_method(
+        config.method,
+        aliases_of(config.refs, config.method),
+        reference_kind=config.reference_kind,
+        weighting=config.weighting,
+        weights=config.weights,
+        epsilon=config.epsilon,
+        adaptive_epsilon=config.adaptive_epsilon,
+    )
+    if isinstance(config, TrainConfig):  # an export leaves the loss to the other trainer
+        method = replace(
+            method,
+            normalize=config.normalize,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+            sft_weight=config.sft_weight,
+        )
+    return replace(method, columns=tuple(range(len(method.references))))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,11 +99,7 @@ class TrainingPairs:
     """A folder of pairs and the scores that were joined to it."""
 
     def __init__(
-        self,
-        pairs: PairShards,
-        scores: JoinedScores,
-        prompt_numbers: bool,
-        fraction: float = 1.0,
+        self, pairs: PairShards, scores: JoinedScores, prompt_numbers: bool, fraction: float = 1.0
     ) -> None:
         """
         Args:
@@ -87,12 +111,8 @@ class TrainingPairs:
                 f"{scores.path} was joined to other pairs than those in {pairs.path}; "
                 "use another --output-dir"
             )
-        self.pairs, self.joined, self.prompt_numbers = pairs, scores, prompt_numbers
-        self.fraction = fraction
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.pairs.names)
+        self.pairs, self.joined, self.num_shards = pairs, scores, len(pairs.names)
+        self.prompt_numbers, self.fraction = prompt_numbers, fraction
 
     def scores(self, shard: int) -> tuple[ReferenceLogps, np.ndarray]:
         """The scores of a whole shard, and [rows] bool: which are held out."""
@@ -124,14 +144,12 @@ class TrainingPairs:
         All scores are read for that. The result is stored beside them, and a resumed run, whose
         method is the same, reads it from there.
         """
-        path = self.joined.path / USABLE
+        path = self.joined.path / USES
         if resumed and path.exists():
-            kinds = np.load(path, allow_pickle=False)
+            kinds = np.fromfile(path, np.uint8)
         else:
             kinds = np.concatenate([self._kinds(method, n) for n in range(self.num_shards)])
-            content = io.BytesIO()
-            np.save(content, kinds, allow_pickle=False)
-            write_bytes(path, content.getvalue())
+            write_bytes(path, kinds.tobytes())
         of_shards = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
         training = [np.flatnonzero(rows == TRAINING) for rows in of_shards]
         held_out = [np.flatnonzero(rows == HELD_OUT) for rows in of_shards]

@@ -18,17 +18,15 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 
 from ..data.join import join
-from ..data.pairs import Pair
 from ..data.references import load_refs
-from ..data.shards import PairShards
+from ..data.shards import TURNS, PairShards
 from ..data.store import open_store
 from ..errors import UserError
 from ..files import new_folder
-from ..method.grammar import reference_method
 from ..method.objective import SEPARATE, Method
 from ..settings import command, write_resolved
 from .config import ExportConfig
-from .dataset import TrainingPairs
+from .dataset import TrainingPairs, method_of
 
 SETTINGS = "export.yaml"
 SPLITS = ("train", "validation")
@@ -41,7 +39,12 @@ def export(config: ExportConfig) -> Path:
     Prints the method and the number of pairs. Raises `UserError` for a method without a virtual
     reference, pairs that are not scored, and a folder that is not an earlier export.
     """
-    method = _method(config)
+    method = method_of(config)
+    if method.kind == SEPARATE:
+        raise UserError(
+            f"method {config.method!r} averages losses and has no virtual reference to export; "
+            "export mrpo or geometric, or train it here with `mrpo train`"
+        )
     pairs = PairShards(config.pairs)
     store, specs = open_store(config.store), load_refs(config.refs_config)
     records = [store.resolve(alias, specs) for alias in method.references]
@@ -63,16 +66,6 @@ def export(config: ExportConfig) -> Path:
     print(f'load       datasets.load_dataset("{out}"); for TRL see docs/trl.md')
     print(out)
     return out
-
-
-def _method(config: ExportConfig) -> Method:
-    method = reference_method(config)
-    if method.kind == SEPARATE:
-        raise UserError(
-            f"method {config.method!r} averages losses and has no virtual reference to export; "
-            "export mrpo or geometric, or train it here with `mrpo train`"
-        )
-    return method
 
 
 def _check_out(out: Path) -> None:
@@ -118,7 +111,9 @@ def _rows(
     exported = method.usable(scores) & (held_out == (split == "validation"))
     pairs, ids = source.pairs.pairs(shard), source.pairs.pair_ids(shard)
     for row in exported.nonzero()[0]:
-        values = _columns(pairs[row]) | {
+        pair = pairs[row]
+        values = {name: getattr(pair, name) for name in (*TURNS, "tools")} | {
+            "chat_template_kwargs": pair.chat_template_kwargs or {},
             "ref_chosen_logps": float(targets.virtual_chosen_logps[row]),
             "ref_rejected_logps": float(targets.virtual_rejected_logps[row]),
             "pair_id": ids[row].tobytes().hex(),
@@ -126,20 +121,10 @@ def _rows(
         yield {name: values[name] for name in features}
 
 
-def _columns(pair: Pair) -> dict[str, Any]:
-    return {
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "tools": pair.tools,
-        "chat_template_kwargs": pair.chat_template_kwargs or {},
-    }
-
-
 def _features(pairs: PairShards) -> Features:
     """The columns; messages as JSON columns of `datasets`, which keep all of their fields."""
     turns = List(Json()) if pairs.kind == "messages" else Value("string")
-    columns: dict[str, Any] = dict.fromkeys(("prompt", "chosen", "rejected"), turns)
+    columns: dict[str, Any] = dict.fromkeys(TURNS, turns)
     for name, kind in (("tools", List(Json())), ("chat_template_kwargs", Json())):
         shards = range(len(pairs.names))
         if any(pairs.table(shard, [name])[name].null_count < pairs.rows[shard] for shard in shards):

@@ -7,6 +7,7 @@ runs one of weight 0, because FSDP2 needs the same number of forwards on every r
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -102,15 +103,13 @@ class PairForward:
         """
         plan, world = self.policy.plan, self.ranks.world
         rounds = -(-len(plan(pairs, max_tokens)) // world)
-        low, high = 1, max_tokens  # find the smallest budget that needs no more rounds
-        while low < high:
-            middle = (low + high) // 2
-            if len(plan(pairs, middle)) <= rounds * world:
-                high = middle
-            else:
-                low = middle + 1
-        rows = plan(pairs, high)
-        numbers = range(self.ranks.rank, rounds * world, world)
+        most = rounds * world
+        # The smallest budget that needs no more rounds.
+        budget = 1 + bisect_left(
+            range(1, max_tokens), True, key=lambda n: len(plan(pairs, n)) <= most
+        )
+        rows = plan(pairs, budget)
+        numbers = range(self.ranks.rank, most, world)
         return [(rows[n], 1.0) if n < len(rows) else (rows[-1], 0.0) for n in numbers]
 
 

@@ -9,7 +9,6 @@ part of the checkpoint, so that the log of a killed run has neither a gap nor a 
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
@@ -19,12 +18,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import to_json
 from ..method.objective import Method
 from ..settings import comma_separated
 from .checkpoint import TrainState
@@ -34,43 +34,35 @@ from .stream import Prefetch, StepBatch
 GIB = 2**30
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
-Values = Mapping[str, float | None]
-
-
-class Tracker(Protocol):
-    """A service that receives the lines of log.jsonl too."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
 
 class RunLog:
     """The log of a run, written by the first process; on the others all methods do nothing."""
 
     def __init__(
-        self, path: Path, trackers: list[Tracker], *, first: bool, step: int, total: int
+        self, path: Path, trackers: list[Any], *, first: bool, step: int, total: int, length: int
     ) -> None:
-        self.trackers = trackers
-        self._file = path.open("a", encoding="utf-8") if first else None
+        """The first `length` bytes of the file stay, those up to the checkpoint at `step`."""
+        self.trackers, self._file = trackers, None
+        if first:
+            if path.exists() or length:
+                os.truncate(path, length)
+            self._file = path.open("a", encoding="utf-8")
         disable = None if first else True  # None: unless stderr is a terminal
         self._bar = tqdm(total=total, initial=step, unit="step", disable=disable)
 
-    def write(self, step: int, values: Values) -> None:
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append a line, and send it to the trackers."""
         if self._file is None:
             return
-        line = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        line = to_json({"step": step} | dict(values))
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         defined = {name: value for name, value in line.items() if value is not None}
         for tracker in self.trackers:
-            tracker.log(defined, step)
+            tracker.log(defined, step=step)
 
     def show(self, step: int, loss: float, accuracy: float, tokens_per_second: float) -> None:
         """Update the progress bar."""
-        if self._bar.disable:
-            return
         self._bar.set_postfix_str(
             f"loss {loss:.4f}, accuracy {accuracy:.2f}, {tokens_per_second:,.0f} tokens/s",
             refresh=False,
@@ -90,13 +82,7 @@ class RunLog:
         if self._file is not None:
             self._file.close()
         for tracker in self.trackers:
-            tracker.close()
-
-
-def cut(path: Path, length: int) -> None:
-    """Keep the first `length` bytes of a log, those up to a checkpoint."""
-    if length or path.exists():
-        os.truncate(path, length)
+            tracker.finish()
 
 
 def check_trackers(report_to: str) -> list[str]:
@@ -115,14 +101,22 @@ def check_trackers(report_to: str) -> list[str]:
 
 def open_trackers(
     report_to: str, run_name: str, folder: Path, settings: Mapping[str, Any], step: int
-) -> list[Tracker]:
-    """The trackers of a run, each continuing after `step`."""
-    return [
-        TensorBoard(folder / name, step)
-        if name == "tensorboard"
-        else HostedRun(name, run_name, folder, settings)
-        for name in check_trackers(report_to)
-    ]
+) -> list[Any]:
+    """The trackers of a run, each continuing after `step`.
+
+    wandb and trackio are modules with `log` and `finish`; `TensorBoard` has the same two.
+    """
+    trackers: list[Any] = []
+    for name in check_trackers(report_to):
+        if name == "tensorboard":
+            trackers.append(TensorBoard(folder / name, step))
+            continue
+        details: dict[str, Any] = {"project": "mrpo", "name": run_name, "config": dict(settings)}
+        if name == "wandb":
+            details |= {"dir": str(folder), "id": run_name.replace("/", "-")}
+        trackers.append(import_module(name))
+        trackers[-1].init(resume="allow", **details)
+    return trackers
 
 
 class TensorBoard:
@@ -132,36 +126,11 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self.finish = self._writer.close
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class HostedRun:
-    """Weights & Biases, or trackio, which has the same interface."""
-
-    def __init__(
-        self, package: str, run_name: str, folder: Path, settings: Mapping[str, Any]
-    ) -> None:
-        self._module = import_module(package)
-        details: dict[str, Any] = {"project": "mrpo", "name": run_name, "config": dict(settings)}
-        if package == "wandb":
-            details |= {"dir": str(folder), "id": run_name.replace("/", "-")}
-        self._module.init(resume="allow", **details)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._module.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._module.finish()
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 class Meter:

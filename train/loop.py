@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -28,12 +27,12 @@ from ..errors import UserError
 from ..method.objective import Method
 from ..model.packing import packed_tokens
 from . import checkpoint
-from .checkpoint import TrainState
+from .checkpoint import Checkpoint, TrainState
 from .config import TrainConfig
 from .forward import MEASURES, HeldOut, PairForward
 from .logs import Meter, RunLog
 from .memory import TokenBudget, is_out_of_memory
-from .run_folder import RunFolder
+from .start import Start
 from .stream import PairStream, Prefetch, StepBatch
 
 
@@ -42,10 +41,9 @@ class Run:
     """Everything that the loop works with; `run.py` creates it."""
 
     config: TrainConfig
-    settings: dict[str, Any]  # that determine the numbers; checkpoints store them
+    start: Start
     forward: PairForward
     method: Method
-    parameters: list[nn.Parameter]
     optimizer: optim.Optimizer
     stream: PairStream
     held_out: HeldOut
@@ -54,7 +52,6 @@ class Run:
     total_steps: int
     log: RunLog
     meter: Meter
-    folder: RunFolder
 
 
 def train_steps(run: Run) -> bool:
@@ -64,7 +61,7 @@ def train_steps(run: Run) -> bool:
     """
     config, state = run.config, run.state
     ready = Prefetch(run.stream.batches(state.position, state.dropped))
-    with closing(ready), StopRequest() as stop:
+    with closing(ready), sigterm_noted() as sigterm:
         batch = run.meter.wait_for(ready)
         while batch is not None and state.step < run.total_steps:
             values = optimizer_step(run, batch)
@@ -72,7 +69,7 @@ def train_steps(run: Run) -> bool:
             last = batch is None or state.step == run.total_steps
             if last or state.step % config.logging_steps == 0:
                 run.log.write(state.step, values | run.meter.line())
-            stopping = run.forward.ranks.any(stop.received)
+            stopping = run.forward.ranks.any(sigterm.is_set())
             due = last or state.step % config.save_steps == 0
             accuracy = None
             if due or state.step % config.eval_steps == 0:
@@ -95,7 +92,8 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
         group["lr"] = rate
 
     backward(run, batch)
-    norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     grad_norm = float(norm)
     if not math.isfinite(grad_norm):
@@ -104,7 +102,7 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
             f"lower --learning-rate, or look at the batch of pair {batch.ids[0].hex()}"
         )
     if 0 < run.config.max_grad_norm < grad_norm:
-        nn.utils.clip_grads_with_norm_(run.parameters, run.config.max_grad_norm, norm)
+        nn.utils.clip_grads_with_norm_(parameters, run.config.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -172,17 +170,10 @@ def evaluate_held_out(run: Run) -> float | None:
 def save_checkpoint(run: Run, accuracy: float | None) -> None:
     """Save the run as it is after `run.state.step`."""
     with run.meter.paused():
-        checkpoint.save(
-            run.folder.checkpoints,
-            run.forward.policy,
-            run.optimizer,
-            run.state,
-            run.forward.ranks,
-            settings=run.settings,
-            accuracy=accuracy,
-            log_bytes=run.log.sync(),
-            keep=run.config.save_total_limit,
-        )
+        folder = run.start.folder.checkpoints / f"step-{run.state.step:08d}"
+        saved = Checkpoint(folder, run.state, run.start.settings, accuracy, run.log.sync())
+        keep = run.config.save_total_limit
+        checkpoint.save(saved, run.forward.policy, run.optimizer, run.forward.ranks, keep)
 
 
 def total_steps(config: TrainConfig, num_pairs: int) -> int:
@@ -205,29 +196,18 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.learning_rate
 
 
-class StopRequest:
-    """Inside the block SIGTERM, which schedulers send before they kill, only sets `received`.
+@contextmanager
+def sigterm_noted() -> Iterator[threading.Event]:
+    """Inside the block SIGTERM, which schedulers send before they kill, only sets the event.
 
-    Python handles signals in the main thread; in any other thread `received` stays False.
+    Python handles signals in the main thread; in any other thread the event is never set.
     """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> StopRequest:
-        if self._in_main_thread:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._in_main_thread:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)

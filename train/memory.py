@@ -117,15 +117,14 @@ class Sizes:
 
 def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> MemoryPlan:
     """What each device will hold; with FSDP2 each rank holds its share of all but activations."""
-    lora = config.lora_rank is not None
-    trained = sizes.parameters
     if config.lora_rank is not None:
         trained = sizes.lora(config.lora_rank, config.lora_target_modules)
-    # A frozen policy under LoRA is bfloat16 if the computation is; FSDP2 needs a single dtype.
-    frozen = 2 if bf16 and ranks.world == 1 else 4
-    weights = sizes.parameters * frozen + trained * 4 if lora else sizes.parameters * 4
-    if bf16 and not lora:
-        weights += sizes.parameters * 2  # autocast keeps its bfloat16 copies until the backward
+        # A frozen policy is bfloat16 if the computation is; FSDP2 needs a single dtype.
+        weights = sizes.parameters * (2 if bf16 and ranks.world == 1 else 4) + trained * 4
+    else:
+        trained = sizes.parameters
+        # Autocast keeps its bfloat16 copies until the backward.
+        weights = sizes.parameters * (6 if bf16 else 4)
     auto = config.max_tokens == "auto"
     tokens = START[ranks.device.type] if auto else int(config.max_tokens)
 

@@ -1,20 +1,18 @@
-"""The policy: where it starts from, how it is loaded, sharded and written, and its model card.
+"""The policy: where it starts from, how it is loaded, sharded and written.
 
 Weights are float32 masters, or under LoRA a frozen model with float32 adapters; with several
-processes FSDP2 shards everything under the one module that maps packed pairs to log-probs. The
-card is README.md in the model's folder, with the front matter that the Hub reads.
+processes FSDP2 shards everything under the one module that maps packed pairs to log-probs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,21 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data.join import JoinedReference
 from ..data.references import ReferenceSpec
 from ..errors import UserError
-from ..method.objective import Method
 from ..model.load import load_model
 from ..model.logps import SequenceLogps
 from ..settings import comma_separated
 from .config import TrainConfig
 from .distributed import Ranks
-
-RECIPE = (
-    "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
-    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
-    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
-)  # fmt: skip  # the settings that the model card shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +192,13 @@ def _with_lora(model: nn.Module, config: TrainConfig, rank: int) -> nn.Module:
     )
     torch.manual_seed(config.seed)
     try:
-        return get_peft_model(model, lora)
+        policy = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora-target-modules {targets}: {error}") from None
+    # PEFT keeps and writes a set, whose order, and with it the adapter's identity, is random.
+    adapter: Any = policy.peft_config["default"]
+    adapter.target_modules = sorted(adapter.target_modules)
+    return policy
 
 
 def _shard(policy: SequenceLogps, layers: nn.ModuleList, ranks: Ranks, bf16: bool) -> None:
@@ -234,65 +228,3 @@ def _template(path: str | None) -> str | None:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {path}: can't be read ({error})") from None
-
-
-def model_card(
-    *,
-    name: str,
-    source: PolicySource,
-    method: Method,
-    references: Sequence[JoinedReference],
-    settings: Mapping[str, Any],
-    state: Mapping[str, Any],
-    held_out: Mapping[str, float],
-) -> str:
-    """The card's text. `state` says what was trained on: steps, pairs, pairs dropped."""
-    on_hub = {} if Path(source.model).is_dir() else {"base_model": source.model}
-    head = on_hub | {
-        "library_name": "peft" if settings["lora_rank"] else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mrpo", "dpo", "preference-optimization"],
-    }
-    rows = {key: settings[key] for key in RECIPE if settings[key] is not None}
-    columns = zip(method.references, method.columns)
-    reference_rows = [
-        f"| {alias} | {references[column].entry['model']} | {references[column].identity} |"
-        for alias, column in columns
-    ]
-    lines = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        f"{source.name}, fine-tuned on preference pairs with `{method}` by mrpo (Multi-Reference "
-        "Preference Optimization, [arXiv 2405.16388](https://arxiv.org/abs/2405.16388)).",
-        "## References",
-        "Their log-probs were computed before training and cached; the first is the base.",
-        "| alias | model | identity of its scores |\n|---|---|---|\n" + "\n".join(reference_rows),
-        _weighting(method),
-        "## Recipe",
-        "| setting | value |\n|---|---|\n" + _rows(rows),
-        "## Data",
-        f"Digest of the pairs: `{settings['pairs digest']}`.",
-        "| | |\n|---|---|\n" + _rows(state),
-        "## Held-out pairs",
-        "| figure | value |\n|---|---|\n" + _rows(held_out) if held_out else "None were held out.",
-    ]
-    return "\n\n".join(lines) + "\n"
-
-
-def _weighting(method: Method) -> str:
-    """How the references are combined, with the weights if all pairs share them."""
-    clipping = "no clipping" if method.epsilon is None else f"clipping (CTRO) {method.epsilon:g}"
-    line = f"Combined as `{method.kind}`, weighting `{method.weighting}`, {clipping}."
-    if method.weights is None:
-        return line
-    weights = ", ".join(
-        f"{alias} {weight:.3f}" for alias, weight in zip(method.references, method.weights)
-    )
-    return f"{line} Weights: {weights}."
-
-
-def _rows(values: Mapping[str, Any]) -> str:
-    shown = {
-        key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()
-    }
-    return "\n".join(f"| {key} | {value} |" for key, value in shown.items())

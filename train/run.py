@@ -3,52 +3,50 @@
     find_start (start.py)   checks, on the first process; joins the scores
     set_up                  reads the scores, loads the policy and what a checkpoint has of it
     train_steps (loop.py)   the optimizer steps
-    finish                  the figures on all held-out pairs, and the model's folder
+    finish                  the figures on all held-out pairs, and the model's folder with its card
 
 `run_folder.py` lists the files of a run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from torch import optim
-from transformers import PretrainedConfig
+import yaml
 from transformers.utils import logging as transformers_logging
 
 from ..data.rendering import Renderer
 from ..errors import UserError
 from ..files import new_folder, write_text
-from ..method.grammar import beta_warning, method_of
+from ..method.grammar import beta_warning
 from ..method.objective import Method
 from ..settings import command, write_resolved
 from . import checkpoint
 from .checkpoint import TrainState
 from .config import TrainConfig
-from .dataset import Rows, TrainingPairs
+from .dataset import Rows, TrainingPairs, method_of
 from .distributed import Ranks
 from .forward import EVALUATION_PAIRS, HeldOut, PairForward
-from .logs import Meter, RunLog, cut, open_trackers
+from .logs import Meter, RunLog, open_trackers
 from .loop import Run, total_steps, train_steps
 from .memory import TokenBudget
-from .policy import (
-    PolicySource,
-    gather_weights,
-    load_policy,
-    make_optimizer,
-    model_card,
-    write_model,
-)
+from .policy import PolicySource, gather_weights, load_policy, make_optimizer, write_model
 from .run_folder import RunFolder, read_evaluation, update_evaluation
 from .start import Start, compare_with_base, find_start
 from .stream import PairStream
 
 STOPPED = 143  # a shell's exit code after SIGTERM: 128 + 15
 ENDLESS = 2**62  # rows: --max-steps ends the run
+RECIPE = (
+    "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
+    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
+    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
+)  # fmt: skip  # the settings that the model card shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +70,12 @@ def train(config: TrainConfig) -> TrainResult:
     `UserError` for settings, pairs or scores that can't be trained on.
     """
     transformers_logging.disable_progress_bar()
-    folder = RunFolder(Path(config.output_dir))
+    folder = RunFolder(config.output_dir)
     ranks = Ranks.start(config.device)
     try:
         bf16 = config.bf16 if config.bf16 is not None else ranks.device.type == "cuda"
         start = ranks.on_first(lambda: find_start(config, ranks, bf16))
-        if start.finished:
+        if start.checkpoint is not None and folder.finished:
             ranks.say(f"this run is finished: {folder.model}")
             training = read_evaluation(folder.evaluation).get("training", {})
             return TrainResult(folder, "finished", training.get("figures", {}))
@@ -86,7 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
             if not train_steps(run):
                 ranks.say(f"SIGTERM: saved at step {run.state.step}; continue with --resume")
                 return TrainResult(folder, "stopped", {})
-            return TrainResult(folder, "finished", finish(run, start))
+            return TrainResult(folder, "finished", finish(run))
     finally:
         ranks.close()
 
@@ -94,52 +92,70 @@ def train(config: TrainConfig) -> TrainResult:
 def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
     """Read the scores, load the policy, and restore what a checkpoint has."""
     source, method, training, held_out = _read_scores(config, start, ranks)
-    num_pairs = _count(training)
+    num_pairs, num_held_out = _count(training), _count(held_out)
     steps = total_steps(config, num_pairs)
     ranks.say(_summary(config, method, start, steps))
-    forward, optimizer = _load(config, start, ranks, bf16)
-    state = start.checkpoint.state if start.checkpoint else TrainState()
+    policy = load_policy(start.source, config, ranks, bf16)
+    optimizer = make_optimizer(policy, config)
+    state, log_bytes = TrainState(), 0
+    if start.checkpoint is not None:
+        checkpoint.load(start.checkpoint, policy, optimizer)
+        state, log_bytes = start.checkpoint.state, start.checkpoint.log_bytes
+    if not policy.packs:
+        model_type = policy.lm.config.model_type
+        ranks.say(f"rows        one response each: packing is not tested for {model_type}")
+    forward = PairForward(policy, ranks, autocast=bf16 and ranks.world == 1)
     budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state)
+    context = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
+    limits = {"beyond_context": context, "beyond_max_length": config.max_length}
     make_stream = partial(
         PairStream,
         source,
         renderer=_renderer(start.source),
         method=method,
         seed=config.seed,
-        limits=_limits(config, forward.policy.lm.config),
+        limits={reason: limit for reason, limit in limits.items() if limit is not None},
     )
     rows = ENDLESS if config.max_steps else round(config.num_train_epochs * num_pairs)
     stream = make_stream(training, batch_pairs=config.batch_pairs, total_rows=rows)
     held_out_stream = None
-    if _count(held_out):
+    if num_held_out:
         held_out_stream = make_stream(
-            held_out, batch_pairs=EVALUATION_PAIRS, total_rows=_count(held_out), held_out=True
+            held_out, batch_pairs=EVALUATION_PAIRS, total_rows=num_held_out, held_out=True
         )
-    if start.is_base:
-        ranks.say(f"guard       {compare_with_base(forward, stream, budget, start.exact)}")
+    if start.tolerance is not None:
+        guard = compare_with_base(forward, stream, budget.tokens, start.tolerance)
+        ranks.say(f"guard       {guard}")
+    folder, trackers = start.folder, []
+    if ranks.first:
+        write_resolved(config, folder.settings)
+        trackers = open_trackers(
+            config.report_to, _name(config), folder.path, asdict(config), state.step
+        )
+    log = RunLog(
+        folder.log, trackers, first=ranks.first, step=state.step, total=steps, length=log_bytes
+    )
     return Run(
         config=config,
-        settings=start.settings,
+        start=start,
         forward=forward,
         method=method,
-        parameters=[p for group in optimizer.param_groups for p in group["params"]],
         optimizer=optimizer,
         stream=stream,
         held_out=HeldOut(held_out_stream, forward, method, config.eval_pairs),
         budget=budget,
         state=state,
         total_steps=steps,
-        log=_open_log(config, start, ranks, steps),
+        log=log,
         meter=Meter(state, method, ranks.device),
-        folder=RunFolder(Path(config.output_dir)),
     )
 
 
-def finish(run: Run, start: Start) -> dict[str, float]:
+def finish(run: Run) -> dict[str, float]:
     """Evaluate the final policy, write it, and print figures and folder; returns the figures."""
-    ranks, step = run.forward.ranks, run.state.step
+    ranks, step, folder = run.forward.ranks, run.state.step, run.start.folder
     if run.config.load_best_model_at_end:
-        best = checkpoint.best(checkpoint.checkpoints(run.folder.checkpoints))
+        best = checkpoint.best(checkpoint.checkpoints(folder.checkpoints))
         if best is not None and best.state.step != step:
             checkpoint.load_weights(best, run.forward.policy)
             step = best.state.step
@@ -147,15 +163,15 @@ def finish(run: Run, start: Start) -> dict[str, float]:
     weights = gather_weights(run.forward.policy)
     if ranks.first:
         training = {"step": step, "method": str(run.method), "figures": figures}
-        update_evaluation(run.folder.evaluation, {"training": training})
-        with new_folder(run.folder.model) as folder:
+        update_evaluation(folder.evaluation, {"training": training})
+        with new_folder(folder.model) as model:
             tokenizer = run.stream.renderer.tokenizer
-            write_model(folder, run.forward.policy, weights, start.source, tokenizer)
-            write_text(folder / "README.md", _card(run, start, step, figures))
+            write_model(model, run.forward.policy, weights, run.start.source, tokenizer)
+            write_text(model / "README.md", model_card(run, step, figures))
         run.log.close()
         for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
-        print(run.folder.model)
+        print(folder.model)
     ranks.barrier()
     return figures
 
@@ -165,12 +181,7 @@ def _read_scores(
 ) -> tuple[TrainingPairs, Method, list[Rows], list[Rows]]:
     """The pairs with their scores, the method with its weights, rows to train on and held out."""
     method = method_of(config)
-    source = TrainingPairs(
-        start.pairs,
-        start.scores,
-        prompt_numbers=method.reads_prompts,
-        fraction=config.train_fraction,
-    )
+    source = TrainingPairs(start.pairs, start.scores, method.reads_prompts, config.train_fraction)
     method = source.prepared(method)
     training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
     if not _count(training):
@@ -187,20 +198,6 @@ def _count(rows_of_shards: list[Rows]) -> int:
     return sum(map(len, rows_of_shards))
 
 
-def _load(
-    config: TrainConfig, start: Start, ranks: Ranks, bf16: bool
-) -> tuple[PairForward, optim.AdamW]:
-    """The policy and its optimizer, from the policy's source or the checkpoint."""
-    policy = load_policy(start.source, config, ranks, bf16)
-    optimizer = make_optimizer(policy, config)
-    if start.checkpoint is not None:
-        checkpoint.load(start.checkpoint, policy, optimizer)
-    if not policy.packs:
-        model_type = policy.lm.config.model_type
-        ranks.say(f"rows        one response each: packing is not tested for {model_type}")
-    return PairForward(policy, ranks, autocast=bf16 and ranks.world == 1), optimizer
-
-
 def _renderer(source: PolicySource) -> Renderer:
     return Renderer.load(
         source.tokenizer or source.model,
@@ -208,27 +205,6 @@ def _renderer(source: PolicySource) -> Renderer:
         chat_template=source.chat_template,
         chat_template_kwargs=source.chat_template_kwargs,
     )
-
-
-def _limits(config: TrainConfig, policy: PretrainedConfig) -> dict[str, int]:
-    """Most tokens of a sequence, by the reason under which a longer pair is dropped."""
-    context = getattr(policy.get_text_config(), "max_position_embeddings", None)
-    limits = {"beyond_context": context, "beyond_max_length": config.max_length}
-    return {reason: limit for reason, limit in limits.items() if limit is not None}
-
-
-def _open_log(config: TrainConfig, start: Start, ranks: Ranks, steps: int) -> RunLog:
-    """The log, cut back to the checkpoint, and the settings beside it."""
-    folder = RunFolder(Path(config.output_dir))
-    step, length = 0, 0
-    if start.checkpoint is not None:
-        step, length = start.checkpoint.state.step, start.checkpoint.log_bytes
-    trackers = []
-    if ranks.first:
-        write_resolved(config, folder.settings)
-        cut(folder.log, length)
-        trackers = open_trackers(config.report_to, _name(config), folder.path, asdict(config), step)
-    return RunLog(folder.log, trackers, first=ranks.first, step=step, total=steps)
 
 
 def _name(config: TrainConfig) -> str:
@@ -253,18 +229,54 @@ def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> s
     return "\n".join(lines)
 
 
-def _card(run: Run, start: Start, step: int, figures: dict[str, float]) -> str:
+def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
+    """README.md of the model's folder, with the front matter that the Hub reads."""
+    method, settings, source = run.method, run.start.settings, run.start.source
+    head: dict[str, Any] = {} if Path(source.model).is_dir() else {"base_model": source.model}
+    head |= {
+        "library_name": "peft" if settings["lora_rank"] else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mrpo", "dpo", "preference-optimization"],
+    }
+    references = {
+        f"{alias} | {reference.entry['model']}": reference.identity
+        for alias, reference in zip(method.references, run.start.scores.references)
+    }
+    clipping = "no clipping" if method.epsilon is None else f"clipping (CTRO) {method.epsilon:g}"
+    combined = f"Combined as `{method.kind}`, weighting `{method.weighting}`, {clipping}."
+    if method.weights is not None:  # all pairs share them
+        weights = zip(method.references, method.weights)
+        combined += f" Weights: {', '.join(f'{alias} {weight:.3f}' for alias, weight in weights)}."
     trained = {
         "optimizer steps": step,
         "pairs trained on": run.state.pairs,
         "pairs that the policy could not take": sum(run.state.dropped.values()),
     }
-    return model_card(
-        name=_name(run.config),
-        source=start.source,
-        method=run.method,
-        references=start.scores.references,
-        settings=start.settings,
-        state=trained,
-        held_out=figures,
-    )
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {_name(run.config)}",
+        f"{source.name}, fine-tuned on preference pairs with `{method}` by mrpo (Multi-Reference "
+        "Preference Optimization, [arXiv 2405.16388](https://arxiv.org/abs/2405.16388)).",
+        "## References",
+        "Their log-probs were computed before training and cached; the first is the base.",
+        _table("| alias | model | identity of its scores |\n|---|---|---|", references),
+        combined,
+        "## Recipe",
+        _table("| setting | value |\n|---|---|", {name: settings[name] for name in RECIPE}),
+        "## Data",
+        f"Digest of the pairs: `{settings['pairs digest']}`.",
+        _table("| | |\n|---|---|", trained),
+        "## Held-out pairs",
+        _table("| figure | value |\n|---|---|", held_out) if held_out else "None were held out.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: str, values: Mapping[str, Any]) -> str:
+    """A Markdown table of names and values, without the values that are None."""
+    shown = {
+        name: f"{value:.4g}" if isinstance(value, float) else value
+        for name, value in values.items()
+        if value is not None
+    }
+    return "\n".join([head, *(f"| {name} | {value} |" for name, value in shown.items())])

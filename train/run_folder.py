@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,17 @@ from ..errors import UserError
 from ..files import write_json
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Where a run's files are; creates none of them."""
 
-    path: Path
-
-    @property
-    def settings(self) -> Path:
-        return self.path / "train.yaml"
-
-    @property
-    def scores(self) -> Path:
-        return self.path / "scores"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation.json"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.settings = self.path / "train.yaml"
+        self.scores = self.path / "scores"
+        self.log = self.path / "log.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.evaluation = self.path / "evaluation.json"
+        self.model = self.path / "model"
 
     @property
     def finished(self) -> bool:

@@ -8,10 +8,9 @@ step that it computes the log-probs that the store has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,99 +23,51 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import NotScored, open_store
 from ..errors import UserError
-from ..method.grammar import aliases_of, method_of
-from ..method.objective import Method, ReferenceLogps
+from ..method.grammar import aliases_of
+from ..method.objective import ReferenceLogps
 from .checkpoint import Checkpoint, checkpoint_to_resume, numeric_settings
 from .config import TrainConfig
+from .dataset import method_of
 from .distributed import Ranks
 from .forward import PairForward, PairLogps
 from .logs import check_trackers
-from .memory import Sizes, TokenBudget, memory_plan, refuse_what_cannot_fit
+from .memory import Sizes, memory_plan, refuse_what_cannot_fit
 from .policy import PolicySource, load_config, policy_source
 from .run_folder import RunFolder
 from .stream import PairStream
 
 POLICY = "policy source"  # its key among a checkpoint's settings
 FIRST_PAIRS = 64
-TOLERANCE = {"float32": 1e-3, "other": 0.1}  # nats per token
+EXACT, ROUNDED = 1e-3, 0.1  # nats per token that the policy may be off, in float32 and otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """All that the processes of a run agree on before they load the policy."""
 
+    folder: RunFolder
     pairs: PairShards
     scores: JoinedScores
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]  # that determine the numbers; checkpoints store them
     source: PolicySource
     checkpoint: Checkpoint | None
-    finished: bool
-    tokens: int = 0  # of the first micro-batches
-    is_base: bool = False  # the policy is the base reference, freshly loaded
-    exact: bool = False  # and both compute in float32
+    tokens: int  # of the first micro-batches; 0 where the run is finished
+    tolerance: float | None = None  # for `compare_with_base`, if the policy is the base reference
 
 
 def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     """Check everything that can be checked; create the run's folder and its joined scores."""
     check_trackers(config.report_to)
-    method = method_of(config)
-    folder = RunFolder(Path(config.output_dir))
+    method, folder = method_of(config), RunFolder(config.output_dir)
     pairs = open_pairs(config.pairs, config.data)
     settings = numeric_settings(config, pairs)
     checkpoint = checkpoint_to_resume(config, settings)
-    if checkpoint is None:
-        return _new_run(config, method, pairs, settings, folder, ranks, bf16)
-    source = PolicySource(**checkpoint.settings[POLICY])
-    tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
-    scores = JoinedScores(folder.scores)
-    return Start(pairs, scores, checkpoint.settings, source, checkpoint, folder.finished, tokens)
+    if checkpoint is not None:
+        source = PolicySource(**checkpoint.settings[POLICY])
+        tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
+        scores = JoinedScores(folder.scores)
+        return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
 
-
-def compare_with_base(
-    forward: PairForward, stream: PairStream, budget: TokenBudget, exact: bool
-) -> str:
-    """One line on how far the policy, which is the base reference, is from its stored scores.
-
-    Args:
-        stream: training pairs; the first 64 are scored by the policy and compared with column 0.
-        exact: both compute in float32.
-    """
-    # Sums over responses: absolute and signed difference, whether tokens differ, 1.
-    sums, remaining = torch.zeros(4, dtype=torch.float64), FIRST_PAIRS
-    forward.policy.eval()
-    for batch in islice(stream.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
-        pairs = batch.pairs[:remaining]
-        remaining -= len(pairs)
-        for rows, weight in forward.shares(pairs, budget.tokens):
-            with torch.no_grad():
-                logps = forward([pairs[row] for row in rows])
-            sums += weight * _differences(logps, batch.scores, rows)
-    forward.policy.train()
-    absolute, signed, other_tokens, responses = forward.ranks.sum(sums).tolist()
-    absolute, signed = absolute / responses, signed / responses
-    tolerance = TOLERANCE["float32" if exact else "other"]
-    line = (
-        f"{signed:+.1e} nats per token from the base's stored scores on {int(responses) // 2} "
-        f"pairs, {absolute:.1e} in absolute value; up to {tolerance:g} is expected"
-    )
-    if absolute <= tolerance and not other_tokens:
-        return line
-    cause = f"{int(other_tokens)} responses have other tokens" if other_tokens else "other weights"
-    return (
-        f"{line}\nWARNING: the policy is NOT the base reference as it was scored ({cause}); "
-        "check --policy, its revision and chat template, or score the base again"
-    )
-
-
-def _new_run(
-    config: TrainConfig,
-    method: Method,
-    pairs: PairShards,
-    settings: dict[str, Any],
-    folder: RunFolder,
-    ranks: Ranks,
-    bf16: bool,
-) -> Start:
     store, specs = open_store(config.store), load_refs(config.refs_config)
     try:
         records = [store.resolve(alias, specs) for alias in method.references]
@@ -132,7 +83,12 @@ def _new_run(
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
     source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
     tokens = _planned_tokens(config, source, ranks, bf16)
-    _make_folder(folder.path)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder.path}: {error.strerror}; name another folder"
+        ) from None
     try:
         scores = join(pairs, store, records, folder.scores, refs_config=config.refs_config)
     except UserError:
@@ -140,16 +96,46 @@ def _new_run(
             folder.path.rmdir()
         raise
     refuse_missing(scores, config.max_missing)
-    return Start(
-        pairs,
-        scores,
-        settings | {POLICY: asdict(source)},
-        source,
-        checkpoint=None,
-        finished=False,
-        tokens=tokens,
-        is_base=is_base and records[0].identity == base.identity,
-        exact=not bf16 and base.inputs["dtype"] == "float32",
+    tolerance = None
+    if is_base and records[0].identity == base.identity:
+        tolerance = EXACT if not bf16 and base.inputs["dtype"] == "float32" else ROUNDED
+    settings |= {POLICY: asdict(source)}
+    return Start(folder, pairs, scores, settings, source, None, tokens, tolerance)
+
+
+def compare_with_base(
+    forward: PairForward, stream: PairStream, max_tokens: int, tolerance: float
+) -> str:
+    """One line on how far the policy, which is the base reference, is from its stored scores.
+
+    Args:
+        stream: training pairs; the first 64 are scored by the policy and compared with column 0.
+        max_tokens: of a micro-batch.
+        tolerance: nats per token that are expected.
+    """
+    # Sums over responses: absolute and signed difference, whether tokens differ, 1.
+    sums, remaining = torch.zeros(4, dtype=torch.float64), FIRST_PAIRS
+    forward.policy.eval()
+    for batch in islice(stream.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
+        pairs = batch.pairs[:remaining]
+        remaining -= len(pairs)
+        for rows, weight in forward.shares(pairs, max_tokens):
+            with torch.no_grad():
+                logps = forward([pairs[row] for row in rows])
+            sums += weight * _differences(logps, batch.scores, rows)
+    forward.policy.train()
+    absolute, signed, other_tokens, responses = forward.ranks.sum(sums).tolist()
+    absolute, signed = absolute / responses, signed / responses
+    line = (
+        f"{signed:+.1e} nats per token from the base's stored scores on {int(responses) // 2} "
+        f"pairs, {absolute:.1e} in absolute value; up to {tolerance:g} is expected"
+    )
+    if absolute <= tolerance and not other_tokens:
+        return line
+    cause = f"{int(other_tokens)} responses have other tokens" if other_tokens else "other weights"
+    return (
+        f"{line}\nWARNING: the policy is NOT the base reference as it was scored ({cause}); "
+        "check --policy, its revision and chat template, or score the base again"
     )
 
 
@@ -178,13 +164,6 @@ def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, bf1
     print(f"memory      {plan}", flush=True)
     refuse_what_cannot_fit(plan, sizes, config, ranks, bf16)
     return plan.tokens
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: {error.strerror}; name another folder") from None
 
 
 def _differences(logps: PairLogps, scores: ReferenceLogps, rows: Sequence[int]) -> Tensor:

@@ -11,10 +11,9 @@ be short. From here a batch (`StepBatch`) goes through `forward.py` to `loop.py`
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -222,36 +221,15 @@ class Prefetch(Generic[Item]):
     """Runs an iterator in a thread, a few items ahead; its errors rise in `next`."""
 
     def __init__(self, items: Iterator[Item], ahead: int = BATCHES_AHEAD) -> None:
-        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True)
-        self._thread.start()
+        self._items, self._thread = items, ThreadPoolExecutor(max_workers=1)
+        self._ready = deque(self._thread.submit(next, items, None) for _ in range(ahead))
 
     def next(self) -> Item | None:
         """The next item, waiting for it; None after the last."""
-        item, error = self._queue.get()
-        if error is not None:
-            raise error
+        item = self._ready.popleft().result()
+        self._ready.append(self._thread.submit(next, self._items, None))
         return item
 
     def close(self) -> None:
         """Stop the thread, which ends with the item that it is working on."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _fill(self, items: Iterator[Item]) -> None:
-        try:
-            for item in items:
-                self._put((item, None))
-                if self._stopped.is_set():
-                    return
-            self._put((None, None))
-        except BaseException as error:
-            self._put((None, error))
-
-    def _put(self, entry: tuple[Item | None, BaseException | None]) -> None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
+        self._thread.shutdown(cancel_futures=True)

@@ -22,9 +22,10 @@ from ...data.shards import PairShards
 from ...data.store import Store, open_store
 from ...errors import UserError
 from ...files import write_json
-from ...method.grammar import aliases_of, method_of, named_references
+from ...method.grammar import aliases_of, named_references
 from ...settings import command, write_resolved
 from ...train.checkpoint import numeric_settings
+from ...train.dataset import method_of
 from ..config import CompareConfig
 from ..score_table import scored_records
 from .cells import (

@@ -91,7 +91,7 @@ def test_flags_override_the_parts_of_the_text() -> None:
     assert parse_method("mrpo", ALIASES, epsilon=0).epsilon == 0
     fixed = parse_method("mrpo", ALIASES, weights="1,1,2")
     assert (fixed.weighting, fixed.weights) == ("fixed", (0.25, 0.25, 0.5))
-    assert parse_method("mrpo+fixed", ALIASES, weights=[1, 1, 2]).weights == fixed.weights
+    assert parse_method("mrpo+fixed", ALIASES, weights="1, 1, 2").weights == fixed.weights
 
 
 def test_the_references_of_a_text_are_known_before_the_aliases() -> None:
@@ -113,7 +113,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("mrpo", {"weights": "1,x,2"}, "--weights 1,x,2: not numbers"),
     ("mrpo", {"weights": "0,0,0"}, "must be numbers of 0 or more, not all 0"),
     ("mrpo+arwc", {"weights": "1,1,1", "weighting": "arwc"}, "does not go with weighting arwc"),
-    ("mrpo", {"epsilon": "some"}, "epsilon is 'some'; it must be a number of 0 or more, or none"),
+    (
+        "mrpo",
+        {"epsilon": float("inf")},
+        "epsilon is inf; it must be a number of 0 or more, or none",
+    ),
     ("mrpo", {"epsilon": -1.0}, "epsilon is -1.0"),
     ("mrpo", {"reference_kind": "mean"}, "reference kind 'mean' is unknown"),
     ("multi-dpo", {"reference_kind": "geometric"}, "averages losses and has no reference kind"),
@@ -169,7 +173,7 @@ def test_every_kind_and_weighting_is_what_the_public_functions_give(
         "fitted": fit.weights,
         "fixed": np.array([0.5, 0.0, 0.5]),
     }[weighting]
-    flags = {"weights": [1, 0, 1]} if weighting == "fixed" else {}
+    flags = {"weights": "1,0,1"} if weighting == "fixed" else {}
     method = parse_method(
         f"{kind}+{weighting}", ALIASES, epsilon=0.2, adaptive_epsilon=adaptive, **flags
     ).prepare(training, held_out, bootstrap=0)

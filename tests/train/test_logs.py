@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mrpo.errors import UserError
-from mrpo.train.logs import RunLog, check_trackers, cut, open_trackers
+from mrpo.train.logs import RunLog, check_trackers, open_trackers
 
 FAKE = """
 calls = []
@@ -32,10 +32,10 @@ def test_undefined_value_is_null_and_goes_to_no_tracker(tmp_path: Path) -> None:
         def log(self, values: dict[str, float], step: int) -> None:
             seen.append((values, step))
 
-        def close(self) -> None:
+        def finish(self) -> None:
             seen.append(({}, -1))
 
-    log = RunLog(tmp_path / "log.jsonl", [Tracker()], first=True, step=0, total=2)
+    log = RunLog(tmp_path / "log.jsonl", [Tracker()], first=True, step=0, total=2, length=0)
     log.write(1, {"loss": 0.5, "other": float("nan"), "none": None})
     log.close()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -44,13 +44,12 @@ def test_undefined_value_is_null_and_goes_to_no_tracker(tmp_path: Path) -> None:
 
 
 def test_log_is_cut_to_what_a_checkpoint_knows_of(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "log.jsonl", [], first=True, step=0, total=9)
+    log = RunLog(tmp_path / "log.jsonl", [], first=True, step=0, total=9, length=0)
     log.write(1, {"loss": 1.0})
     known = log.sync()
     log.write(2, {"loss": 2.0})
     log.close()
-    cut(tmp_path / "log.jsonl", known)
-    log = RunLog(tmp_path / "log.jsonl", [], first=True, step=1, total=9)
+    log = RunLog(tmp_path / "log.jsonl", [], first=True, step=1, total=9, length=known)
     log.write(2, {"loss": 3.0})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -61,7 +60,7 @@ def test_bar_shows_loss_accuracy_speed_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    log = RunLog(tmp_path / "log.jsonl", [], first=True, step=2, total=10)
+    log = RunLog(tmp_path / "log.jsonl", [], first=True, step=2, total=10, length=0)
     log.show(5, 0.6931, 0.5, 12345.6)
     log.close()
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
@@ -70,7 +69,7 @@ def test_bar_shows_loss_accuracy_speed_and_time_left(
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "log.jsonl", [], first=False, step=0, total=2)
+    log = RunLog(tmp_path / "log.jsonl", [], first=False, step=0, total=2, length=0)
     log.write(1, {"loss": 0.5})
     assert log.sync() == 0
     log.close()
@@ -85,8 +84,8 @@ def test_hosted_tracker_gets_name_settings_and_lines(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
     (tracker,) = open_trackers(f"none,{name}", "my run", tmp_path, {"beta": 0.1}, step=0)
-    tracker.log({"loss": 0.5}, 3)
-    tracker.close()
+    tracker.log({"loss": 0.5}, step=3)
+    tracker.finish()
     (_, known), logged, finished = sys.modules[name].calls
     assert known["name"] == "my run"
     assert known["config"] == {"beta": 0.1}

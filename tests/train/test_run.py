@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,23 @@ def test_lora_trains_an_adapter_that_peft_loads(inputs: Any, tmp_path: Path) -> 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "model")
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_config_is_the_same_in_every_process(inputs: Any, tmp_path: Path) -> None:
+    """PEFT writes the adapted layers in the order of a set, which is another in each process."""
+    written = []
+    for seed in ("1", "2"):
+        settings = inputs.settings(tmp_path / seed, lora_rank=2, max_steps=1)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+        subprocess.run(
+            [sys.executable, "-m", "mrpo", "train", "--config", str(tmp_path / "run.yaml")],
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        written.append((tmp_path / seed / "model" / "adapter_config.json").read_bytes())
+    assert written[0] == written[1]
+    modules = json.loads(written[0])["target_modules"]
+    assert modules == sorted(modules)
 
 
 def test_best_checkpoint_is_what_is_written_on_request(inputs: Any, tmp_path: Path) -> None:
