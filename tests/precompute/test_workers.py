@@ -283,6 +283,7 @@ def test_groups_of_gpus_go_to_workers(
     worker(f"import os; print(os.environ['CUDA_VISIBLE_DEVICES'], file=open({str(seen)!r}, 'a'))")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(preflight, "_matrix_rate", lambda: 1e12)
+    monkeypatch.setattr("mrpo.precompute.reference_run.find_spec", lambda name: name)  # has vLLM
     options = {"refs": "llama", "engine": "vllm", "tensor_parallel_size": 2}
     precompute(workspace.config(**options, data_parallel_size=2))
     assert sorted(seen.read_text().split()) == ["0,1", "2,3"]
