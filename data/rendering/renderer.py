@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ..references import from_pretrained
 from .template import ChatTemplate, Refusal, RenderedText
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Renderer:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Renderer:
-        """The renderer of a Hub model or a model folder; loads its tokenizer, never its weights."""
+        """The renderer of a Hub model, a model folder or a GGUF file; never loads weights."""
         return cls(
             load_tokenizer(str(model), revision),
             chat_template=chat_template,
@@ -188,14 +189,14 @@ def _paired(
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hub model or a model folder, or `UserError` where there is none."""
+    """The fast tokenizer of a Hub model, a folder or a GGUF file, or `UserError` without one."""
     from transformers import AutoTokenizer
 
     way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
     try:
         # With mistral-common installed, AutoTokenizer may return its tokenizer, without offsets.
-        loaded = AutoTokenizer.from_pretrained(
-            model, revision=revision, mistral_format=False, trust_remote_code=False
+        loaded = from_pretrained(
+            AutoTokenizer, model, revision, mistral_format=False, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]

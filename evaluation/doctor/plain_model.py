@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ...data.pairs import Message, Pair, Turns
-from ...data.references import ReferenceSpec
+from ...data.references import ReferenceSpec, from_pretrained
 from ...data.rendering import TODAY
 
 LOGITS_AT_ONCE = 512  # positions whose logits are float32 at a time
@@ -61,8 +61,8 @@ class PlainModel:
 
     def __init__(self, model: str, revision: str | None, dtype: str, adapter: str | None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=getattr(torch, dtype)
+        loaded: Any = from_pretrained(
+            AutoModelForCausalLM, model, revision, dtype=getattr(torch, dtype)
         )
         if adapter is not None:
             from peft import PeftModel
@@ -91,8 +91,8 @@ class PlainTokenizer:
     """A tokenizer with its own chat template or that of refs.yaml, as transformers uses them."""
 
     def __init__(self, model: str, revision: str | None, spec: ReferenceSpec) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            model, revision=revision, mistral_format=False
+        self.tokenizer: Any = from_pretrained(
+            AutoTokenizer, model, revision, mistral_format=False
         )
         self.template, self.kwargs = spec.chat_template, dict(spec.chat_template_kwargs or {})
         added = self.tokenizer.added_tokens_decoder
