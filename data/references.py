@@ -122,7 +122,7 @@ def from_pretrained(
 ) -> Any:
     """What an Auto class of transformers loads for a Hub id, a model folder or a GGUF file.
 
-    Raises `ValueError` for a GGUF file that can't be read, besides what `auto` raises.
+    Raises `UserError` for a GGUF file that can't be read, besides what `auto` raises.
     """
     path = Path(model)
     if path.suffix != GGUF:
@@ -132,7 +132,10 @@ def from_pretrained(
     try:
         return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     except Exception as error:  # by a damaged file the readers are led to nearly any error
-        raise ValueError(f"not a GGUF file that transformers reads: {error}") from error
+        raise UserError(
+            f"{model}: not a GGUF file that transformers reads ({' '.join(str(error).split())}); "
+            "restore the file, or name a model folder"
+        ) from error
 
 
 def check_alias(alias: str, where: str = "--refs") -> str:

@@ -65,9 +65,9 @@ def _model_facts(spec: ReferenceSpec) -> tuple[str, str, str]:
 
         try:
             config = from_pretrained(AutoConfig, folder).to_dict()
-        except (OSError, ValueError, KeyError) as error:
-            if folder.is_file():
-                raise UserError(f"{folder}: {error}") from None
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError):
             raise UserError(f"{folder} has no {MODEL_CONFIG} that transformers reads") from None
         files = [folder] if folder.is_file() else folder.iterdir()
         sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
