@@ -33,7 +33,7 @@ GPU      := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH    := torch==2.13.0
 REFERENCES = --refs $(REFS) --refs-config $(REFS_CONFIG) --store $(STORE)
 
-.PHONY: setup setup-dev demo precompute train evaluate compare report test check bench clean
+.PHONY: setup setup-dev demo precompute train evaluate compare report test check bench real clean
 
 setup: $(VENV)/.base
 ifneq ($(GPU),)
@@ -89,6 +89,10 @@ BENCH_DATA ?= ../shared/data
 bench: setup-dev
 	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
 	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
+
+# A real model from a package (100 MB) through every command, beside TRL; needs 18 GB of free memory.
+real: setup-dev
+	$(BIN)/python benchmarks/real_model.py --data $(BENCH_DATA) $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
