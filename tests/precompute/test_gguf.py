@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,24 @@ def test_a_model_from_a_file_is_saved_and_adapted_like_any_other(
     assert torch.allclose(saved(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     assert adapted.peft_config["default"].base_model_name_or_path == str(file)
+
+
+def test_an_adapter_is_trained_from_a_file_and_evaluated(
+    file: Path, tmp_path: Path, mrpo: Callable[..., Any]
+) -> None:
+    workspace = Workspace(tmp_path, {"file": file})
+    pairs, run = workspace.prepare(rows(8)), tmp_path / "run"
+    assert precompute(workspace.config()).exit_code == 0
+    settings = ["--method", "dpo:file", "--lora-rank", 2, "--max-steps", 1, "--output-dir", run]
+    ran = mrpo("train", *_arguments(workspace), *settings)
+    assert ran.code == 0, ran.err
+    written = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(file)
+    out = run / "evaluation.json"
+    ran = mrpo("evaluate", "--runs", run, "--split", "all", "--out", out)
+    assert ran.code == 0, ran.err
+    [policy] = json.loads(out.read_text())["policies"]
+    assert policy["overall"]["pairs"] == pairs.num_pairs
 
 
 def _truncated(content: bytes) -> bytes:
