@@ -80,7 +80,7 @@ def run(arguments: Namespace) -> None:
     folder = arguments.folder
     gguf = download(folder)
     write_inputs(folder, gguf, arguments.data, arguments.pairs)
-    use_commands(folder)
+    use_commands(folder, arguments.pairs // BATCH)
     for variant in (EXACT, PLAIN, ANSWERS):
         measured(folder, variant)
     agreement = agreement_table(folder)
@@ -134,7 +134,7 @@ def write_inputs(folder: Path, gguf: Path, data: Path, count: int) -> None:
     (folder / "references.yaml").write_text(json.dumps(entries))
 
 
-def use_commands(folder: Path) -> None:
+def use_commands(folder: Path, steps: int) -> None:
     """`mrpo prepare`, `precompute` by both engines, `train`, `evaluate`."""
     pairs, refs, run_folder = folder / "pairs", folder / "references.yaml", folder / "run"
     common = ("--pairs", pairs, "--refs-config", refs)
@@ -147,7 +147,7 @@ def use_commands(folder: Path) -> None:
     if not (run_folder / "model").exists():
         settings = ("--method", "dpo:folder", "--lora-rank", RANK, "--learning-rate", 1e-4)
         store = ("--store", folder / "store-hf", "--output-dir", run_folder)
-        show("mrpo", "train", *common, *store, *settings, "--max-steps", 6, "--resume")
+        show("mrpo", "train", *common, *store, *settings, "--max-steps", steps, "--resume")
     out = run_folder / "evaluation.json"
     if "policies" not in (json.loads(out.read_text()) if out.exists() else {}):
         show("mrpo", "evaluate", "--runs", run_folder, "--out", out)
