@@ -37,7 +37,7 @@ TORCH    ?= $(shell grep '^torch==' $(LOCK))
 REFERENCES = --refs $(REFS) --refs-config $(REFS_CONFIG) --store $(STORE)
 
 .PHONY: setup setup-dev demo precompute train evaluate compare report test test-newest test-oldest \
-    check lock bench clean
+    check lock bench real clean
 
 setup: $(VENV)/.base
 ifneq ($(GPU),)
@@ -91,6 +91,10 @@ BENCH_DATA ?= ../shared/data
 bench: setup-dev
 	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
 	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
+
+# A real model from a package (100 MB) through every command, beside TRL; needs 18 GB of free memory.
+real: setup-dev
+	$(BIN)/python benchmarks/real_model.py --data $(BENCH_DATA) $(ARGS)
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)

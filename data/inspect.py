@@ -38,7 +38,7 @@ def inspect(config: InspectConfig) -> None:
     print(f"row {config.row} of {config.pairs}: pair {pair.id.hex()}, {pair.split}, {pair.source}")
     for spec in specs:
         renderer = Renderer.load(
-            spec.model_folder or spec.model,
+            spec.model_path or spec.model,
             revision=spec.revision,
             chat_template=spec.chat_template,
             chat_template_kwargs=spec.chat_template_kwargs,

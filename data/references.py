@@ -4,8 +4,8 @@
       model: meta-llama/Llama-3.2-3B-Instruct
       revision: main
 
-This module only reads and checks: no model is loaded or looked for. `precompute/identity.py` turns
-a `ReferenceSpec` into the identity under which the store keeps its scores.
+This module only reads and checks: no model is loaded. `precompute/identity.py` turns a
+`ReferenceSpec` into the identity under which the store keeps its scores.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 DEFAULT_REFS = Path("configs/refs.yaml")
 PACKAGED_REFS = Path(__file__).resolve().parents[1] / DEFAULT_REFS
+GGUF = ".gguf"  # ends the name of a model in one file, as llama.cpp has them
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -57,8 +59,8 @@ class ReferenceSpec:
         }
 
     @property
-    def model_folder(self) -> Path | None:
-        """The local folder that `model` names; None where it names a Hub model."""
+    def model_path(self) -> Path | None:
+        """The local folder or GGUF file that `model` names; None where it names a Hub model."""
         return self._local(self.model)
 
     @property
@@ -69,13 +71,13 @@ class ReferenceSpec:
     def _local(self, name: str) -> Path | None:
         for base in (self.folder, Path()):
             path = base / Path(name).expanduser()
-            if path.is_dir():
+            if path.is_dir() or (path.suffix == GGUF and path.is_file()):
                 return path.resolve()
-        if HUB_ID.fullmatch(name):
+        if HUB_ID.fullmatch(name) and not name.endswith(GGUF):
             return None
         raise UserError(
-            f"reference {self.alias}: {name!r} is neither a folder here nor a Hub id (org/name); "
-            "check its path in refs.yaml"
+            f"reference {self.alias}: {name!r} is neither a folder or GGUF file here nor a Hub id "
+            "(org/name); check its path in refs.yaml"
         )
 
 
@@ -115,6 +117,27 @@ def select_refs(specs: Mapping[str, ReferenceSpec], aliases: str) -> list[Refere
     return [specs[name] for name in names]
 
 
+def from_pretrained(
+    auto: Any, model: str | Path, revision: str | None = None, **options: Any
+) -> Any:
+    """What an Auto class of transformers loads for a Hub id, a model folder or a GGUF file.
+
+    Raises `UserError` for a GGUF file that can't be read, besides what `auto` raises.
+    """
+    path = Path(model)
+    if path.suffix != GGUF:
+        return auto.from_pretrained(str(model), revision=revision, **options)
+    if find_spec("gguf") is None:
+        raise UserError(f"{model}: GGUF files need the package gguf; `pip install 'mrpo[gguf]'`")
+    try:
+        return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+    except Exception as error:  # by a damaged file the readers are led to nearly any error
+        raise UserError(
+            f"{model}: not a GGUF file that transformers reads ({' '.join(str(error).split())}); "
+            "restore the file, or name a model folder"
+        ) from error
+
+
 def check_alias(alias: str, where: str = "--refs") -> str:
     """The alias itself, or `UserError`: it becomes part of file names and method names."""
     if not ALIAS.fullmatch(alias):
@@ -142,7 +165,7 @@ def _spec(file: str, folder: Path, alias: str, entry: Any) -> ReferenceSpec:
     if isinstance(entry, str):
         entry = {"model": entry}
     if not isinstance(entry, Mapping) or "model" not in entry:
-        raise UserError(f"{where}: needs a 'model': a Hub id or a folder")
+        raise UserError(f"{where}: needs a 'model': a Hub id, a folder or a GGUF file")
     if unknown := [str(key) for key in entry if key not in KEYS]:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}")
     values = {key: value for key, value in entry.items() if value is not None}

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 
+from ..data.references import GGUF, from_pretrained
 from ..errors import UserError
 from .attention import FLEX, SDPA
 
@@ -41,6 +42,7 @@ def load_model(
 ) -> nn.Module:
     """The causal LM in eval mode without dropout, with an attention that supports packed rows.
 
+    `path` may be a GGUF file, whose weights are dequantized.
     `attn` is by default FlexAttention on a GPU and sdpa elsewhere; `adapter` is a PEFT adapter to
     put on top, and then a `PeftModel` is returned. Raises `UserError` for a dtype that torch does
     not have and for a model that does not exist or is no causal LM.
@@ -49,7 +51,12 @@ def load_model(
     if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise UserError(f"dtype {dtype!r} is unknown; use float32, bfloat16, float16 or auto")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
+        options: dict[str, Any] = {"dtype": kind}
+        if is_gguf := Path(path).suffix == GGUF:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        model = from_pretrained(AutoModelForCausalLM, path, revision, **options)
+        if is_gguf:
+            _forget_file(model, Path(path))
         remove_dropout(model)
         set_attention(model, attn or default_attention(device))
         if adapter is not None:
@@ -60,6 +67,14 @@ def load_model(
         reason = " ".join(str(error).split())
         raise UserError(f"model {path} could not be loaded: {reason}") from error
     return model.to(device).eval()
+
+
+def _forget_file(model: Any, path: Path) -> None:
+    """Make a dequantized model of a GGUF file an ordinary one, which trains and can be saved."""
+    vars(model.config).pop("quantization_config", None)
+    model.is_quantized, model.hf_quantizer = False, None
+    # transformers keeps the folder's name; an adapter's configuration has to name the file.
+    model.name_or_path = model.config.name_or_path = str(path.resolve())
 
 
 def default_attention(device: torch.device | str) -> Attention:

@@ -100,7 +100,7 @@ def resolve_reference(
     Raises `UserError` where a model is missing, gated or incomplete.
     """
     on_hub: dict[str, tuple[str, str | None, str]] = {}
-    if spec.model_folder is None:
+    if spec.model_path is None:
         on_hub["model"] = (spec.model, spec.revision, MODEL_CONFIG)
     if spec.adapter is not None and spec.adapter_folder is None:
         on_hub["adapter"] = (spec.adapter, None, ADAPTER_CONFIG)
@@ -113,7 +113,7 @@ def resolve_reference(
     inputs = _inputs(spec, commits)
     return ResolvedReference(
         spec=spec,
-        model=str(spec.model_folder or spec.model),
+        model=str(spec.model_path or spec.model),
         revision=commits.get("model"),
         adapter=spec.adapter and str(spec.adapter_folder or spec.adapter),
         adapter_revision=commits.get("adapter"),
@@ -147,9 +147,11 @@ def _inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str, Any]:
         "chat_template_kwargs": spec.chat_template_kwargs
         and json.dumps(dict(spec.chat_template_kwargs), sort_keys=True),
     }
-    folder = spec.model_folder
+    folder = spec.model_path
     if folder is None:
         inputs["model"] = {"commit": commits["model"]}  # a commit has its tokenizer's files too
+    elif folder.is_file():
+        inputs["model"] = {"file": file_digest(folder)}  # which holds its tokenizer and template
     else:
         inputs["model"] = _local_part(spec.alias, folder, MODEL_CONFIG, WEIGHT_FILES)
         names = _existing(folder, *TOKENIZER_FILES)
@@ -171,7 +173,9 @@ def _dtype(spec: ReferenceSpec, commit: str | None) -> str:
     """The precision to load: that of refs.yaml, else of the model's configuration."""
     if spec.dtype != "auto":
         return spec.dtype
-    folder = spec.model_folder
+    folder = spec.model_path
+    if folder is not None and folder.is_file():
+        return "float32"  # a GGUF file's weights are dequantized, and it names no precision
     config = _json(spec.alias, folder / MODEL_CONFIG) if folder else hub_config(spec.model, commit)
     parts = (config, config.get("text_config") or {})
     named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]

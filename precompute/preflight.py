@@ -18,6 +18,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..data.references import from_pretrained
 from ..data.store import Store
 from ..errors import UserError
 from ..model.packing import padded_tokens
@@ -135,7 +136,7 @@ def model_context(reference: ResolvedReference) -> int | None:
     """Tokens of the longest sequence that the model's configuration allows; None: no limit."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(reference.model, revision=reference.revision)
+    config = from_pretrained(AutoConfig, reference.model, reference.revision)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -213,7 +214,7 @@ def _num_parameters(model_name: str, revision: str | None) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model_name, revision=revision)
+    config = from_pretrained(AutoConfig, model_name, revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())

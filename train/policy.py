@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data.references import ReferenceSpec
+from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
 from ..model.load import load_model
 from ..model.logps import SequenceLogps
@@ -70,7 +70,7 @@ def policy_source(
                 "model to train with --policy"
             )
         source = PolicySource(
-            model=str(base.model_folder or base.model),
+            model=str(base.model_path or base.model),
             revision=commits.get("model", base.revision),
             adapter=base.adapter and str(base.adapter_folder or base.adapter),
             chat_template=template or base.chat_template,
@@ -92,7 +92,7 @@ def policy_source(
 def load_config(source: PolicySource) -> PretrainedConfig:
     """The architecture, without weights."""
     try:
-        return AutoConfig.from_pretrained(source.model, revision=source.revision)
+        return from_pretrained(AutoConfig, source.model, source.revision)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(

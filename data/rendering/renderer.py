@@ -12,12 +12,14 @@ how characters lie under tokens; `spans` brings all of them to the same form.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ..references import GGUF, from_pretrained
 from .template import ChatTemplate, Refusal, RenderedText
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Renderer:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Renderer:
-        """The renderer of a Hub model or a model folder; loads its tokenizer, never its weights."""
+        """The renderer of a Hub model, a model folder or a GGUF file; never loads weights."""
         return cls(
             load_tokenizer(str(model), revision),
             chat_template=chat_template,
@@ -188,23 +190,55 @@ def _paired(
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hub model or a model folder, or `UserError` where there is none."""
+    """The fast tokenizer of a Hub model, a folder or a GGUF file, or `UserError` without one."""
     from transformers import AutoTokenizer
 
     way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
     try:
         # With mistral-common installed, AutoTokenizer may return its tokenizer, without offsets.
-        loaded = AutoTokenizer.from_pretrained(
-            model, revision=revision, mistral_format=False, trust_remote_code=False
+        loaded = from_pretrained(
+            AutoTokenizer, model, revision, mistral_format=False, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
     tokenizer = with_offsets(loaded)
+    if Path(model).suffix == GGUF:
+        tokenizer = _as_in_gguf(tokenizer, model)
     # For a folder without tokenizer files, transformers makes a tokenizer without any word.
     if not {*tokenizer("a", add_special_tokens=False).input_ids} - {*tokenizer.all_special_ids}:
         raise UserError(f"model {model}: no tokenizer there; {way_out}")
     return tokenizer
+
+
+def _as_in_gguf(tokenizer: PreTrainedTokenizerFast, path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that transformers made of a GGUF file, with what it got wrong put right.
+
+    It adds GPT-2's own "<|endoftext|>" to a vocabulary that lacks it, so behind the last row of the
+    embeddings, and it does not read whether BOS comes first.
+    """
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    size = len(state["model"]["vocab"])
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    raw = Tokenizer.from_str(json.dumps(state))
+    fields = GGUFReader(path).fields
+    kind, flag = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "add_bos_token"))
+    bos, first = tokenizer.bos_token, flag.contents() if flag else kind.contents() == "llama"
+    single = f"{bos} $A" if first and bos else "$A"
+    tokens = [(bos, raw.token_to_id(bos))] if first and bos else []
+    raw.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        name_or_path=path,
+        clean_up_tokenization_spaces=False,
+        **{name: getattr(tokenizer, name) for name in names},
+    )
 
 
 def with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:

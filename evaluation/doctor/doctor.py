@@ -133,7 +133,7 @@ def _vocabulary(spec: ReferenceSpec | None) -> int | None:
     if spec is None:
         return None
     try:
-        path: Any = spec.model_folder and spec.model_folder / "config.json"
+        path: Any = spec.model_path and spec.model_path / "config.json"
         path = path or try_to_load_from_cache(spec.model, "config.json", revision=spec.revision)
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UserError, OSError, TypeError, ValueError):

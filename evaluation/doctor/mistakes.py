@@ -204,7 +204,7 @@ def renderings(
         yield "no_template", cause, _joined(tokenizer, between, ended)
     for other in others:
         try:
-            theirs = PlainTokenizer(str(other.model_folder or other.model), other.revision, other)
+            theirs = PlainTokenizer(str(other.model_path or other.model), other.revision, other)
         except (OSError, ValueError):  # not on this machine
             continue
         template = theirs.template or theirs.tokenizer.chat_template

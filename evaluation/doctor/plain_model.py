@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ...data.pairs import Message, Pair, Turns
-from ...data.references import ReferenceSpec
+from ...data.references import GGUF, ReferenceSpec, from_pretrained
 from ...data.rendering import TODAY
+from ...data.rendering.renderer import load_tokenizer
 
 LOGITS_AT_ONCE = 512  # positions whose logits are float32 at a time
 
@@ -61,8 +63,8 @@ class PlainModel:
 
     def __init__(self, model: str, revision: str | None, dtype: str, adapter: str | None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=getattr(torch, dtype)
+        loaded: Any = from_pretrained(
+            AutoModelForCausalLM, model, revision, dtype=getattr(torch, dtype)
         )
         if adapter is not None:
             from peft import PeftModel
@@ -91,9 +93,12 @@ class PlainTokenizer:
     """A tokenizer with its own chat template or that of refs.yaml, as transformers uses them."""
 
     def __init__(self, model: str, revision: str | None, spec: ReferenceSpec) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(
-            model, revision=revision, mistral_format=False
-        )
+        if Path(model).suffix == GGUF:  # which transformers alone does not read quite right
+            self.tokenizer: Any = load_tokenizer(model)
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                model, revision=revision, mistral_format=False
+            )
         self.template, self.kwargs = spec.chat_template, dict(spec.chat_template_kwargs or {})
         added = self.tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special}

@@ -19,7 +19,7 @@ def refs(folder: Path, text: str) -> Path:
 def test_the_shipped_refs_yaml_names_three_hub_models() -> None:
     specs = load_refs(Path(__file__).parents[2] / "configs" / "refs.yaml")
     assert list(specs) == ["llama", "mistral", "qwen"]
-    assert all(spec.model_folder is None and spec.dtype == "bfloat16" for spec in specs.values())
+    assert all(spec.model_path is None and spec.dtype == "bfloat16" for spec in specs.values())
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_local_folder_is_relative_to_the_file_and_its_entry_survives_its_remov
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     path = refs(tmp_path, "a: {model: models/tiny}")
     spec = load_refs(path)["a"]
-    assert spec.model_folder == (tmp_path / "models" / "tiny").resolve()
+    assert spec.model_path == (tmp_path / "models" / "tiny").resolve()
     entry = spec.entry()
     (tmp_path / "models").rename(tmp_path / "away")
     assert load_refs(path)["a"].entry() == entry == {"model": "models/tiny"}
@@ -120,7 +120,7 @@ def test_a_mapping_is_read_as_a_file_that_holds_it(
         }
     )
     assert specs == load_refs(path)
-    assert specs["b"].model_folder == tmp_path.resolve() / "tiny"
+    assert specs["b"].model_path == tmp_path.resolve() / "tiny"
     with pytest.raises(UserError, match=r"^references: a: needs a 'model'"):
         load_refs({"a": {}})
 

@@ -230,7 +230,7 @@ def test_a_model_that_is_nowhere_says_so_in_one_line(hub_cache: Path) -> None:
     with pytest.raises(UserError, match="not in the Hub's cache") as caught:
         resolve_reference(ReferenceSpec("x", "org/other"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
+    with pytest.raises(UserError, match="nor a Hub id"):
         resolve_reference(ReferenceSpec("x", "./not/here"))
 
 
