@@ -1,6 +1,7 @@
 """Pairs to token ids, the same way for every model: template, text, tokens, split."""
 
 # ruff: noqa: F401 (what the folder offers)
+from .program import TODAY, run_template
 from .renderer import (
     RENDERING_VERSION,
     ExplainedSequence,
@@ -8,4 +9,4 @@ from .renderer import (
     RenderedSequence,
     Renderer,
 )
-from .template import TODAY, Refusal, RenderedText
+from .template import Refusal, RenderedText

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import RenderedPair, Renderer
+from mrpo.data.rendering import Refusal, RenderedPair, Renderer
 from mrpo.tests.data.families import (
     BY_NAME,
     FAMILIES,
@@ -102,8 +102,12 @@ def test_a_syllable_composed_across_the_boundary_is_scored_with_all_its_tokens()
 
 def test_a_control_token_that_swallows_the_responses_first_spaces_stays_in_the_prompt() -> None:
     renderer = BY_NAME["phi3"].renderer()
-    result = rendered(renderer, ask("  yes", "yes"))
-    assert result.chosen == result.rejected  # swallowed: the model can't see a difference
+    refusal = renderer.render(ask("  yes", "yes"))
+    assert isinstance(refusal, Refusal)  # swallowed: the model can't see a difference
+    assert refusal.reason == "responses_render_equal"
+    result = rendered(renderer, ask("  yes", "no"))
+    alone = rendered(renderer, ask("yes", "no"))
+    assert result == alone
     control = renderer.tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert result.chosen.token_ids[result.chosen.start - 1] == control
     assert not result.chosen.boundary
