@@ -30,15 +30,33 @@ def sentinel_start(
 ) -> int | None:
     """Where sentinels in place of the assistant's turns begin; None where `text` differs before.
 
-    First the whole content is replaced, then only what is inside and behind its thoughts.
+    First the whole content is replaced, then only what is inside and behind its thoughts. A turn
+    of tool calls alone begins where its text leaves that of a sentinel answer.
     """
     for keeps_thoughts in (False, True):
         shown = [show([*prompt, *_masked(turns, word, keeps_thoughts)]) for word in SENTINELS]
         head = common_beginning(*shown)
-        stands = shown[0].startswith((SENTINELS[0], SENTINELS[0][::-1]), len(head))
-        if stands and text.startswith(head):
+        if not shown[0].startswith((SENTINELS[0], SENTINELS[0][::-1]), len(head)):
+            continue
+        if text.startswith(head):
             return len(head)
+        if not turns[0].get("content") and turns[0].get("tool_calls"):
+            end = len(_before_marker(common_beginning(head, text)))
+            return end if end >= len(common_beginning(show(prompt), head)) else None
     return None
+
+
+def turn_end(
+    show: Show, opened: list[Message], tool_turn: Message, text: str, start: int, end_mark: str
+) -> int | None:
+    """Where the assistant's turn before a tool's turn ends: behind the last end mark before it.
+
+    `opened` is the conversation up to the tool's turn, `start` where the assistant's begins.
+    """
+    shown = [show([*opened, {**tool_turn, "content": word}]) for word in SENTINELS]
+    tool_begin = len(common_beginning(*shown))
+    at = text.rfind(end_mark, start, tool_begin) if end_mark else -1
+    return at + len(end_mark) if at >= 0 and text.startswith(shown[0][:tool_begin]) else None
 
 
 def shows_reasoning(show: Show, prompt: list[Message], turns: list[Message]) -> bool:
@@ -66,6 +84,14 @@ def reasoning_forms(turns: list[Message]) -> Iterator[list[Message]]:
 def common_beginning(first: str, second: str) -> str:
     """The text with which both begin."""
     return first[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))]
+
+
+def _before_marker(text: str) -> str:
+    """The text without a tag or control token that it ends within."""
+    for opening, closing in ("<>", "[]"):
+        if (at := text.rfind(opening)) > text.rfind(closing):
+            text = text[:at]
+    return text
 
 
 def absent_part(turns: list[Message], text: str) -> str | None:

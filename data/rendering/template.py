@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from jinja2.exceptions import UndefinedError
+
 from ...errors import UserError
 from .program import TEMPLATE_ERRORS, run_template, template_variables
 from .responses import (
@@ -27,6 +29,7 @@ from .responses import (
     reasoning_forms,
     sentinel_start,
     shows_reasoning,
+    turn_end,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +39,19 @@ if TYPE_CHECKING:
 
 Place = Literal["prefix", "sentinel"]  # the way in which the response's place was found
 SYSTEM_ROLES = ("system", "developer")
+# For templates that show nothing without a tool.
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Look a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +133,7 @@ class ChatTemplate:
     def thinking_kwargs(self) -> list[str]:
         """The template's own variables about thinking, for `chat_template_kwargs`."""
         names = template_variables(self.get() or "")
-        return sorted(name for name in names if "think" in name or "reason" in name)
+        return sorted(filter(re.compile(r"(?=.*(think|reason))(?!.*(content|text)$)").match, names))
 
     def render(self, pair: Pair) -> tuple[RenderedText, RenderedText] | Refusal:
         """Chosen and rejected as text, or why the template can't show them.
@@ -193,37 +209,48 @@ class ChatTemplate:
                 "response_not_shown",
                 f"the template leaves out {lacking}" + self._thinking_hint(),
             )
-        context = self._context(show, prompt, turns, text, tail)
+        context = self._context(show, prompt, turns, text, start, tail)
         if context is None:
             return Refusal(
                 "prompt_not_prefix",
-                "the response has several turns, and the template shows an earlier one otherwise "
-                "when further ones follow",
+                "the response has several turns, and where one of them ends can't be told from "
+                "what the template shows",
             )
         return replace(self._cut(text, start, tail), context=context, place=place)
 
     def _context(
-        self, show: Show, prompt: list[Message], turns: list[Message], text: str, tail: Tail
+        self,
+        show: Show,
+        prompt: list[Message],
+        turns: list[Message],
+        text: str,
+        start: int,
+        tail: Tail,
     ) -> tuple[tuple[int, int], ...] | None:
         """[begin, end) of what stands between the assistant's turns of a response.
 
-        None where the text up to a turn is not the beginning of the whole text.
+        None where a turn's beginning or end can't be told.
         """
-        context = []
+        context: list[tuple[int, int]] = []
         roles = [message["role"] for message in turns]
         for at in range(1, len(turns)):
             if roles[at] == "assistant" or roles[at - 1] != "assistant":
                 continue
             following = roles.index("assistant", at)
+            opened = [*prompt, *turns[:following]]
             before = self._cut(show([*prompt, *turns[:at]]), 0, tail).text
-            asked = show([*prompt, *turns[:following]], asks=True)
+            begin: int | None = len(before)
+            if not text.startswith(before):  # a template may show a last turn otherwise
+                since = context[-1][1] if context else start
+                args = [*prompt, *turns[:at]], turns[at], text, since
+                begin = turn_end(show, *args, tail.kept.strip())
+            asked = show(opened, asks=True)
             end: int | None = len(asked)
             if not text.startswith(asked):
-                opened = [*prompt, *turns[:following]]
                 end = sentinel_start(show, opened, turns[following:], text)
-            if end is None or not text.startswith(before):
+            if begin is None or end is None or begin > end:
                 return None
-            context.append((len(before), end))
+            context.append((begin, end))
         return tuple(context)
 
     def _cut(self, text: str, prompt_end: int, tail: Tail) -> RenderedText:
@@ -249,10 +276,16 @@ class ChatTemplate:
         try:
             text = show([*question, answer])
         except TEMPLATE_ERRORS as error:
-            raise UserError(
-                f"chat template of {self._name} can't show a question and an answer "
-                f"({_one_line(error)}); {way_out}"
-            ) from None
+            show = self._shower(template, {**self.kwargs, "tools": [TOOL]})
+            try:
+                text = show([*question, answer])  # a template for tools alone
+            except TEMPLATE_ERRORS:
+                if isinstance(error, UndefinedError):
+                    way_out = "set what it lacks in chat_template_kwargs, or " + way_out
+                raise UserError(
+                    f"chat template of {self._name} can't show a question and an answer "
+                    f"({_one_line(error)}); {way_out}"
+                ) from None
         _, sentinel, after = text.rpartition(SENTINELS[0])
         if not sentinel:
             raise UserError(
