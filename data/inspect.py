@@ -15,7 +15,7 @@ from ..settings import command
 from .config import InspectConfig
 from .pairs import Pair
 from .references import ReferenceSpec, load_refs, select_refs
-from .rendering import ExplainedSequence, Refusal, Renderer
+from .rendering import PLACES, ExplainedSequence, Refusal, Renderer
 from .shards import PairShards
 
 # Part of a sequence -> ANSI color, and the brackets that replace it without color.
@@ -42,6 +42,7 @@ def inspect(config: InspectConfig) -> None:
             revision=spec.revision,
             chat_template=spec.chat_template,
             chat_template_kwargs=spec.chat_template_kwargs,
+            system_role=spec.system_role,
         )
         for line in describe_pair(spec, renderer, pair, tokens=config.tokens, color=color):
             print(line)
@@ -56,15 +57,24 @@ def describe_pair(
     if isinstance(explained, Refusal):
         yield f"not scored, {explained.reason}: {explained.detail}"
         return
+    if pair.is_chat:
+        yield from dict.fromkeys(PLACES[branch.rendered.place] for branch in explained)
+        if known := renderer.template.thinking_kwargs:
+            yield f"its template knows chat_template_kwargs {', '.join(known)}"
+    else:
+        found = (renderer.own_end(str(turns)) for turns in (pair.chosen, pair.rejected))
+        if ends := sorted({end for end in found if end}):
+            yield f"its text ends with its own {' and '.join(map(repr, ends))}; none is added"
     names = [_paint(name, name.replace("end", "end of turn"), color) for name in LOOKS]
     yield "marked: " + ", ".join(names)
     for name, branch in zip(("chosen", "rejected"), explained):
         sequence = branch.sequence
-        scored, end = len(sequence.token_ids) - sequence.start, sequence.end_start
+        scored, end = sequence.num_scored, sequence.end_start
         yield (
             f"\n{name}: {sequence.start} tokens before it, {scored} scored, "
             f"{len(sequence.token_ids) - end} of them end of turn"
             + (", the first across the boundary" if sequence.boundary else "")
+            + (", a tool's turns between them" if sequence.context else "")
         )
         yield marked_text(branch, color)
         if tokens:
@@ -80,6 +90,9 @@ def marked_text(branch: ExplainedSequence, color: bool) -> str:
     if sequence.boundary:
         parts = [("prompt", text[:first]), ("boundary", text[first:first_end])]
         prompt_end = first_end
+    for begin, end in branch.rendered.context:
+        parts += [("response", text[prompt_end:begin]), ("prompt", text[begin:end])]
+        prompt_end = end
     parts += [("response", text[prompt_end:content_end])]
     parts += [("end", text[max(prompt_end, content_end) :])]
     if branch.spans[0] == (0, 0):  # BOS and EOS added to plain text
@@ -96,6 +109,8 @@ def _token_lines(branch: ExplainedSequence, color: bool) -> Iterator[str]:
         part = "prompt" if index < sequence.start else "response"
         if index == sequence.start and sequence.boundary:
             part = "boundary"
+        elif any(first <= index < stop for first, stop in sequence.context):
+            part = "prompt"
         elif index >= sequence.end_start:
             part = "end"
         piece = _visible(branch.tokens[index], newline="")

@@ -9,4 +9,4 @@ from .renderer import (
     RenderedSequence,
     Renderer,
 )
-from .template import Refusal, RenderedText
+from .template import PLACES, Refusal, RenderedText

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from ..pairs import Message, Pair
 
 Place = Literal["prefix", "sentinel"]  # the way in which the response's place was found
+PLACES: dict[Place, str] = {
+    "prefix": "the response begins after the generation prompt",
+    "sentinel": "the response begins where a sentinel in its place does, since the generation "
+    "prompt is not the beginning of a finished turn",
+}
 SYSTEM_ROLES = ("system", "developer")
 # For templates that show nothing without a tool.
 TOOL = {
