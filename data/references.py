@@ -172,8 +172,8 @@ def _check_value(where: str, key: str, value: Any) -> None:
         raise UserError(f"{where} is {value!r}; it must be one of {', '.join(DTYPES)}")
     if key == "system_role" and value not in SYSTEM_ROLES:
         raise UserError(
-            f"{where} is {value!r}; it must be {' or '.join(SYSTEM_ROLES)}, or left out for what the "
-            "chat template does"
+            f"{where} is {value!r}; it must be {' or '.join(SYSTEM_ROLES)}, or left out to "
+            "render system messages as the chat template does"
         )
 
 

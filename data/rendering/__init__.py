@@ -8,5 +8,7 @@ from .renderer import (
     RenderedPair,
     RenderedSequence,
     Renderer,
+    byte_tokenizer,
+    load_tokenizer,
 )
 from .template import PLACES, Refusal, RenderedText

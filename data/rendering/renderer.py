@@ -12,6 +12,7 @@ how characters lie under tokens; `spans` brings all of them to the same form.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -256,6 +257,27 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     if not {*tokenizer("a", add_special_tokens=False).input_ids} - {*tokenizer.all_special_ids}:
         raise UserError(f"model {model}: no tokenizer there; {way_out}")
     return tokenizer
+
+
+# What special tokens look like in templates: <|im_end|>, <｜User｜>, <turn|>, </s>, [INST], [e~[, …
+MARKERS = re.compile(
+    r"<[|｜][^<>\n'\"{}]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|</?[a-z_]+_of_[a-z_]+>|<[a-z]+:[a-z]+>"
+    r"|<sep>|</?s>|<SPECIAL_\d+>|\[/?[A-Z_]{3,}\]|\]~!?b\[|\]~b\]|\[e~\["
+)
+
+
+def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, and of what looks like special tokens in a template: to try it on."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    markers = {"<s>": 0, "</s>": 0} | dict.fromkeys(MARKERS.findall(template))
+    raw.add_special_tokens([AddedToken(marker, normalized=False) for marker in markers])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 
 def with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:

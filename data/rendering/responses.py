@@ -16,6 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..pairs import Message
+from .program import TEMPLATE_ERRORS
 
 Show = Callable[..., str]  # (messages, asks=False): the text, with a generation prompt if it asks
 # Of different first characters, last characters and lengths; backwards they stand for reasoning.
@@ -33,8 +34,12 @@ def sentinel_start(
     First the whole content is replaced, then only what is inside and behind its thoughts. A turn
     of tool calls alone begins where its text leaves that of a sentinel answer.
     """
-    for keeps_thoughts in (False, True):
-        shown = [show([*prompt, *_masked(turns, word, keeps_thoughts)]) for word in SENTINELS]
+    ways = [(False, False), (True, False), (False, True)]
+    for way in ways[: 2 + (len(turns) > 1)]:  # a template may refuse a tool's result without a call
+        try:
+            shown = [show([*prompt, *_masked(turns, word, *way)]) for word in SENTINELS]
+        except TEMPLATE_ERRORS:
+            continue
         head = common_beginning(*shown)
         if not shown[0].startswith((SENTINELS[0], SENTINELS[0][::-1]), len(head)):
             continue
@@ -112,10 +117,12 @@ def absent_part(turns: list[Message], text: str) -> str | None:
     return None
 
 
-def _masked(turns: list[Message], word: str, keeps_thoughts: bool) -> list[Message]:
+def _masked(
+    turns: list[Message], word: str, keeps_thoughts: bool, keeps_calls: bool = False
+) -> list[Message]:
     """The turns with a sentinel for every content, and backwards for all reasoning.
 
-    A tool call without content becomes content.
+    A call without content becomes content unless `keeps_calls`.
     """
     masked = []
     for message in turns:
@@ -135,8 +142,9 @@ def _masked(turns: list[Message], word: str, keeps_thoughts: bool) -> list[Messa
             mask["content"] = f"{found[1]}{word[::-1]}{found[3]}{word}"
         else:
             mask["content"] = word
-        kept = dict(message) if content else {k: v for k, v in message.items() if k != "tool_calls"}
-        masked.append({**kept, **mask})
+        masked.append({**message, **mask})
+        if not content and not keeps_calls:
+            masked[-1].pop("tool_calls", None)
     return masked
 
 

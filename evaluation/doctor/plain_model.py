@@ -25,6 +25,7 @@ from ...data.rendering import TODAY
 
 DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+ODD = "<think>odd</think>ly"  # as no template would write it
 LOGITS_AT_ONCE = 512  # positions whose logits are float32 at a time
 
 
@@ -134,9 +135,16 @@ class PlainTokenizer:
         asked = self._rendered(prompt, template, variables, asks=True)
         text = self._rendered([*prompt, *turns], template, variables)
         words = [word for turn in turns for word in _words(turn)]
-        if not all(word in text for word in words):
-            text = self._rendered([*prompt, *map(_everywhere, turns)], template, variables)
+        shown = turns
+        for form in (_everywhere, _in_content):  # until all is shown
+            if not all(word in text for word in words):
+                shown = [form(turn) for turn in turns]
+                text = self._rendered([*prompt, *shown], template, variables)
         if not text.startswith(asked):
+            content = str(shown[0].get("content") or "").strip()
+            odd = {"role": "assistant", "content": ODD}
+            if "</think>" in content and ODD in self._rendered([*prompt, odd], template, variables):
+                words = [content]  # shown as it is: its tags are the response's own
             places = [text.rfind(word) for word in words if word in text]
             asked = text[: min(places, default=0)]
         ids = self._ids(text)
@@ -197,6 +205,14 @@ def _everywhere(turn: Message) -> Message:
         return turn
     fields = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), reasoning[0])
     return {**turn, **fields, "content": content}
+
+
+def _in_content(turn: Message) -> Message:
+    """The turn with its reasoning in its content, as most models write it."""
+    *reasoning, content = _words(turn)
+    if not reasoning:
+        return turn
+    return {"role": turn["role"], "content": f"<think>\n{reasoning[0]}\n</think>\n\n{content}"}
 
 
 def _folded(prompt: list[Message]) -> list[Message]:
