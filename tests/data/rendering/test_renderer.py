@@ -54,6 +54,19 @@ def test_plain_text_that_brings_its_own_bos_and_eos_gets_no_second() -> None:
     assert own.chosen.end_start == len(own.chosen.token_ids) - 1
 
 
+def test_plain_text_that_ends_with_the_templates_end_of_turn_gets_no_eos() -> None:
+    renderer = BY_NAME["gemma"].renderer()
+    assert renderer.tokenizer.eos_token == "<eos>"
+    end = renderer.end_of_turn
+    pair = Pair("Is it?", f" Yes.{end}", f" No.{end}\n \n")
+    result = rendered(renderer, pair)
+    for branch, text in ((result.chosen, " Yes."), (result.rejected, " No.")):
+        assert decode(renderer, branch.token_ids).endswith(f"{text}{end}")
+        assert branch.end_start == len(branch.token_ids) - 1
+    assert renderer.own_end(f" Yes.{end}\n") == end
+    assert renderer.own_end(f" {end} Yes.") is None
+
+
 def test_plain_text_has_neither_where_the_tokenizer_uses_neither() -> None:
     tokenizer = BY_NAME["alpaca"].tokenizer()
     eos, tokenizer.eos_token = tokenizer.eos_token, None
