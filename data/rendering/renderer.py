@@ -249,7 +249,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         loaded = AutoTokenizer.from_pretrained(
             model, revision=revision, mistral_format=False, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
     tokenizer = with_offsets(loaded)
