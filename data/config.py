@@ -82,18 +82,33 @@ class InspectConfig(PairSettings):
     """Show a pair as a reference sees it: its template's text, and which of it is scored.
 
     The scored span and the end of turn are colored, or between brackets where there is no
-    color. No weights are loaded.
+    color. No weights are loaded. With --templates, a table in Markdown instead: which kinds of
+    conversation each chat template of a folder can show, and how the response is found.
 
     Example: `mrpo inspect --ref llama --row 7 --tokens`
     """
 
-    ref: Annotated[str, "Alias of the reference, or several as a,b,c."]
+    ref: Annotated[str | None, "Alias of the reference, or several as a,b,c."] = None
     row: Annotated[int, "Row of the pair in the data set, counted from 0."] = 0
     tokens: Annotated[bool, "List the tokens too: id, piece and part."] = False
     color: Annotated[
         Literal["auto", "always", "never"],
         "When to color; auto: on a terminal, unless NO_COLOR is set.",
     ] = "auto"
+    templates: Annotated[
+        str | None, "Folder of chat templates (*.jinja) to try, in place of a reference."
+    ] = None
+    tokenizer: Annotated[
+        str | None,
+        "Model or folder whose tokenizer --templates uses. By default bytes, and as special "
+        "tokens what looks like one in the template.",
+    ] = None
+
+    def __post_init__(self) -> None:
+        if (self.ref is None) == (self.templates is None):
+            raise UserError("name a reference with --ref, or a folder with --templates")
+        if self.tokenizer is not None and self.templates is None:
+            raise UserError("--tokenizer goes with --templates; a reference has its own")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,13 +9,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..settings import command
 from .config import InspectConfig
-from .pairs import Pair
+from .pairs import Message, Pair
 from .references import ReferenceSpec, load_refs, select_refs
-from .rendering import ExplainedSequence, Refusal, Renderer
+from .rendering import (
+    PLACES,
+    ExplainedSequence,
+    Refusal,
+    Renderer,
+    byte_tokenizer,
+    load_tokenizer,
+)
 from .shards import PairShards
 
 # Part of a sequence -> ANSI color, and the brackets that replace it without color.
@@ -29,7 +38,12 @@ LOOKS = {
 
 @command(InspectConfig)
 def inspect(config: InspectConfig) -> None:
-    """Print the pair for each reference named."""
+    """Print the pair for each reference named, or the table of a folder of templates."""
+    if config.templates is not None:
+        for line in template_table(Path(config.templates), config.tokenizer):
+            print(line)
+        return
+    assert config.ref is not None
     specs = select_refs(load_refs(config.refs_config), config.ref)
     pair = _pair_at(PairShards(config.pairs), config.row)
     color = config.color == "always" or (
@@ -42,9 +56,93 @@ def inspect(config: InspectConfig) -> None:
             revision=spec.revision,
             chat_template=spec.chat_template,
             chat_template_kwargs=spec.chat_template_kwargs,
+            system_role=spec.system_role,
         )
         for line in describe_pair(spec, renderer, pair, tokens=config.tokens, color=color):
             print(line)
+
+
+def template_table(folder: Path, tokenizer: str | None = None) -> Iterator[str]:
+    """A table in Markdown: how each template of a folder renders each of `TRIALS`, or why not."""
+    paths = sorted(folder.glob("*.jinja"))
+    if not paths:
+        raise UserError(f"--templates {folder}: no *.jinja there; name a folder of chat templates")
+    loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
+    yield f"| template | {' | '.join(TRIALS)} |"
+    yield "|---" * (len(TRIALS) + 1) + "|"
+    for path in paths:
+        source = path.read_text(encoding="utf-8")
+        try:
+            renderer = Renderer(loaded or byte_tokenizer(source), chat_template=source)
+            cells = [outcome(renderer, pair) for pair in TRIALS.values()]
+        except UserError:
+            cells = ["unusable"] * len(TRIALS)  # it shows no answer without variables of its own
+        yield f"| {path.stem} | {' | '.join(cells)} |"
+
+
+def outcome(renderer: Renderer, pair: Pair) -> str:
+    """How a pair's responses are found, or the reason why they are not scored."""
+    explained = renderer.explain(pair)
+    if isinstance(explained, Refusal):
+        return explained.reason
+    system = pair.prompt[0]["content"] if pair.prompt[0]["role"] == "system" else ""  # type: ignore[index]
+    if system not in explained[0].rendered.text:
+        return "system message not shown"
+    return ", ".join(dict.fromkeys(branch.rendered.place for branch in explained))
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": content, **more}
+
+
+def _called(total: int) -> list[Message]:
+    """A call of a tool, and its result."""
+    arguments = {"expression": "17 + 25", "unit": "apples"}
+    call = {
+        "id": "call00001",
+        "type": "function",
+        "function": {"name": "calculate", "arguments": arguments},
+    }
+    result = {"role": "tool", "name": "calculate", "tool_call_id": "call00001"}
+    return [_assistant("", tool_calls=[call]), {**result, "content": f"total: {total}"}]
+
+
+_TEXT = {"type": "string", "description": "A text."}
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "calculate",
+            "description": "Computes a sum.",
+            "parameters": {
+                "type": "object",
+                "properties": {"expression": _TEXT, "unit": _TEXT},
+                "required": ["expression"],
+            },
+        },
+    }
+]
+_ASKED = _user("How many apples are 17 and 25?")
+_ANSWERS = [_assistant("It is 42 apples.")], [_assistant("Perhaps 41, or so?")]
+_THOUGHT = (
+    [_assistant("It is 42 apples.", reasoning_content="Ten and twenty, seven and five.")],
+    [_assistant("Perhaps 41, or so?", reasoning_content="A guess will do.")],
+)
+# What the table of templates tries: kind of conversation -> pair.
+TRIALS = {
+    "one turn": Pair([_ASKED], *_ANSWERS),
+    "system": Pair([{"role": "system", "content": "Count with care."}, _ASKED], *_ANSWERS),
+    "many turns": Pair([_user("Hi!"), _assistant("Hello there."), _ASKED], *_ANSWERS),
+    "tools": Pair([_ASKED, *_called(42)], *_ANSWERS, tools=_TOOLS),
+    "tool turns in the answer": Pair(
+        [_ASKED], [*_called(42), *_ANSWERS[0]], [*_called(41), *_ANSWERS[1]], tools=_TOOLS
+    ),
+    "reasoning in the answer": Pair([_ASKED], *_THOUGHT),
+}
 
 
 def describe_pair(
@@ -56,15 +154,24 @@ def describe_pair(
     if isinstance(explained, Refusal):
         yield f"not scored, {explained.reason}: {explained.detail}"
         return
+    if pair.is_chat:
+        yield from dict.fromkeys(PLACES[branch.rendered.place] for branch in explained)
+        if known := renderer.template.thinking_kwargs:
+            yield f"its template knows chat_template_kwargs {', '.join(known)}"
+    else:
+        found = (renderer.own_end(str(turns)) for turns in (pair.chosen, pair.rejected))
+        if ends := sorted({end for end in found if end}):
+            yield f"its text ends with its own {' and '.join(map(repr, ends))}; none is added"
     names = [_paint(name, name.replace("end", "end of turn"), color) for name in LOOKS]
     yield "marked: " + ", ".join(names)
     for name, branch in zip(("chosen", "rejected"), explained):
         sequence = branch.sequence
-        scored, end = len(sequence.token_ids) - sequence.start, sequence.end_start
+        scored, end = sequence.num_scored, sequence.end_start
         yield (
             f"\n{name}: {sequence.start} tokens before it, {scored} scored, "
             f"{len(sequence.token_ids) - end} of them end of turn"
             + (", the first across the boundary" if sequence.boundary else "")
+            + (", a tool's turns between them" if sequence.context else "")
         )
         yield marked_text(branch, color)
         if tokens:
@@ -80,6 +187,9 @@ def marked_text(branch: ExplainedSequence, color: bool) -> str:
     if sequence.boundary:
         parts = [("prompt", text[:first]), ("boundary", text[first:first_end])]
         prompt_end = first_end
+    for begin, end in branch.rendered.context:
+        parts += [("response", text[prompt_end:begin]), ("prompt", text[begin:end])]
+        prompt_end = end
     parts += [("response", text[prompt_end:content_end])]
     parts += [("end", text[max(prompt_end, content_end) :])]
     if branch.spans[0] == (0, 0):  # BOS and EOS added to plain text
@@ -96,6 +206,8 @@ def _token_lines(branch: ExplainedSequence, color: bool) -> Iterator[str]:
         part = "prompt" if index < sequence.start else "response"
         if index == sequence.start and sequence.boundary:
             part = "boundary"
+        elif any(first <= index < stop for first, stop in sequence.context):
+            part = "prompt"
         elif index >= sequence.end_start:
             part = "end"
         piece = _visible(branch.tokens[index], newline="")

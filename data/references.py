@@ -29,6 +29,7 @@ DEFAULT_REFS = Path("configs/refs.yaml")
 PACKAGED_REFS = Path(__file__).resolve().parents[1] / DEFAULT_REFS
 GGUF = ".gguf"  # ends the name of a model in one file, as llama.cpp has them
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SYSTEM_ROLES = ("fold",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class ReferenceSpec:
     adapter: str | None = None
     chat_template: str | None = None  # the template's text, read from its file if it was a path
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system_role: str | None = None  # fold: a system message goes before the first user turn
     tensor_parallel_size: int = 1
     folder: Path = field(default=Path(), compare=False)  # of refs.yaml: local paths start there
 
@@ -191,6 +193,11 @@ def _check_value(where: str, key: str, value: Any) -> None:
         raise UserError(f"{where} is a URL; name a Hub id (org/name) or a folder")
     if key == "dtype" and value not in DTYPES:
         raise UserError(f"{where} is {value!r}; it must be one of {', '.join(DTYPES)}")
+    if key == "system_role" and value not in SYSTEM_ROLES:
+        raise UserError(
+            f"{where} is {value!r}; it must be {' or '.join(SYSTEM_ROLES)}, or left out to "
+            "render system messages as the chat template does"
+        )
 
 
 def _template(where: str, folder: Path, value: str) -> str:

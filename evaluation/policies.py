@@ -33,7 +33,10 @@ class Policy:
 
 
 def policy_at(
-    path: str, name: str | None = None, kwargs: Mapping[str, Any] | None = None
+    path: str,
+    name: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    system_role: str | None = None,
 ) -> Policy:
     """The policy at a path or on the Hub; `kwargs` are for its chat template.
 
@@ -43,7 +46,9 @@ def policy_at(
         raise UserError("--policies: one of them is a URL; name a folder or a Hub id (org/name)")
     folder = Path(path).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else path
-    reference = ReferenceSpec("policy", model, chat_template_kwargs=kwargs or {})
+    reference = ReferenceSpec(
+        "policy", model, chat_template_kwargs=kwargs or {}, system_role=system_role
+    )
     if (folder / ADAPTER_CONFIG).is_file():
         adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = adapter["base_model_name_or_path"]
@@ -67,8 +72,9 @@ def policy_of_run(run: str | Path, name: str) -> Policy:
             "`mrpo train --resume`"
         )
     saved = checkpoints(folder.checkpoints)
-    kwargs = saved[-1].settings[POLICY]["chat_template_kwargs"] if saved else {}
-    return policy_at(str(folder.model), name, kwargs)
+    source = saved[-1].settings[POLICY] if saved else {}
+    kwargs, system_role = source.get("chat_template_kwargs"), source.get("system_role")
+    return policy_at(str(folder.model), name, kwargs, system_role)
 
 
 def run_settings(run: str) -> TrainConfig:

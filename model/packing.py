@@ -160,9 +160,9 @@ class _Columns:
         """Append the scored tokens: the first is at index `first` and is predicted at `opener`."""
         assert sequence.start > 0, "the first token of a sequence has nothing to predict it"
         count = len(sequence.token_ids) - sequence.start
-        self.predict += [opener, *range(first, first + count - 1)]
-        self.targets += sequence.token_ids[sequence.start :]
-        self.token_counts.append(count)
+        self.predict += sequence.scored([opener, *range(first, first + count - 1)])
+        self.targets += sequence.scored(sequence.token_ids[sequence.start :])
+        self.token_counts.append(sequence.num_scored)
 
     def batch(
         self, width: int, spans: tuple[tuple[int, int], ...] | None, device: torch.device | str

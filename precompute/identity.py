@@ -1,8 +1,9 @@
 """What makes a reference's scores, and with it the reference's name in the store.
 
 The identity is a digest of the weights (a Hub commit, or digests of local files), adapter,
-tokenizer files, chat template and its arguments, precision, quantization and rendering version: a
-change of any makes another reference. Engine, library versions, machine, folder and data set are
+tokenizer files, chat template and its arguments, precision, quantization and rendering version, and
+where they are used, folded system messages and sentinels that find a response: a change of any
+makes another reference. Engine, library versions, machine, folder and data set are
 not part of it.
 
     reference = resolve_reference(spec, store.kept_commits(spec))
@@ -27,7 +28,7 @@ from typing import Any
 
 from ..data.ids import digest_of, identity_of
 from ..data.references import DTYPES, ReferenceSpec
-from ..data.rendering import RENDERING_VERSION
+from ..data.rendering import RENDERING_VERSION, Renderer
 from ..data.store import ReferenceRecord
 from ..errors import UserError
 from ..files import write_json
@@ -146,6 +147,8 @@ def _inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str, Any]:
         # As text: null is an argument too, and canonical JSON would drop it.
         "chat_template_kwargs": spec.chat_template_kwargs
         and json.dumps(dict(spec.chat_template_kwargs), sort_keys=True),
+        "system_role": spec.system_role,
+        "response_place": response_place(spec, commits.get("model")),
     }
     folder = spec.model_path
     if folder is None:
@@ -167,6 +170,23 @@ def _inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str, Any]:
     elif spec.adapter is not None:
         inputs["adapter"] = {"commit": commits["adapter"]}
     return {key: value for key, value in inputs.items() if value}
+
+
+def response_place(spec: ReferenceSpec, commit: str | None = None) -> str | None:
+    """ "sentinel" where a reference's template shows a response's place in that way alone.
+
+    None where the generation prompt leads to it, and where there is no tokenizer to load: scoring
+    stops there, and says why.
+    """
+    with contextlib.suppress(UserError):
+        renderer = Renderer.load(
+            spec.model_folder or spec.model,
+            revision=commit or spec.revision,
+            chat_template=spec.chat_template,
+            chat_template_kwargs=spec.chat_template_kwargs,
+        )
+        return None if renderer.template.place == "prefix" else renderer.template.place
+    return None
 
 
 def _dtype(spec: ReferenceSpec, commit: str | None) -> str:

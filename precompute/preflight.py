@@ -185,7 +185,7 @@ def _survey_shard(task: tuple[Job, PairSelection, int, list[int]]) -> MissingPai
     return MissingPairs(
         todo=len(work.pairs),
         tokens=work.tokens,
-        scored_tokens=sum(len(branch.token_ids) - branch.start for branch in branches),
+        scored_tokens=sum(branch.num_scored for branch in branches),
         longest=max(map(padded_tokens, work.pairs), default=0),
         over_limit=work.over_limit,
         refused=Counter(row["reason"] for row in work.refused),

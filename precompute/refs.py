@@ -11,13 +11,14 @@ from pathlib import Path
 from rich.filesize import decimal as readable_size
 
 from ..data.references import ReferenceSpec, from_pretrained, load_refs, select_refs
+from ..data.rendering import PLACES
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store, open_store
 from ..errors import UserError
 from ..settings import command
 from ..terminal import print_table
 from .config import RefsConfig
-from .identity import MODEL_CONFIG, WEIGHT_FILES, hub_config
+from .identity import MODEL_CONFIG, WEIGHT_FILES, hub_config, response_place
 
 UNKNOWN = "?"
 
@@ -39,6 +40,8 @@ def refs(config: RefsConfig) -> None:
         except UserError as error:
             facts = (UNKNOWN, UNKNOWN, UNKNOWN)
             notes.append(f"{spec.alias}: {error}")
+        else:
+            notes += rendering_notes(spec)
         name = spec.model + (f"@{spec.revision[:12]}" if spec.revision else "")
         name += f" + {spec.adapter}" if spec.adapter else ""
         rows.append((spec.alias, name, *facts, _scored(spec, store, pairs)))
@@ -47,6 +50,16 @@ def refs(config: RefsConfig) -> None:
         print(note)
     data = "no pairs here" if pairs is None else f"{pairs.num_pairs:,} pairs in {pairs.path}"
     print(f"\n{data}; scores in {store.root}; references in {config.refs_config}")
+
+
+def rendering_notes(spec: ReferenceSpec) -> list[str]:
+    """What is special about how a reference's pairs are rendered, a line each."""
+    notes = []
+    if response_place(spec) == "sentinel":
+        notes.append(f"{spec.alias}: {PLACES['sentinel']}")
+    if spec.system_role == "fold":
+        notes.append(f"{spec.alias}: system messages go in front of the first user turn")
+    return notes
 
 
 def _model_facts(spec: ReferenceSpec) -> tuple[str, str, str]:

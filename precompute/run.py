@@ -273,6 +273,7 @@ class _Run:
             identity=reference.identity,
             chat_template=spec.chat_template,
             chat_template_kwargs=dict(spec.chat_template_kwargs),
+            system_role=spec.system_role,
             context=model_context(reference),
             limit=config.max_model_len,
             keep_token_logps=config.keep_token_logps,

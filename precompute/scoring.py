@@ -83,6 +83,7 @@ class Job:
     identity: str
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
+    system_role: str | None = None
     context: int | None  # tokens of the longest sequence the model itself takes
     limit: int | None  # the same of this run
     keep_token_logps: bool
@@ -212,6 +213,7 @@ def renderer_for(job: Job) -> Renderer:
             revision=job.settings.revision,
             chat_template=job.chat_template,
             chat_template_kwargs=job.chat_template_kwargs,
+            system_role=job.system_role,
         )
     return _renderers[job.identity]
 
@@ -274,8 +276,8 @@ def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
     sums = {}
     for name in ("chosen", "rejected"):
         sequence, values = getattr(pair, name), getattr(logps, name)
-        assert len(values) == len(sequence.token_ids) - sequence.start
-        end = values[sequence.end_start - sequence.start :]
+        assert len(values) == sequence.num_scored
+        end = values[len(values) - (len(sequence.token_ids) - sequence.end_start) :]
         sums[f"{name}_logp"] = float(values.astype(np.float64).sum())
         sums[f"{name}_end_logp"] = float(end.astype(np.float64).sum())
     return sums
@@ -283,8 +285,8 @@ def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
 
 def _token_counts(pair: RenderedPair) -> dict[str, Any]:
     return {
-        "chosen_tokens": len(pair.chosen.token_ids) - pair.chosen.start,
-        "rejected_tokens": len(pair.rejected.token_ids) - pair.rejected.start,
+        "chosen_tokens": pair.chosen.num_scored,
+        "rejected_tokens": pair.rejected.num_scored,
         "prompt_tokens": pair.chosen.start,
         "chosen_boundary": pair.chosen.boundary,
         "rejected_boundary": pair.rejected.boundary,

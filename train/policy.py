@@ -42,6 +42,7 @@ class PolicySource:
     adapter: str | None = None  # merged into the model before training
     chat_template: str | None = None  # the text of one in place of the model's own
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system_role: str | None = None
     tokenizer: str | None = None  # a folder with one of its own, where it is not the model's
 
     @property
@@ -75,6 +76,7 @@ def policy_source(
             adapter=base.adapter and str(base.adapter_folder or base.adapter),
             chat_template=template or base.chat_template,
             chat_template_kwargs=dict(base.chat_template_kwargs),
+            system_role=base.system_role,
         )
         return source, template in (None, base.chat_template)
     assert config.policy is not None

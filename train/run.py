@@ -204,6 +204,7 @@ def _renderer(source: PolicySource) -> Renderer:
         revision=source.revision if source.tokenizer is None else None,
         chat_template=source.chat_template,
         chat_template_kwargs=source.chat_template_kwargs,
+        system_role=source.system_role,
     )
 
 

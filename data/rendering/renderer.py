@@ -13,8 +13,10 @@ how characters lie under tokens; `spans` brings all of them to the same form.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +35,26 @@ RENDERING_VERSION = 1  # part of a score's identity: raise it when any token id 
 
 @dataclass(frozen=True, slots=True)
 class RenderedSequence:
-    """One branch of a pair as token ids; the scored tokens are `token_ids[start:]`."""
+    """One branch of a pair as token ids; scored is `token_ids[start:]` without its `context`."""
 
     token_ids: list[int]
     start: int  # index of the first scored token, at least 1
     end_start: int  # index of the first end-of-turn token; len(token_ids) where there is none
     boundary: bool  # the first scored token begins before the response does
+    context: tuple[tuple[int, int], ...] = ()  # index ranges of tool turns, none at the end
+
+    @property
+    def num_scored(self) -> int:
+        return len(self.token_ids) - self.start - sum(end - begin for begin, end in self.context)
+
+    def scored(self, values: Any) -> Any:
+        """Of a list or array with a value for each of `token_ids[start:]`, the scored ones'."""
+        if not self.context:
+            return values
+        begins = [self.start, *(end for _, end in self.context)]
+        ends = [*(begin for begin, _ in self.context), len(self.token_ids)]
+        kept = [i - self.start for begin, end in zip(begins, ends) for i in range(begin, end)]
+        return [values[i] for i in kept] if isinstance(values, list) else values[kept]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +85,11 @@ class Renderer:
         *,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        system_role: str | None = None,
     ) -> None:
         """Raises `UserError` for a tokenizer without offsets and a template that can't be used."""
         self.tokenizer = with_offsets(tokenizer)
-        self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs)
+        self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, system_role)
         self._backend = bare_backend(tokenizer)
         self._added = dict(tokenizer.added_tokens_decoder)
         self._bos = bos_in_use(tokenizer)
@@ -86,12 +103,14 @@ class Renderer:
         revision: str | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        system_role: str | None = None,
     ) -> Renderer:
         """The renderer of a Hub model, a model folder or a GGUF file; never loads weights."""
         return cls(
             load_tokenizer(str(model), revision),
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
+            system_role=system_role,
         )
 
     @property
@@ -120,7 +139,7 @@ class Renderer:
                 rendered.append(branches)
                 continue
             sequences = (self._sequence(b, next(encodings), pair.is_chat) for b in branches)
-            rendered.append(_paired(*sequences))
+            rendered.append(_paired(*sequences, alike=pair.chosen == pair.rejected))
         return rendered
 
     def explain(self, pair: Pair) -> tuple[ExplainedSequence, ExplainedSequence] | Refusal:
@@ -136,9 +155,29 @@ class Renderer:
         """Chosen and rejected as the text that is tokenised (plain text without BOS and EOS)."""
         if pair.is_chat:
             return self.template.render(pair)
-        end = len(pair.prompt)
-        chosen, rejected = (f"{pair.prompt}{turns}" for turns in (pair.chosen, pair.rejected))
-        return RenderedText(chosen, end, len(chosen)), RenderedText(rejected, end, len(rejected))
+        chosen, rejected = (
+            self._plain(str(pair.prompt), str(turns)) for turns in (pair.chosen, pair.rejected)
+        )
+        return chosen, rejected
+
+    def own_end(self, text: str) -> str | None:
+        """The end of turn or EOS with which a plain text ends by itself, so that none is added."""
+        text = text.rstrip()
+        return next((end for end in self._ends if text.endswith(end)), None)
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """The texts that end a turn: EOS, and the template's end of turn."""
+        ends = (self.tokenizer.eos_token, (self.end_of_turn or "").strip())
+        return tuple(str(end) for end in ends if end)
+
+    def _plain(self, prompt: str, response: str) -> RenderedText:
+        """A text that brings its own end ends there, as a chat does: without white space after."""
+        text = prompt + response
+        if (end := self.own_end(response)) is None:
+            return RenderedText(text, len(prompt), len(text))
+        text = text.rstrip()
+        return RenderedText(text, len(prompt), len(text) - len(end))
 
     def _sequence(
         self, rendered: RenderedText, encoding: Encoding, is_chat: bool
@@ -146,25 +185,35 @@ class Renderer:
         ids = encoding.ids
         start = end_start = len(ids)
         boundary = False
+        context: list[tuple[int, int]] = []
+        between = list(rendered.context)  # taken from the last to the first, as the tokens are
         for index, begin, end in spans(rendered.text, encoding, self._added):
             if end <= rendered.prompt_end:
                 break
             start, boundary = index, begin < rendered.prompt_end
             if begin >= rendered.content_end:
                 end_start = index
+            while between and end <= between[-1][0]:
+                between.pop()
+            if between and between[-1][0] <= begin and end <= between[-1][1]:
+                stop = context.pop()[1] if context and context[-1][0] == index + 1 else index + 1
+                context.append((index, stop))
         if not is_chat:  # plain text gets BOS and EOS where the tokenizer has them and it doesn't
             if self._bos is not None and ids[:1] != [self._bos]:
-                ids, start = [self._bos, *ids], start + 1
-            if self._eos is not None and (start == len(ids) or ids[-1] != self._eos):
-                ids = [*ids, self._eos]
-            end_start = len(ids) if self._eos is None else len(ids) - 1
+                ids, start, end_start = [self._bos, *ids], start + 1, end_start + 1
+            if self._eos is not None and rendered.content_end == len(rendered.text):
+                end_start = len(ids)
+                if start < len(ids) and ids[-1] == self._eos:  # written by prompt and response
+                    end_start -= 1
+                else:
+                    ids = [*ids, self._eos]
         if start == len(ids):
             return Refusal("empty_response_tokens", "the response has no tokens of its own")
         if start == 0:
             return Refusal(
                 "nothing_before_response", "no token comes before the first of the response"
             )
-        return RenderedSequence(ids, start, end_start, boundary)
+        return RenderedSequence(ids, start, end_start, boundary, tuple(context[::-1]))
 
     def _explained(self, rendered: RenderedText, sequence: RenderedSequence) -> ExplainedSequence:
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)
@@ -177,12 +226,15 @@ class Renderer:
 
 
 def _paired(
-    chosen: RenderedSequence | Refusal, rejected: RenderedSequence | Refusal
+    chosen: RenderedSequence | Refusal, rejected: RenderedSequence | Refusal, *, alike: bool
 ) -> RenderedPair | Refusal:
+    """Both branches with their shared part; `alike` where the data's responses are the same."""
     if isinstance(chosen, Refusal):
         return Refusal(chosen.reason, f"chosen: {chosen.detail}")
     if isinstance(rejected, Refusal):
         return Refusal(rejected.reason, f"rejected: {rejected.detail}")
+    if chosen.token_ids == rejected.token_ids and not alike:
+        return Refusal("responses_render_equal", "the responses differ, and their token ids do not")
     shared, most = 0, min(chosen.start, rejected.start)
     while shared < most and chosen.token_ids[shared] == rejected.token_ids[shared]:
         shared += 1
@@ -199,7 +251,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         loaded = from_pretrained(
             AutoTokenizer, model, revision, mistral_format=False, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
     tokenizer = with_offsets(loaded)
@@ -239,6 +291,27 @@ def _as_in_gguf(tokenizer: PreTrainedTokenizerFast, path: str) -> PreTrainedToke
         clean_up_tokenization_spaces=False,
         **{name: getattr(tokenizer, name) for name in names},
     )
+
+
+# What special tokens look like in templates: <|im_end|>, <｜User｜>, <turn|>, </s>, [INST], [e~[, …
+MARKERS = re.compile(
+    r"<[|｜][^<>\n'\"{}]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|</?[a-z_]+_of_[a-z_]+>|<[a-z]+:[a-z]+>"
+    r"|<sep>|</?s>|<SPECIAL_\d+>|\[/?[A-Z_]{3,}\]|\]~!?b\[|\]~b\]|\[e~\["
+)
+
+
+def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, and of what looks like special tokens in a template: to try it on."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    markers = {"<s>": 0, "</s>": 0} | dict.fromkeys(MARKERS.findall(template))
+    raw.add_special_tokens([AddedToken(marker, normalized=False) for marker in markers])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 
 def with_offsets(tokenizer: Any) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ...data.join import precompute_line
 from ...data.references import ReferenceSpec, load_refs
+from ...data.rendering import PLACES, Renderer
 from ...data.shards import PairShards
 from ...data.store import NotScored, ReferenceRecord, open_store
 from ...errors import UserError
@@ -25,12 +26,13 @@ from ...settings import comma_separated, command, write_resolved
 from ...terminal import Rows, table_lines
 from ..config import DoctorConfig
 from ..figures import UNITS, ReferenceFigures, figures, method_first_loss
-from ..score_table import ScoreTable, load_score_table
+from ..score_table import ScoreTable, load_score_table, pairs_at
 from .checks import check_scores
 from .findings import Finding
 from .probe import REFUTED, ProbeReport, probe
 from .verdicts import Advice, Verdict, advise, verdict_on
 
+SHOWN_PAIRS = 1_000  # of plain text, looked at for an end of their own
 MARGINS = "summed margins, log pi(chosen) - log pi(rejected)"
 
 
@@ -46,6 +48,7 @@ class Diagnosis:
     verdicts: list[Verdict]
     advice: Advice
     first_loss: float  # of MRPO with all references, where the policy starts at the base
+    rendering: list[str]  # what is special about how pairs are rendered, a line each
 
     @property
     def exit_code(self) -> int:
@@ -119,6 +122,11 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
         ],
         advice=advice,
         first_loss=method_first_loss(table.pair_scores(), table.aliases, "mrpo", config.beta),
+        rendering=[
+            note
+            for reference, spec in zip(table.references, known)
+            for note in _rendering_notes(reference.record, spec, table, pairs)
+        ],
     )
 
 
@@ -126,6 +134,28 @@ def _spec_of(record: ReferenceRecord, specs: Mapping[str, ReferenceSpec]) -> Ref
     """The entry of refs.yaml with which the scores were made, if it is still there."""
     spec = specs.get(record.alias)
     return spec if spec is not None and spec.entry() == record.entry else None
+
+
+def _rendering_notes(
+    record: ReferenceRecord, spec: ReferenceSpec | None, table: ScoreTable, pairs: PairShards
+) -> Iterator[str]:
+    """How a reference's responses were found, if not as usual, and texts that bring their end."""
+    if (place := record.inputs.get("response_place")) is not None:
+        yield f"{record.alias}: {PLACES[place]}"
+    if record.inputs.get("system_role") == "fold":
+        yield f"{record.alias}: system messages go in front of the first user turn"
+    if pairs.kind != "text" or spec is None:
+        return
+    try:
+        renderer = Renderer.load(spec.model_folder or spec.model, revision=spec.revision)
+    except UserError:  # its tokenizer is not on this machine
+        return
+    shown = pairs_at(pairs, table.places[:SHOWN_PAIRS])
+    found = [renderer.own_end(str(t)) for pair in shown for t in (pair.chosen, pair.rejected)]
+    if ends := sorted({end for end in found if end}):
+        share = sum(end is not None for end in found) / len(found)
+        texts = " or ".join(map(repr, ends))
+        yield f"{record.alias}: {share:.0%} of the texts bring their own {texts}; none is added"
 
 
 def _vocabulary(spec: ReferenceSpec | None) -> int | None:
@@ -155,6 +185,10 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     for title, rows in tables.items():
         yield from ["", title] if title else [""]
         yield from table_lines(rows)
+    if diagnosis.rendering:
+        yield ""
+    for note in diagnosis.rendering:
+        yield f"rendering  {note}"
     if diagnosis.probes:
         yield ""
     for probed in diagnosis.probes:

@@ -1,12 +1,16 @@
 """An independent way to score: one sequence at a time, transformers' own forward, all logits.
 
-Shares no code with stage one but the date that templates are shown: prompt and whole conversation
-go through `apply_chat_template`, each is tokenized by an ordinary call, and the response begins
-where the two lists of ids differ. Slow, and meant for a few pairs (`probe.py`).
+Shares no code with stage one but the date that templates are shown, written as text in place of
+each `strftime_now("…")` in the template (a format that is not a literal shows today's date). Prompt
+and whole conversation go through transformers' `apply_chat_template`, each is tokenized by an
+ordinary call, and the response begins where the two lists of ids differ; where the prompt's text is
+not the beginning of the other, it begins where its own words are found. Reasoning is passed in all
+fields that templates read at once. Slow, and meant for a few pairs (`probe.py`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,9 @@ from ...data.references import GGUF, ReferenceSpec, from_pretrained
 from ...data.rendering import TODAY
 from ...data.rendering.renderer import load_tokenizer
 
+DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+ODD = "<think>odd</think>ly"  # as no template would write it
 LOGITS_AT_ONCE = 512  # positions whose logits are float32 at a time
 
 
@@ -100,6 +107,7 @@ class PlainTokenizer:
                 model, revision=revision, mistral_format=False
             )
         self.template, self.kwargs = spec.chat_template, dict(spec.chat_template_kwargs or {})
+        self._folds = spec.system_role == "fold"
         added = self.tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special}
         self._special = special | set(self.tokenizer.all_special_ids)
@@ -116,19 +124,36 @@ class PlainTokenizer:
         ids: list[int] = self.tokenizer(prompt + response).input_ids
         before: list[int] = self.tokenizer(prompt).input_ids
         eos = self.tokenizer.eos_token_id
-        if ended and eos is not None and ids[-1] != eos:
+        stripped: list[int] = self.tokenizer(prompt + response.rstrip()).input_ids
+        if stripped[-1] in self._special and response.strip():  # it brings its own end
+            ids = stripped
+        elif ended and eos is not None:
             ids = [*ids, eos]
         start = max(1, _common_prefix(before, ids))
-        return PlainSequence(ids, start, len(ids) - (ids[-1] == eos))
+        return PlainSequence(ids, start, len(ids) - (ids[-1] in self._special))
 
     def _chat(self, pair: Pair, turns: Turns, template: str | None) -> PlainSequence:
         assert isinstance(pair.prompt, list)
         assert isinstance(turns, list)
         variables = {"tools": pair.tools, **self.kwargs, **(pair.chat_template_kwargs or {})}
-        before = self._ids(self._rendered(pair.prompt, template, variables, asks=True))
-        text = self._rendered([*pair.prompt, *turns], template, variables)
+        prompt = _folded(pair.prompt) if self._folds else pair.prompt
+        asked = self._rendered(prompt, template, variables, asks=True)
+        text = self._rendered([*prompt, *turns], template, variables)
+        words = [word for turn in turns for word in _words(turn)]
+        shown = turns
+        for form in (_everywhere, _in_content):  # until all is shown
+            if not all(word in text for word in words):
+                shown = [form(turn) for turn in turns]
+                text = self._rendered([*prompt, *shown], template, variables)
+        if not text.startswith(asked):
+            content = str(shown[0].get("content") or "").strip()
+            odd = {"role": "assistant", "content": ODD}
+            if "</think>" in content and ODD in self._rendered([*prompt, odd], template, variables):
+                words = [content]  # shown as it is: its tags are the response's own
+            places = [text.rfind(word) for word in words if word in text]
+            asked = text[: min(places, default=0)]
         ids = self._ids(text)
-        start = max(1, _common_prefix(before, ids))
+        start = max(1, _common_prefix(self._ids(asked), ids))
         end = self._end_of_turn(ids, start)
         if end is not None:
             return PlainSequence(ids[: end + 1], start, end)
@@ -144,12 +169,12 @@ class PlainTokenizer:
         variables: Mapping[str, Any],
         asks: bool = False,
     ) -> str:
+        source: str = self.tokenizer.get_chat_template(template, variables.get("tools"))
         text: str = self.tokenizer.apply_chat_template(
             list(messages),
-            chat_template=template,
+            chat_template=DATE.sub(lambda call: repr(TODAY.strftime(call[2])), source),
             tokenize=False,
             add_generation_prompt=asks,
-            strftime_now=TODAY.strftime,
             **variables,
         )
         return text
@@ -167,6 +192,40 @@ class PlainTokenizer:
             elif self.tokenizer.decode([ids[index]]).strip():
                 break
         return first
+
+
+def _words(turn: Message) -> list[str]:
+    """The turn's reasoning and answer, without white space around them."""
+    content = str(turn.get("content") or "")
+    found = THOUGHTS.fullmatch(content)
+    texts = [turn.get("reasoning_content"), turn.get("thinking"), turn.get("reasoning")]
+    texts += found.groups() if found else [content]
+    return [text.strip() for text in texts if text and text.strip()]
+
+
+def _everywhere(turn: Message) -> Message:
+    """The turn with its reasoning in every field that templates read, and out of its content."""
+    *reasoning, content = _words(turn)
+    if not reasoning:
+        return turn
+    fields = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), reasoning[0])
+    return {**turn, **fields, "content": content}
+
+
+def _in_content(turn: Message) -> Message:
+    """The turn with its reasoning in its content, as most models write it."""
+    *reasoning, content = _words(turn)
+    if not reasoning:
+        return turn
+    return {"role": turn["role"], "content": f"<think>\n{reasoning[0]}\n</think>\n\n{content}"}
+
+
+def _folded(prompt: list[Message]) -> list[Message]:
+    """A system message joined to the first user turn, as `system_role: fold` asks."""
+    if len(prompt) < 2 or prompt[0]["role"] != "system" or prompt[1]["role"] != "user":
+        return prompt
+    text = f"{prompt[0]['content']}\n\n{prompt[1]['content']}"
+    return [{**prompt[1], "content": text}, *prompt[2:]]
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -76,6 +76,11 @@ def probe(
     tokenizer = PlainTokenizer(resolved.model, resolved.revision, resolved.spec)
     exact = resolved.dtype == "float32" and "autocast" not in reference.record.inputs
     texts = pairs_at(pairs, table.places[rows])
+    # The plain way scores all that follows the prompt: no responses with a tool's turns.
+    kept = [n for n, pair in enumerate(texts) if not _has_tool_turns(pair)]
+    if not kept:
+        return ProbeReport(reference.alias, skipped="all its responses have turns of tools")
+    rows, texts = rows[kept], [texts[n] for n in kept]
     responses: list[ProbedResponse] = []
     bar = tqdm(texts, desc=f"probe {reference.alias}", unit=" pairs", disable=None)
     for pair, row in zip(bar, rows):
@@ -155,6 +160,10 @@ def check_template(
     evidence = f"with the model's own chat template responses cost {np.mean(saved):.0%} fewer nats"
     cause = f"{setting}: not what the model was trained on"
     return Finding("suspect", "template", evidence, cause, "probe")
+
+
+def _has_tool_turns(pair: Pair) -> bool:
+    return pair.is_chat and len(pair.chosen) + len(pair.rejected) > 2
 
 
 def _resolve(

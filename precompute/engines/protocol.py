@@ -23,7 +23,7 @@ Progress = Callable[[int], None]  # called with the pairs finished since the las
 
 @dataclass(frozen=True, slots=True)
 class PairTokenLogps:
-    """Log-probs in nats of the scored tokens, `token_ids[start:]` of each branch."""
+    """Log-probs in nats of the scored tokens of each branch, as `RenderedSequence.scored`."""
 
     chosen: Logps
     rejected: Logps

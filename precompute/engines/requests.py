@@ -69,7 +69,8 @@ def scored_pair(pair: RenderedPair, parts: Mapping[int, Logps]) -> PairTokenLogp
     """A pair's log-probs from its requests, by branch; common tokens have the chosen response's."""
     chosen, own = parts[CHOSEN], parts.get(REJECTED, np.empty(0, np.float32))
     count = len(pair.rejected.token_ids) - pair.rejected.start
-    return PairTokenLogps(chosen, np.concatenate([chosen[: count - len(own)], own]))
+    rejected = np.concatenate([chosen[: count - len(own)], own])
+    return PairTokenLogps(pair.chosen.scored(chosen), pair.rejected.scored(rejected))
 
 
 def common_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> int:

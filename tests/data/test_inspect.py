@@ -115,3 +115,49 @@ def test_what_the_template_refuses_is_said_and_is_no_error(
 def test_a_row_that_is_not_there_is_refused(folder: Path, row: int) -> None:
     with pytest.raises(UserError, match=f"--row {row}: pairs has rows 0 to 2"):
         inspect(InspectConfig(ref="llama", row=row, refs_config="refs.yaml"))
+
+
+def test_the_way_to_the_response_and_an_own_end_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], tiny_references: dict[str, Path]
+) -> None:
+    assert "begins after the generation prompt" in shown(capsys, ref="llama")
+    opens = (
+        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '</s>' }}{%- endfor %}"
+        "{{ 'assistant: ' ~ ('<think>' if enable_thinking is not defined) "
+        "if add_generation_prompt }}"
+    )
+    (folder / "opens.jinja").write_text(opens)
+    with (folder / "refs.yaml").open("a") as file:
+        file.write(f"opens: {{model: {tiny_references['mistral']}, chat_template: opens.jinja}}\n")
+    out = shown(capsys, ref="opens", row=1)
+    assert "where a sentinel in its place does" in out
+    assert "chat_template_kwargs enable_thinking" in out
+    assert "assistant: [[5]]{{</s>}}" in out
+    row = {"prompt": "Say: ", "chosen": "yes</s>", "rejected": "no</s>\n"}
+    (folder / "ended.jsonl").write_text(json.dumps(row))
+    prepare(PrepareConfig(source="ended.jsonl", out="ended"))
+    out = shown(capsys, ref="mistral", pairs="ended")
+    assert "its text ends with its own '</s>'; none is added" in out
+    assert "[[yes]]{{</s>}}" in out
+    assert "[[no]]{{</s>}}" in out
+
+
+def test_a_folder_of_templates_becomes_a_table(
+    folder: Path, capsys: pytest.CaptureFixture[str], tiny_references: dict[str, Path]
+) -> None:
+    (folder / "broken.jinja").write_text("{% for m in messages %}")
+    (folder / "users.jinja").write_text(
+        "{% for m in messages if m.role != 'system' %}{{ m.role ~ ': ' ~ m.content }}</s>"
+        "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    for settings in ({}, {"tokenizer": str(tiny_references["llama"])}):
+        lines = shown(capsys, templates=".", **settings).splitlines()
+        rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines}
+        assert rows["template"][:3] == ["one turn", "system", "many turns"]
+        assert rows["broken"][0] == "unusable"
+        assert rows["gemma"][:3] == ["prefix", "template_refused", "prefix"]
+        assert rows["users"][:3] == ["prefix", "system message not shown", "prefix"]
+    with pytest.raises(UserError, match=r"no \*\.jinja there"):
+        inspect(InspectConfig(templates="pairs"))
+    with pytest.raises(UserError, match="with --ref, or a folder with --templates"):
+        InspectConfig()

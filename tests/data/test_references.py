@@ -78,6 +78,7 @@ def test_a_local_folder_is_relative_to_the_file_and_its_entry_survives_its_remov
         ("a: {model: org/name, dtype: int3}", "must be one of auto, float32"),
         ("a: {model: org/name, tensor_parallel_size: 0}", "whole number from 1"),
         ("a: {model: org/name, chat_template_kwargs: [1]}", "must map names"),
+        ("a: {model: org/name, system_role: user}", "must be fold, or left out"),
         ("a: {model: org/name, chat_template: gone.jinja}", "can't be read"),
         ("a: {model: 'https://user:secret@host/m'}", "is a URL"),
     ],

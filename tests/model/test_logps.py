@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from mrpo.data.rendering import RenderedPair
+from mrpo.data.rendering import RenderedPair, RenderedSequence
 from mrpo.errors import UserError
 from mrpo.model.load import Attention, set_attention
 from mrpo.model.logps import SequenceLogps, split_by_sequence, sum_by_sequence
@@ -41,6 +41,30 @@ def test_padded_rows_equal_packed_rows(tiny_lm: Lm, pairs: list[RenderedPair]) -
     with torch.no_grad():
         assert torch.allclose(logps(pack(pairs)), expected, atol=1e-5)
         assert torch.allclose(logps(unpacked(pairs)), expected, atol=1e-5)
+
+
+def test_what_a_tool_says_within_a_response_is_read_and_not_scored(
+    tiny_lm: Lm, pairs: list[RenderedPair]
+) -> None:
+    def with_tool(sequence: RenderedSequence) -> RenderedSequence:
+        begin, end = sequence.start + 1, len(sequence.token_ids) - 1
+        return replace(sequence, context=((begin, end),)) if begin < end else sequence
+
+    tools = [
+        replace(pair, chosen=with_tool(pair.chosen), rejected=with_tool(pair.rejected))
+        for pair in pairs
+    ]
+    kept = []
+    for pair in tools:
+        for sequence in (pair.chosen, pair.rejected):
+            length = len(sequence.token_ids) - sequence.start
+            kept += [i in (0, length - 1) for i in range(length)]
+    assert 0 < sum(kept) < len(kept)
+    expected = one_at_a_time(tiny_lm("llama"), pairs)[torch.tensor(kept)]
+    logps = SequenceLogps(tiny_lm("llama"))
+    with torch.no_grad():
+        assert torch.allclose(logps(pack(tools)), expected, atol=1e-5)
+        assert torch.allclose(logps(unpacked(tools)), expected, atol=1e-5)
 
 
 def test_scores_do_not_depend_on_neighbours(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:

@@ -34,7 +34,10 @@ def rendered_pairs(draw: st.DrawFn) -> RenderedPair:
         ids = shared + own + response
         tail = draw(st.integers(0, len(response)))
         start = len(shared + own)
-        branches.append(RenderedSequence(ids, start, len(ids) - tail, boundary=False))
+        begin = draw(st.integers(start + 1, len(ids)))  # a tool's turn, where there is room
+        end = draw(st.integers(begin, max(begin, len(ids) - 1)))
+        context = ((begin, end),) if begin < end else ()
+        branches.append(RenderedSequence(ids, start, len(ids) - tail, False, context))
     return RenderedPair(branches[0], branches[1], len(shared))
 
 
@@ -45,11 +48,16 @@ def sequences(pairs: list[RenderedPair]) -> list[RenderedSequence]:
     return [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
 
 
+def scored_places(sequence: RenderedSequence) -> list[int]:
+    between = {i for begin, end in sequence.context for i in range(begin, end)}
+    return sorted({*range(sequence.start, len(sequence.token_ids))} - between)
+
+
 def check_scored_tokens(batch: Batch, pairs: list[RenderedPair]) -> None:
     """Every scored token once, in order, with the index of its sequence."""
     rows = sequences(pairs)
-    assert batch.targets.tolist() == [t for s in rows for t in s.token_ids[s.start :]]
-    assert batch.token_counts == tuple(len(s.token_ids) - s.start for s in rows)
+    assert batch.targets.tolist() == [s.token_ids[k] for s in rows for k in scored_places(s)]
+    assert batch.token_counts == tuple(len(scored_places(s)) for s in rows)
     assert batch.sequence.tolist() == [
         i for i, n in enumerate(batch.token_counts) for _ in range(n)
     ]
@@ -59,9 +67,7 @@ def check_predictors(batch: Batch, pairs: list[RenderedPair]) -> None:
     """What predicts a token is its predecessor: same sequence or shared, one position before."""
     ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     branches, owners = batch.branch.flatten(), batch.pair.flatten()
-    places = [
-        (i, k) for i, s in enumerate(sequences(pairs)) for k in range(s.start, len(s.token_ids))
-    ]
+    places = [(i, k) for i, s in enumerate(sequences(pairs)) for k in scored_places(s)]
     for at, (number, place) in zip(batch.predict.tolist(), places):
         assert ids[at] == sequences(pairs)[number].token_ids[place - 1]
         assert positions[at] == place - 1

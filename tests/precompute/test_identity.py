@@ -50,6 +50,7 @@ def test_a_copied_folder_under_another_alias_is_the_same_reference(folder: Path)
         {"chat_template": "{{ messages }}"},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template_kwargs": {"enable_thinking": None}},
+        {"system_role": "fold"},
     ],
 )
 def test_what_refs_yaml_says_of_the_scores_is_part_of_it(folder: Path, change: dict) -> None:
@@ -249,3 +250,24 @@ def test_the_loader_is_told_the_folder_and_the_commit(folder: Path, hub_cache: P
     )
     assert (local.model, local.revision) == (str(folder.resolve()), None)
     assert hub.hub_config("org/name", A) == {"dtype": "bfloat16"}
+
+
+OPENS = (
+    "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '</s>' }}{%- endfor %}"
+    "{{ 'assistant: ' ~ ('<think>' if think is not defined) if add_generation_prompt }}"
+)
+
+
+def test_the_way_to_find_a_response_is_part_of_it_only_where_it_is_by_sentinels(
+    folder: Path,
+) -> None:
+    inputs = resolve_reference(spec_of(folder)).inputs
+    assert not {"response_place", "system_role"} & set(inputs)  # earlier scores are found again
+    opens = spec_of(folder, chat_template=OPENS)
+    assert resolve_reference(opens).inputs["response_place"] == "sentinel"
+    off = replace(opens, chat_template_kwargs={"think": False})
+    assert "response_place" not in resolve_reference(off).inputs
+    folds = spec_of(folder, system_role="fold")
+    assert resolve_reference(folds).inputs["system_role"] == "fold"
+    assert folds.entry()["system_role"] == "fold"
+    assert "system_role" not in spec_of(folder).entry()

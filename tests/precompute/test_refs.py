@@ -51,3 +51,21 @@ def test_the_license_is_that_of_the_model_card(
 def test_an_unknown_alias_is_named_with_the_known_ones(refs_yaml: Path) -> None:
     with pytest.raises(UserError, match="unknown reference 'lama'; known: llama, qwen, gone"):
         refs(RefsConfig(refs="lama", refs_config=str(refs_yaml)))
+
+
+def test_what_is_special_about_a_references_rendering_has_a_line(
+    tmp_path: Path, tiny_references: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "opens.jinja").write_text(
+        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '</s>' }}{%- endfor %}"
+        "{{ 'assistant: <think>' if add_generation_prompt }}"
+    )
+    (tmp_path / "refs.yaml").write_text(
+        f"llama: {{model: {tiny_references['llama']}, system_role: fold}}\n"
+        f"opens: {{model: {tiny_references['llama']}, chat_template: opens.jinja}}\n"
+    )
+    refs(RefsConfig(refs_config=str(tmp_path / "refs.yaml"), store=str(tmp_path / "store")))
+    out = capsys.readouterr().out
+    assert "llama: system messages go in front of the first user turn" in out
+    assert "opens: the response begins where a sentinel in its place does" in out
+    assert "llama: the response" not in out

@@ -32,7 +32,10 @@ def pairs(draw: st.DrawFn) -> RenderedPair:
     for response, merged in zip(responses, early):
         ids = [*prompt[:-1], 9, *response] if merged else prompt + response
         start = len(prompt) - merged
-        sequences.append(RenderedSequence(ids, start, len(ids), merged))
+        begin = draw(st.integers(start + 1, len(ids)))  # a tool's turn, where there is room
+        end = draw(st.integers(begin, max(begin, len(ids) - 1)))
+        context = ((begin, end),) if begin < end else ()
+        sequences.append(RenderedSequence(ids, start, len(ids), merged, context))
     return RenderedPair(*sequences, shared=0)
 
 
@@ -82,7 +85,9 @@ def test_requests_give_every_scored_token_once(batch: list[RenderedPair], block:
     for index, pair in enumerate(batch):
         scored = scored_pair(pair, parts[index])
         for logps, sequence in ((scored.chosen, pair.chosen), (scored.rejected, pair.rejected)):
-            places = range(sequence.start, len(sequence.token_ids))
+            between = {i for begin, end in sequence.context for i in range(begin, end)}
+            places = sorted({*range(sequence.start, len(sequence.token_ids))} - between)
+            assert sequence.num_scored == len(places)
             wanted = [true_logp(sequence.token_ids, place) for place in places]
             assert logps.tolist() == np.array(wanted, dtype=np.float32).tolist()
 

@@ -5,13 +5,15 @@ The characters under a token are taken from the tokenizer's own call, not from r
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, RenderedSequence, RenderedText
+from mrpo.data.rendering import Refusal, RenderedPair, RenderedSequence, RenderedText
 from mrpo.tests.data.families import FAMILIES, Family, message
 
 # Random Unicode, and more often what tokenizers trip over: white space, accents that compose with
@@ -59,6 +61,20 @@ def own_tokens(family: Family, text: str) -> tuple[list[int], list[tuple[int, in
     tokenizer = (family.untrimmed or family.tokenizer)()
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoded["input_ids"], encoded["offset_mapping"]
+
+
+def alike(
+    pair: Pair, texts: tuple[RenderedText, RenderedText], ids: RenderedPair | Refusal
+) -> bool:
+    """Whether the pair is refused since its responses differ in nothing that the model sees."""
+    if not isinstance(ids, Refusal) or ids.reason != "responses_render_equal":
+        return False
+    assert pair.chosen != pair.rejected
+    squeezed = [
+        "".join(unicodedata.normalize("NFC", text.text).replace("▁", " ").split()) for text in texts
+    ]
+    assert squeezed[0] == squeezed[1]
+    return True
 
 
 def check_branch(family: Family, rendered: RenderedText, branch: RenderedSequence) -> None:
@@ -115,6 +131,8 @@ def test_scored_tokens_hold_the_response_of_a_chat_and_nothing_else(
     )
     texts, ids = renderer.texts(pair), renderer.render(pair)
     assert not isinstance(texts, Refusal)
+    if alike(pair, texts, ids):
+        return
     assert not isinstance(ids, Refusal)
     for content, rendered, branch in zip((chosen, rejected), texts, (ids.chosen, ids.rejected)):
         scored = rendered.text[rendered.prompt_end : rendered.content_end]
@@ -141,6 +159,8 @@ def test_scored_tokens_hold_the_response_of_plain_text_and_nothing_else(
     pair = Pair(prompt, chosen, rejected)
     texts, ids = renderer.texts(pair), renderer.render(pair)
     assert not isinstance(texts, Refusal)
+    if alike(pair, texts, ids):
+        return
     if isinstance(ids, Refusal):  # a prompt joined to the response whole, and no BOS before it
         assert ids.reason == "nothing_before_response"
         assert renderer.tokenizer("a").input_ids == own_tokens(family, "a")[0]

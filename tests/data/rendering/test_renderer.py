@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import RenderedPair, Renderer
+from mrpo.data.rendering import Refusal, RenderedPair, Renderer
 from mrpo.tests.data.families import (
     BY_NAME,
     FAMILIES,
@@ -52,6 +52,19 @@ def test_plain_text_that_brings_its_own_bos_and_eos_gets_no_second() -> None:
     own = rendered(renderer, Pair("<s>Is it?", " Yes.</s>", " No.</s>"))
     assert own == bare
     assert own.chosen.end_start == len(own.chosen.token_ids) - 1
+
+
+def test_plain_text_that_ends_with_the_templates_end_of_turn_gets_no_eos() -> None:
+    renderer = BY_NAME["gemma"].renderer()
+    assert renderer.tokenizer.eos_token == "<eos>"
+    end = renderer.end_of_turn
+    pair = Pair("Is it?", f" Yes.{end}", f" No.{end}\n \n")
+    result = rendered(renderer, pair)
+    for branch, text in ((result.chosen, " Yes."), (result.rejected, " No.")):
+        assert decode(renderer, branch.token_ids).endswith(f"{text}{end}")
+        assert branch.end_start == len(branch.token_ids) - 1
+    assert renderer.own_end(f" Yes.{end}\n") == end
+    assert renderer.own_end(f" {end} Yes.") is None
 
 
 def test_plain_text_has_neither_where_the_tokenizer_uses_neither() -> None:
@@ -102,8 +115,12 @@ def test_a_syllable_composed_across_the_boundary_is_scored_with_all_its_tokens()
 
 def test_a_control_token_that_swallows_the_responses_first_spaces_stays_in_the_prompt() -> None:
     renderer = BY_NAME["phi3"].renderer()
-    result = rendered(renderer, ask("  yes", "yes"))
-    assert result.chosen == result.rejected  # swallowed: the model can't see a difference
+    refusal = renderer.render(ask("  yes", "yes"))
+    assert isinstance(refusal, Refusal)  # swallowed: the model can't see a difference
+    assert refusal.reason == "responses_render_equal"
+    result = rendered(renderer, ask("  yes", "no"))
+    alone = rendered(renderer, ask("yes", "no"))
+    assert result == alone
     control = renderer.tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert result.chosen.token_ids[result.chosen.start - 1] == control
     assert not result.chosen.boundary

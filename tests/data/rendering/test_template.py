@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, Renderer
+from mrpo.data.rendering import Refusal, RenderedPair, Renderer
 from mrpo.tests.data.families import (
     BY_NAME,
     FAMILIES,
@@ -146,16 +146,93 @@ def test_an_empty_think_block_moves_to_the_prompt_when_thinking_is_off() -> None
     assert split(renderer, on)[1] == "<think>\n\n</think>\n\nYes."
 
 
-def test_a_template_that_drops_what_its_own_prompt_opened_is_refused() -> None:
-    opens = (
-        "{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}"
-        "{%- endfor %}{{ '<|im_start|>assistant\\n<think>\\n' if add_generation_prompt }}"
-    )
-    renderer = Renderer(BY_NAME["qwen3"].tokenizer(), chat_template=opens)
-    refusal = renderer.render(ask())
+OPENS = (
+    "{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}"
+    "{%- endfor %}{{ '<|im_start|>assistant\\n<think>\\n' if add_generation_prompt }}"
+)
+
+
+def test_what_a_prompt_opens_and_a_finished_turn_lacks_is_no_part_of_either() -> None:
+    renderer = Renderer(BY_NAME["qwen3"].tokenizer(), chat_template=OPENS)
+    assert renderer.template.place == "sentinel"
+    prompt = "<|im_start|>user\nIs it?<|im_end|><|im_start|>assistant\n"
+    assert split(renderer, ask()) == (prompt, "Yes.", "<|im_end|>")
+    # Responses that share their first characters with each other and with a sentinel.
+    same = ask("SENTINELx is the word.", "SENTINELxRESPONSE")
+    assert split(renderer, same) == (prompt, "SENTINELx is the word.", "<|im_end|>")
+    # A response that opens the block itself follows the prompt as it is.
+    thinking = ask("<think>\nHm.</think>Yes.", "No.")
+    assert split(renderer, thinking)[:2] == (f"{prompt}<think>\n", "Hm.</think>Yes.")
+    assert BY_NAME["qwen3"].renderer().template.place == "prefix"
+
+
+def test_a_prompt_that_changes_with_the_response_is_refused() -> None:
+    counts = "{{ messages[-1].content | length if not add_generation_prompt else 'next' }}" + OPENS
+    renderer = Renderer(BY_NAME["qwen3"].tokenizer(), chat_template=counts)
+    refusal = renderer.render(ask("Yes, it is.", "No."))
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "prompt_not_prefix"
-    assert '"<think>\\n"' in refusal.detail
+    assert '"next<|im_start|>user' in refusal.detail
+
+
+def test_a_response_that_the_template_does_not_show_is_refused() -> None:
+    family = BY_NAME["qwen2.5"]
+    cuts = family.template.replace("content", "content[:20]")
+    for template, kind in ((family.template, None), (cuts, "response_not_shown")):
+        renderer = Renderer(family.tokenizer(), chat_template=template)
+        result = renderer.render(ask("Yes, and I say so at length.", "No."))
+        assert (result.reason if isinstance(result, Refusal) else None) == kind
+    escapes = family.template.replace("message.content }}", "message.content | tojson }}")
+    escapes = escapes.replace("~ message.content", "~ (message.content | tojson)")
+    pair = ask('He said "no"\nand left.', "No.")
+    assert isinstance(
+        Renderer(family.tokenizer(), chat_template=escapes).render(pair), RenderedPair
+    )
+
+
+def test_different_responses_that_render_alike_are_refused() -> None:
+    refusal = BY_NAME["llama3"].renderer().render(ask(" Yes.", "Yes.\n"))  # its template trims
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "responses_render_equal"
+
+
+def test_a_system_message_that_a_template_refuses_goes_before_the_first_user_turn() -> None:
+    family = BY_NAME["gemma"]
+    pair = pair_of([message("system", "Be brief."), *TURNS], "4.", "5.")
+    refusal = family.renderer().render(pair)
+    assert isinstance(refusal, Refusal)
+    assert "system_role: fold in refs.yaml" in refusal.detail
+    folding = Renderer(family.tokenizer(), chat_template=family.template, system_role="fold")
+    prompt, scored, end = EXPECTED["gemma"]
+    folded = prompt.replace("user\nHi", "user\nBe brief.\n\nHi")
+    assert split(folding, pair) == (folded, scored, end)
+    without = pair_of(TURNS, "4.", "5.")
+    assert folding.render(without) == family.renderer().render(without)
+
+
+def test_of_several_turns_only_the_assistants_own_tokens_are_scored() -> None:
+    renderer = BY_NAME["qwen2.5"].renderer()
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    chosen, rejected = (
+        [call, message("tool", result), message("assistant", f"It is {result}.")]
+        for result in ("four", "five")
+    )
+    pair = Pair([message("user", "2+2?")], chosen, rejected, tools=TOOLS)
+    result = rendered(renderer, pair)
+    branch = result.chosen
+    ((begin, end),) = branch.context
+    ids = branch.token_ids
+    assert decode(renderer, ids[branch.start : begin]).startswith("<tool_call>")
+    assert decode(renderer, ids[branch.start : begin]).endswith("</tool_call><|im_end|>")
+    between = decode(renderer, ids[begin:end])
+    assert between.strip().startswith("<|im_start|>user\n<tool_response>\nfour")
+    assert between.endswith("<|im_start|>assistant\n")
+    assert decode(renderer, ids[end:]) == "It is four.<|im_end|>"
+    assert branch.end_start == len(ids) - 1
+    assert branch.num_scored == len(ids) - branch.start - (end - begin)
+    numbers = list(range(branch.start, len(ids)))
+    assert branch.scored(numbers) == [*range(branch.start, begin), *range(end, len(ids))]
+    assert result.shared == branch.start  # the calls are the same, and scored all the same
 
 
 CALL = {"function": {"name": "add", "arguments": {"a": 2, "b": 2}}}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mrpo.data.store import Store
+from mrpo.data.config import PrepareConfig
+from mrpo.data.prepare import prepare
+from mrpo.data.references import load_refs
+from mrpo.data.rendering import Renderer
+from mrpo.data.store import ReferenceRecord, Store
 from mrpo.evaluation.doctor.checks import check_scores
-from mrpo.evaluation.doctor.doctor import doctor
+from mrpo.evaluation.doctor.doctor import diagnose, diagnosis_lines, doctor
 from mrpo.evaluation.figures import figures
 from mrpo.evaluation.score_table import ScoreTable, load_score_table
+from mrpo.precompute.identity import resolve_reference
 from mrpo.tests.evaluation.doctor import faulty
-from mrpo.tests.evaluation.trained import Clinic, open_clinic
+from mrpo.tests.evaluation.trained import Clinic, open_clinic, score
 
 
 def loaded(clinic: Clinic, store: Store) -> ScoreTable:
@@ -46,6 +52,7 @@ def test_scores_and_probe_find_nothing(
     diagnosis = some.diagnose(some.store(tmp_path / "store"), probe=16)
     assert [verdict.state for verdict in diagnosis.verdicts] == ["healthy"] * 3
     assert not any(diagnosis.findings.values())
+    assert diagnosis.rendering == []
     for report in diagnosis.probes:
         assert (report.skipped, report.agree, report.other_tokens) == (None, report.responses, 0)
         assert report.responses == 32
@@ -115,3 +122,40 @@ def test_the_command_writes_what_it_prints_and_says_so(
     swapped = clinic.store(tmp_path / "swapped", qwen=faulty.swapped(clinic.scores["qwen"]))
     assert doctor(clinic.config(swapped)).exit_code == 1
     assert "chosen and rejected were exchanged" in capsys.readouterr().out
+
+
+def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: Path) -> None:
+    opens = (
+        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{%- endfor %}"
+        "{{ 'assistant: <think>' if add_generation_prompt }}"
+    )
+    (tmp_path / "refs.yaml").write_text(
+        f"llama: {{model: {clinic.models['llama']}, system_role: fold, chat_template: opens.jinja}}"
+    )
+    (tmp_path / "opens.jinja").write_text(opens)
+    spec = load_refs(tmp_path / "refs.yaml")["llama"]
+    end = Renderer.load(clinic.models["llama"]).tokenizer.eos_token
+    rows = [
+        {"prompt": f"Is it {n}?", "chosen": f" Yes, {n}.{end if n % 2 else ''}", "rejected": " No."}
+        for n in range(8)
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = prepare(
+        PrepareConfig(source=str(tmp_path / "texts.jsonl"), out=str(tmp_path / "texts"))
+    )
+    store = Store(tmp_path / "store")
+    record = ReferenceRecord(
+        alias="llama", entry=spec.entry(), inputs=resolve_reference(spec).inputs
+    )
+    store.record(record)
+    for table in (clinic.scores["llama"], score(clinic.models["llama"], texts.pairs(0))):
+        store.scores(record.identity).add(table)
+    config = clinic.config(store, refs="llama", probe=4)
+    config = replace(config, refs_config=str(tmp_path / "refs.yaml"), out=str(tmp_path / "d.json"))
+    said = "\n".join(diagnosis_lines(diagnose(config)))
+    assert "rendering  llama: the response begins where a sentinel in its place does" in said
+    assert "rendering  llama: system messages go in front of the first user turn" in said
+    assert "of the texts bring" not in said
+    said = "\n".join(diagnosis_lines(diagnose(replace(config, pairs=str(texts.path)))))
+    assert f"llama: 25% of the texts bring their own {end!r}; none is added" in said
+    assert "probe  llama: 8 of 8 responses score the same again" in said
