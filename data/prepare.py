@@ -1,8 +1,11 @@
 """`mrpo prepare`: preference data of any known format to shards of pairs.
 
-Rows stream through in batches: read (`sources.py`), turned into pairs (`formats.py`), corrected by
-reviewed tables (`reviewed.py`), checked against the ids of all earlier pairs (`ids.py`), written
-(`shards.py`). Memory holds one shard and about 20 bytes a pair.
+Rows stream through in batches: read (`sources.py`), made examples (`layouts.py`) and pairs
+(`formats.py`), corrected by reviewed tables (`reviewed.py`), checked against the ids of all earlier
+pairs (`ids.py`), written (`shards.py`). Memory holds one shard and about 20 bytes a pair.
+
+What is held out comes first: sources of its own, and before any pair is written the groups of the
+rows that a split column holds out, so that no training pair of such a group is kept.
 
 The output is all or nothing: its files are written to a hidden folder and moved into place once all
 are complete. An error leaves what was there before; a run killed during the move leaves a folder
@@ -15,7 +18,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
@@ -29,12 +32,14 @@ from ..errors import UserError
 from ..files import sync
 from ..settings import command, write_resolved
 from .config import PrepareConfig
-from .formats import REASONS, Broken, PairReader, Unusable, by_reason, pair_columns
+from .fields import split_of
+from .formats import REASONS, Broken, PairReader, RawPair, Unusable, by_reason
 from .ids import IdSet, ids_from_bytes
-from .pairs import Pair, is_validation
+from .layouts import IN_VALIDATION, LEFT_OUT, RowReader
+from .pairs import Pair, Turns, first_turn, group_id, is_validation
 from .reviewed import Review
 from .shards import MANIFEST, PairShards, ShardWriter
-from .sources import Row, Source, open_sources
+from .sources import Source, open_sources, unread_files
 
 PAIRS = "pairs"  # the default folder
 DROPPED = "dropped.jsonl"
@@ -55,13 +60,16 @@ def prepare(config: PrepareConfig) -> PairShards:
     Raises `UserError` for data or settings that cannot be used, and then writes nothing.
     """
     sources = open_sources(config.source)
+    held_out = open_sources(config.validation_source) if config.validation_source else []
     out = Path(config.out)
     with _staged(out) as folder:
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
             with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
                 for source in sources:
-                    for rows in preparation.read(source):
+                    preparation.find_held_out(source)
+                for source in held_out + sources:
+                    for rows in preparation.read(source, held_out=source in held_out):
                         progress.update(rows)
         preparation.finish()
         write_resolved(config, folder / SETTINGS)
@@ -77,6 +85,9 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
     return PairShards(folder or PAIRS)
 
 
+Numbered = tuple[int, Mapping[str, Any], RawPair | str]  # the row's number, the row, its example
+
+
 class _Preparation:
     """Reads sources one after the other, writes their pairs and counts what was dropped."""
 
@@ -86,41 +97,88 @@ class _Preparation:
         self._dropped = dropped
         self._known = IdSet()
         self._review = Review(config.exclude, config.flip)
-        self._sources: list[dict[str, str | int]] = []
+        self._held_out = IdSet()  # groups that a split column or a source of their own holds out
+        self._with_split: set[Source] = set()
+        self._sources: list[dict[str, Any]] = []
+        self._unused: dict[str, None] = {}
+        self._ignored_nowhere = set(config.ignored())
+        self._examples = 0
         self._splits: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()  # of rows that gave no pair, duplicates too
+        self._split_values: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()  # of what gave no pair, duplicates too
         self._first_pair = ""  # where its row is, for messages
         self._first_unusable = ""
 
-    def read(self, source: Source) -> Iterator[int]:
+    def find_held_out(self, source: Source) -> None:
+        """Remember the groups of the rows that the split column of a source holds out."""
+        reader, pairs = RowReader(self._config), PairReader(source.name)
+        groups: list[bytes] = []
+        for number, _, example in reader.examples(source):
+            if not reader.has_split:
+                break  # rows of JSON that have one later are refused then
+            self._with_split.add(source)
+            if (
+                isinstance(example, RawPair)
+                and self._split(source, number, example) == "validation"
+            ):
+                try:
+                    pair, _ = pairs.read(example)
+                except (Broken, Unusable):
+                    continue  # counted or refused when the pairs are written
+                groups.append(group_id(self._group(pair, example)))
+            if len(groups) == BATCH_ROWS:
+                self._held_out.add(ids_from_bytes(groups))
+                groups.clear()
+        self._held_out.add(ids_from_bytes(groups))
+        if source in self._with_split and self._config.validation_fraction:
+            raise UserError(
+                f"{source.given} has a split column, so --validation-fraction "
+                f"{self._config.validation_fraction} holds out nothing; leave one of them out "
+                "(--ignore-columns split)"
+            )
+
+    def read(self, source: Source, held_out: bool) -> Iterator[int]:
         """Read a source; yields the number of rows of each batch once they are written."""
-        reader = PairReader(self._config, source.name)
-        rows = source.rows(pair_columns(self._config))
+        reader, pairs = RowReader(self._config), PairReader(source.name)
+        examples = reader.examples(source)
         total = 0
-        while batch := list(islice(rows, BATCH_ROWS)):
-            self._take(source, reader, batch)
-            total += len(batch)
-            yield len(batch)
-        self._sources.append({"given": source.given, "name": source.name, "rows": total})
+        while batch := list(islice(examples, BATCH_ROWS)):
+            if reader.has_split and not held_out and source not in self._with_split:
+                raise UserError(
+                    f"{source.given}: field 'split' is in a later row but not in the first; give "
+                    "every row one, or leave it out with --ignore-columns split"
+                )
+            self._take(source, pairs, batch, held_out)
+            yield reader.rows - total
+            total = reader.rows
+        self._unused |= reader.unused
+        self._ignored_nowhere &= set(reader.ignored_nowhere)
+        about = {"given": source.given, "name": source.name, "rows": reader.rows}
+        self._sources.append(about | {"format": list(reader.formats), "unused": [*reader.unused]})
 
     def finish(self) -> None:
         """Write the last shard and the manifest, unless too little of the data could be used."""
-        rows = sum(int(source["rows"]) for source in self._sources)
+        rows = sum(source["rows"] for source in self._sources)
         duplicates = self._reasons.pop(DUPLICATE, 0)
-        unusable = self._reasons.total() - self._reasons[EXCLUDED]
+        left_out = {reason: self._reasons[reason] for reason in LEFT_OUT}
+        unusable = self._reasons.total() - self._reasons[EXCLUDED] - sum(left_out.values())
         if self._writer.num_pairs == 0:
             left = f"no pair is left of {rows:,} rows (dropped: {by_reason(self._reasons)})"
             raise UserError(
                 f"{self._config.source}: {left if rows else 'there are no rows'}; "
                 "at least one pair is needed"
             )
-        if unusable > MAX_DROPPED_SHARE * rows and not self._config.allow_dropped:
+        if unusable > MAX_DROPPED_SHARE * self._examples and not self._config.allow_dropped:
             raise UserError(
-                f"{self._config.source}: {unusable:,} of {rows:,} rows ({unusable / rows:.1%}) "
+                f"{self._config.source}: {unusable:,} of {self._examples:,} "
+                f"{'rows' if rows == self._examples else 'pairs of responses'} "
+                f"({unusable / self._examples:.1%}) "
                 f"cannot be used ({by_reason(self._reasons)}; the first: {self._first_unusable}); "
                 f"more than {MAX_DROPPED_SHARE:.0%} needs --allow-dropped"
             )
         excluded = self._reasons.pop(EXCLUDED, 0)
+        for reason in left_out:
+            self._reasons.pop(reason, None)
         options = asdict(self._config)
         del options["source"], options["out"]
         self._writer.finish(
@@ -128,6 +186,13 @@ class _Preparation:
                 "splits": {name: self._splits[name] for name in ("train", "validation")},
                 "rows": rows,
                 "duplicates": duplicates,
+                "left_out": {reason: count for reason, count in left_out.items() if count},
+                "unused_columns": list(self._unused),
+                "ignored_nowhere": sorted(self._ignored_nowhere),
+                "unread_files": unread_files(
+                    f"{self._config.source},{self._config.validation_source or ''}"
+                ),
+                "split_values": dict(sorted(self._split_values.items())),
                 "reviewed": {
                     "excluded": excluded,
                     "flipped": self._review.flipped,
@@ -139,14 +204,23 @@ class _Preparation:
             }
         )
 
-    def _take(self, source: Source, reader: PairReader, rows: Iterable[Row]) -> None:
-        """Write the new pairs of a batch in order and list the rows that gave none."""
-        read: list[tuple[int, Pair, bytes]] = []
+    def _take(
+        self, source: Source, pairs: PairReader, batch: Iterable[Numbered], held_out: bool
+    ) -> None:
+        """Write the new pairs of a batch in order and list what gave none."""
+        read: list[tuple[int, Pair, bytes, Turns]] = []
         without: list[tuple[int, str]] = []
-        for number, fields in rows:
+        for number, _, example in batch:
+            if isinstance(example, str):
+                without.append((number, example))
+                continue
             place = f"{source.given}, {source.unit} {number}"
+            split = "validation" if held_out else self._split(source, number, example)
+            if split and not held_out:
+                self._split_values[str(example.values["split"])] += 1
+            self._examples += 1
             try:
-                reviewed = self._review.apply(*reader.read(fields))
+                reviewed = self._review.apply(*pairs.read(example))
             except Broken as error:
                 raise UserError(f"{place}, {error}") from None
             except Unusable as error:
@@ -160,10 +234,26 @@ class _Preparation:
             else:
                 if reviewed is None:
                     without.append((number, EXCLUDED))
-                else:
-                    read.append((number, *reviewed))
-        new = self._known.add(ids_from_bytes([identity for _, _, identity in read]))
-        for (number, pair, identity), is_new in zip(read, new.tolist()):
+                    continue
+                pair, identity = reviewed
+                group = self._group(pair, example)
+                held_out_pair = split == "validation" or (
+                    split is None and is_validation(group, self._config.validation_fraction)
+                )
+                pair = replace(pair, split="validation") if held_out_pair else pair
+                read.append((number, pair, identity, group))
+        if held_out:
+            self._held_out.add(ids_from_bytes([group_id(group) for *_, group in read]))
+        groups = ids_from_bytes([group_id(group) for *_, group in read])
+        known_groups = self._held_out.contains(groups).tolist()
+        kept = []
+        for (number, pair, identity, _), is_held_out in zip(read, known_groups):
+            if is_held_out and pair.split == "train":
+                without.append((number, IN_VALIDATION))
+            else:
+                kept.append((number, pair, identity))
+        new = self._known.add(ids_from_bytes([identity for _, _, identity in kept]))
+        for (number, pair, identity), is_new in zip(kept, new.tolist()):
             if is_new:
                 self._write(f"{source.given}, {source.unit} {number}", pair, identity)
             else:
@@ -173,6 +263,20 @@ class _Preparation:
             line = {"source": source.given, "row": number, "reason": reason}
             self._dropped.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def _split(self, source: Source, number: int, example: RawPair) -> str | None:
+        """The split that the row names, if it names any."""
+        try:
+            return split_of(example.values.get("split"))
+        except Broken as error:
+            raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
+
+    def _group(self, pair: Pair, example: RawPair) -> Turns:
+        """What must not stand on both sides of the split."""
+        group = example.values.get("group")
+        if group is not None:
+            return json.dumps(group, sort_keys=True)
+        return first_turn(pair.prompt) if self._config.group_by == "first-turn" else pair.prompt
+
     def _write(self, place: str, pair: Pair, identity: bytes) -> None:
         kind = "messages" if pair.is_chat else "text"
         self._first_pair = self._first_pair or place
@@ -181,30 +285,37 @@ class _Preparation:
                 f"{place} holds {kind}, but the first pair ({self._first_pair}) "
                 f"{self._writer.kind}; prepare them apart, or --chat to make messages of text"
             )
-        if is_validation(pair.prompt, self._config.validation_fraction):
-            pair = replace(pair, split="validation")
         self._splits[pair.split] += 1
         self._writer.add(pair, identity)
 
 
 def _summary(shards: PairShards) -> str:
-    """How many rows were kept and dropped, and where the pairs are."""
+    """How the rows were read, how many were kept and dropped, and where the pairs are."""
     manifest = shards.manifest
-    dropped, splits = manifest["dropped"], manifest["splits"]
+    dropped, splits, left_out = (manifest[name] for name in ("dropped", "splits", "left_out"))
+    formats = dict.fromkeys(name for source in manifest["sources"] for name in source["format"])
     parts = f"{len(shards.names):,} shard{'s' if len(shards.names) > 1 else ''}"
     kept = f"{shards.num_pairs:,} pairs of {shards.kind} in {parts}"
     gone = f"{manifest['duplicates']:,} duplicates, {sum(dropped.values()):,} unusable"
     if dropped:
         gone += f" ({by_reason(dropped)})"
-    return "\n".join(
-        [
-            f"rows    {manifest['rows']:,}",
-            f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation",
-            f"dropped {gone}; see {shards.path / DROPPED}",
-            *_reviewed(manifest),
-            f"pairs   {shards.path}",
-        ]
-    )
+    lines = [f"rows    {manifest['rows']:,}: {'; '.join(formats)}"]
+    if manifest["unused_columns"]:
+        lines.append(f"unused  columns {', '.join(manifest['unused_columns'])}")
+    if manifest["unread_files"]:
+        lines.append(f"unread  {', '.join(manifest['unread_files'])}")
+    if manifest["split_values"]:
+        values = ", ".join(f"{name} {rows:,}" for name, rows in manifest["split_values"].items())
+        lines.append(f"split   {values} (train is for training, the rest is held out)")
+    lines.append(f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation")
+    lines.append(f"dropped {gone}; see {shards.path / DROPPED}")
+    for reason, count in left_out.items():
+        lines.append(f"left    {count:,} {reason}: {LEFT_OUT[reason]}")
+    lines += _reviewed(manifest)
+    if manifest["ignored_nowhere"]:
+        names = ", ".join(manifest["ignored_nowhere"])
+        lines.append(f"WARNING: columns of --ignore-columns that the data has not: {names}")
+    return "\n".join([*lines, f"pairs   {shards.path}"])
 
 
 def _reviewed(manifest: dict[str, Any]) -> list[str]:

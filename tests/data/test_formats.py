@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mrpo.data.config import ColumnSettings, PrepareConfig
-from mrpo.data.formats import Broken, PairReader, Unusable, pair_columns, split_common_text
+from mrpo.data.formats import Broken, PairReader, RawPair, Unusable, split_common_text
+from mrpo.data.layouts import RowReader
 from mrpo.data.pairs import Pair
 
 Messages = list[dict[str, Any]]
@@ -29,7 +30,14 @@ def assistant(content: str) -> Messages:
 
 
 def read(row: dict[str, Any], **names: Any) -> Pair:
-    return PairReader(ColumnSettings(**names), "file").read(row)[0]
+    return read_with(ColumnSettings(**names), PairReader("file"), row)
+
+
+def read_with(settings: ColumnSettings, reader: PairReader, row: dict[str, Any]) -> Pair:
+    """The pair of a row that holds a single one."""
+    (example,) = RowReader(settings).expand(row)
+    assert isinstance(example, RawPair)
+    return reader.read(example)[0]
 
 
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -148,10 +156,10 @@ def test_dialogues_that_differ_before_the_last_turn_are_unusable() -> None:
 
 
 def test_after_a_dialogue_text_that_is_none_is_unusable() -> None:
-    reader = PairReader(ColumnSettings(), "file")
-    reader.read({"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")})
+    reader = PairReader("file")
+    reader.read(RawPair({"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")}))
     with pytest.raises(Unusable, match="not_a_dialogue"):
-        reader.read({"chosen": dialogue("q", "a"), "rejected": "just text"})
+        reader.read(RawPair({"chosen": dialogue("q", "a"), "rejected": "just text"}))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,8 @@ def test_unusable_rows_say_why(values: dict[str, Any], reason: str) -> None:
     ("values", "message"),
     [
         (row("q", 5, "b"), "'chosen' must be text or a list of messages, not int"),
-        (row("q", {"role": "user"}, "b"), "'chosen' must be text or a list of messages, not dict"),
+        (row("q", {"role": "user"}, "b"), "'chosen.content' is missing"),
+        (row("q", {"from": "me", "value": "x"}, "b"), "'chosen.from' is 'me'; it is one of human"),
         (row("q", "a", assistant("b")), "'rejected' must be text or messages as the chosen"),
         (row("q", ["a"], assistant("b")), r"'chosen\[0\]' must be a message, not str"),
         (row([{"role": "bot", "content": "x"}], "a", "b"), r"'prompt\[0\].role' is 'bot'; a role"),
@@ -247,12 +256,14 @@ def test_other_column_names() -> None:
         rejected_column="wrong",
         source_column="origin",
     )
-    reader = PairReader(names, "file")
     values = {"question": "q", "right": "a", "wrong": "b", "origin": "o", "prompt": 3, "source": 4}
-    assert reader.read(values)[0] == Pair("q", "a", "b", source="o")
-    assert pair_columns(names).required == ["question", "right", "wrong", "origin"]
+    reader = PairReader("file")
+    assert read_with(names, reader, values) == Pair("q", "a", "b", source="o")
+    assert sorted(RowReader(names).choose("file: column", list(values))) == sorted(
+        ["question", "right", "wrong", "origin"]
+    )
     with pytest.raises(Broken, match="'origin' must be text, not int"):
-        reader.read(values | {"origin": 5})
+        read_with(names, reader, values | {"origin": 5})
 
 
 def test_the_source_is_the_column_or_the_name() -> None:

@@ -76,6 +76,9 @@ def test_the_implicit_and_the_explicit_prompt_are_the_same_pair(tmp_path: Path, 
     assert all_ids(run(write(tmp_path / "b.jsonl", [row]), tmp_path / "b")) == all_ids(first)
 
 
+TRL = "preference pairs (chosen, rejected)"
+
+
 # What stays when data grows
 
 
@@ -213,8 +216,8 @@ def test_several_sources_keep_their_names(tmp_path: Path) -> None:
     shards = run(f"{first},{second}", tmp_path / "pairs")
     assert [pair.source for pair in all_pairs(shards)] == ["first", "first", "web", "second"]
     assert shards.manifest["sources"] == [
-        {"given": str(first), "name": "first", "rows": 2},
-        {"given": str(second), "name": "second", "rows": 2},
+        {"given": str(first), "name": "first", "rows": 2, "format": [TRL], "unused": []},
+        {"given": str(second), "name": "second", "rows": 2, "format": [TRL], "unused": []},
     ]
 
 
@@ -266,7 +269,7 @@ def test_the_summary_and_the_settings_are_there(
     shards = run(source, tmp_path / "pairs", validation_fraction=0.2, shard_pairs=20)
     train, held_out = (shards.manifest["splits"][name] for name in ("train", "validation"))
     assert capsys.readouterr().out.splitlines() == [
-        "rows    32",
+        f"rows    32: {TRL}",
         f"kept    30 pairs of text in 2 shards: {train} train, {held_out} validation",
         f"dropped 1 duplicates, 1 unusable (empty_response 1); see {tmp_path}/pairs/dropped.jsonl",
         f"pairs   {tmp_path}/pairs",
