@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from .pairs import Message, Pair, Turns, canonical_json, without_nulls
@@ -28,7 +29,7 @@ REASONS = {
     "prompt_not_shared": "chosen and rejected differ before the last assistant turn",
     "prompt_mismatch": "the prompt column is not the prompt of the messages",
     "two_systems": "the system column is not the system message of the prompt",
-    "tool_turn_in_response": "a response contains a turn of a tool, which no model writes",
+    "tool_turn_in_response": "a response begins or ends with a turn of a tool",
     "not_a_dialogue": "not an HH-RLHF dialogue, unlike the first row of this source",
     "not_unicode": "the text holds a lone surrogate, which UTF-8 cannot encode",
 }
@@ -266,9 +267,12 @@ def _check(pair: Pair) -> None:
     if pair.is_chat:
         for response in (pair.chosen, pair.rejected):
             roles = [message["role"] for message in response]  # type: ignore[index]
-            if "tool" in roles:
+            if "tool" in roles and (roles[0] == "tool" or roles[-1] == "tool"):
                 raise Unusable("tool_turn_in_response")
-            if roles and roles != ["assistant"]:
+            # Turns of the assistant with results of tools between them: call, result, answer.
+            answers = [role for role in roles if role != "tool"]
+            adjacent = any(first == second == "assistant" for first, second in pairwise(roles))
+            if set(answers) - {"assistant"} or adjacent:
                 raise Unusable("prompt_not_shared")
     if pair.chosen == pair.rejected:
         raise Unusable("responses_equal")
@@ -338,8 +342,8 @@ def _message(name: str, value: Any) -> Message:
         raise Broken(f"{name}.content", f"must be text, not {type(content).__name__}")
     elif role != "assistant":  # an assistant's message may be tool calls alone
         raise Broken(f"{name}.content", "is missing")
-    if len(value) > 2:
-        extra = {key: item for key, item in value.items() if key not in ("role", "content")}
+    extra = {key: item for key, item in value.items() if key not in ("role", "content")}
+    if extra:
         message.update(_plain_json(name, extra))
     return message
 

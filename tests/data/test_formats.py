@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mrpo.data.config import ColumnSettings, PrepareConfig
 from mrpo.data.formats import Broken, PairReader, RawPair, Unusable, split_common_text
 from mrpo.data.layouts import RowReader
-from mrpo.data.pairs import Pair
+from mrpo.data.pairs import Pair, response_bytes
 
 Messages = list[dict[str, Any]]
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
@@ -225,6 +225,43 @@ def test_broken_structure_names_the_field(values: dict[str, Any], message: str) 
 def test_contents_of_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "1"}]
     assert read(row([{"role": "user", "content": parts}], "a", "b")).prompt == user("q1")
+
+
+def tool(content: str) -> Messages:
+    return [{"role": "tool", "content": content}]
+
+
+def call(name: str) -> Messages:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}}]
+    return [{"role": "assistant", "tool_calls": calls}]
+
+
+def test_a_response_may_hold_calls_and_their_results() -> None:
+    chosen = call("f") + tool("1") + tool("2") + assistant("a")
+    pair = read(row(user("q"), chosen, assistant("b")))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (user("q"), chosen, assistant("b"))
+    assert response_bytes(pair.chosen) == response_bytes(call("f")) + 1  # not the tools' words
+
+
+def test_a_shared_call_stays_with_its_result_where_results_differ() -> None:
+    first, second = (user("q") + call("f") + tool(n) + assistant(n) for n in "12")
+    pair = read({"chosen": first, "rejected": second})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (user("q"), first[1:], second[1:])
+    same = user("q") + call("f") + tool("1")
+    pair = read({"chosen": same + assistant("a"), "rejected": same + assistant("b")})
+    assert (pair.prompt, pair.chosen) == (same, assistant("a"))
+    pair = read({"chosen": user("q") + call("f"), "rejected": same + assistant("b")})
+    assert (pair.prompt, pair.chosen) == (user("q"), call("f"))
+
+
+@pytest.mark.parametrize("wrong", [tool("t"), tool("t") + assistant("a"), call("f") + tool("t")])
+def test_a_tool_neither_opens_nor_ends_a_response(wrong: Messages) -> None:
+    with pytest.raises(Unusable, match="tool_turn_in_response"):
+        read(row(user("q"), wrong, assistant("b")))
+
+
+def test_a_call_without_a_content_is_kept() -> None:
+    assert read(row(user("q"), call("f"), assistant("b"))).chosen == call("f")
 
 
 def test_further_message_fields_stay_and_null_ones_go() -> None:

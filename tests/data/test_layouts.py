@@ -344,7 +344,9 @@ def test_a_column_of_a_later_row_is_named_or_stops_too(tmp_path: Path) -> None:
 def test_a_part_of_the_prompt_must_be_used_or_left_out(tmp_path: Path, name: str) -> None:
     row = {"prompt": "q", name: "c", "chosen": "a", "rejected": "b"}
     for source in (to_jsonl(tmp_path / "rows", [row]), to_parquet(tmp_path / "rows", [row])):
-        with pytest.raises(UserError, match=rf"{name}' looks .* --ignore-columns {name}$") as caught:
+        with pytest.raises(
+            UserError, match=rf"{name}' looks .* --ignore-columns {name}$"
+        ) as caught:
             run(source, tmp_path / "pairs")
         assert "\n" not in str(caught.value)
         shards = run(source, tmp_path / "pairs", ignore_columns=name)
@@ -363,7 +365,9 @@ def test_an_ignored_column_that_is_nowhere_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"}, ignore_columns="x")
-    assert "WARNING: columns of --ignore-columns that the data has not: x" in capsys.readouterr().out
+    assert (
+        "WARNING: columns of --ignore-columns that the data has not: x" in capsys.readouterr().out
+    )
 
 
 # --map
@@ -371,7 +375,12 @@ def test_an_ignored_column_that_is_nowhere_is_said(
 
 def test_map_builds_any_field(tmp_path: Path) -> None:
     row = {"a": "x", "b": "", "n": {"good": ["1", "2"], "bad": said("x", "3")[1:]}, "k": 5}
-    fields = ("prompt={a}\\n{b}", "chosen={n.good.1}", "rejected={n.bad.0.content}", "source=set {k}")
+    fields = (
+        "prompt={a}\\n{b}",
+        "chosen={n.good.1}",
+        "rejected={n.bad.0.content}",
+        "source=set {k}",
+    )
     (pair,) = all_pairs(prepared(tmp_path, row, map=fields))
     assert pair == Pair("x", "2", "3", source="set 5")
 
@@ -482,7 +491,10 @@ def test_a_json_array_is_read_object_by_object(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[\n{"prompt": "q"\n, "chosen": "a", "rejected": }]', "line 3 is not JSON: Expecting value"),
+        (
+            '[\n{"prompt": "q"\n, "chosen": "a", "rejected": }]',
+            "line 3 is not JSON: Expecting value",
+        ),
         ('[\n{"prompt": "q", "chosen": "a", "rejected": "b"}', "line 2 is not JSON: there must be"),
         ('[{"prompt": "q", "chosen": "a", "rejected": "b"} {}]', "line 1 is not JSON: there must"),
         ('[{"prompt": "q", "chosen": "a", "rejected": "b"}]\n{}', "line 2 .* behind the array's"),
