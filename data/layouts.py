@@ -93,7 +93,7 @@ class RowReader:
         self.rows = 0
         self.formats: dict[str, None] = {}  # in the order in which they were met
         self.unused: dict[str, None] = {}
-        self.has_split = False  # whether the last row has a split column
+        self.has_split = False  # whether a row so far has a split column
         self._settings = settings
         self._beside = beside
         self._maps = {name: parse_template(text) for name, text in settings.mapped().items()}
@@ -132,7 +132,8 @@ class RowReader:
         key = tuple(existing)
         if key not in self._plans:
             self._plans[key] = self._make_plan(place, existing)
-        self._plan, self.has_split = self._plans[key]
+        self._plan, has_split = self._plans[key]
+        self.has_split |= has_split
         return self._plan.columns
 
     def _make_plan(self, place: str, existing: Sequence[str]) -> tuple[_Plan, bool]:

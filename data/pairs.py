@@ -87,15 +87,15 @@ def without_nulls(value: Any) -> Any:
 def response_bytes(turns: Turns) -> int:
     """UTF-8 bytes of a response's contents: the unit of `--normalize byte`.
 
-    Tool calls count as their canonical JSON, so that a response of tool calls alone has a length.
-    A tool's own turns are not the model's, and do not count.
+    Tool calls count as their canonical JSON, so that a response of tool calls alone has a length;
+    a tool's own turn counts nothing.
     """
     if isinstance(turns, str):
         return len(turns.encode())
     total = 0
     for message in turns:
         if message["role"] == "tool":
-            continue
+            continue  # context: no model writes it, and it is not scored
         total += len((message.get("content") or "").encode())
         if message.get("tool_calls"):
             total += len(canonical_json(message["tool_calls"]).encode())

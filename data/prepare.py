@@ -1,11 +1,15 @@
 """`mrpo prepare`: preference data of any known format to shards of pairs.
 
 Rows stream through in batches: read (`sources.py`), made examples (`layouts.py`) and pairs
-(`formats.py`), corrected by reviewed tables (`reviewed.py`), checked against the ids of all earlier
-pairs (`ids.py`), written (`shards.py`). Memory holds one shard and about 20 bytes a pair.
+(`formats.py`), corrected by reviewed tables, checked against the ids of all earlier pairs
+(`ids.py`), written (`shards.py`). Memory holds one shard and about 20 bytes a pair.
 
 What is held out comes first: sources of its own, and before any pair is written the groups of the
 rows that a split column holds out, so that no training pair of such a group is kept.
+
+A reviewed table holds a reviewer's decisions about single pairs: `mrpo audit` writes one with an
+empty `decision` column, to be filled in with keep, exclude or flip. Any table of pair ids works: in
+one without that column, all rows are meant.
 
 The output is all or nothing: its files are written to a hidden folder and moved into place once all
 are complete. An error leaves what was there before; a run killed during the move leaves a folder
@@ -15,13 +19,9 @@ without its manifest, which readers refuse and a rerun replaces.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -29,27 +29,28 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import sync
 from ..settings import command, write_resolved
 from .config import PrepareConfig
 from .fields import split_of
 from .formats import REASONS, Broken, PairReader, RawPair, Unusable, by_reason
 from .ids import IdSet, ids_from_bytes
 from .layouts import IN_VALIDATION, LEFT_OUT, RowReader
-from .pairs import Pair, Turns, first_turn, group_id, is_validation
-from .reviewed import Review
-from .shards import MANIFEST, PairShards, ShardWriter
-from .sources import Source, open_sources, unread_files
+from .pairs import ID_BYTES, Pair, Turns, first_turn, group_id, is_validation, parse_id
+from .shards import MANIFEST, PairShards, ShardWriter, replaced_shards
+from .sources import Source, SourceColumns, open_sources, unread_files
 
 PAIRS = "pairs"  # the default folder
 DROPPED = "dropped.jsonl"
 SETTINGS = "prepare.yaml"
-SHARDS = "part-*.parquet"
-STAGE = ".preparing-"  # begins the name of the hidden folder
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
 EXCLUDED = "excluded"  # by a reviewed table
+ID, DECISION = "pair_id", "decision"  # columns of a reviewed table
+DECISIONS = ("keep", "exclude", "flip")
+REVIEW_COLUMNS = SourceColumns(
+    [ID], [DECISION], f"a reviewed table has {ID!r}, and {DECISION!r} where not all rows are meant"
+)
 UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data; the manifest lists all
 
 
@@ -62,14 +63,18 @@ def prepare(config: PrepareConfig) -> PairShards:
     sources = open_sources(config.source)
     held_out = open_sources(config.validation_source) if config.validation_source else []
     out = Path(config.out)
-    with _staged(out) as folder:
+    with replaced_shards(out, (DROPPED, SETTINGS)) as folder:
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
             with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
                 for source in sources:
                     preparation.find_held_out(source)
-                for source in held_out + sources:
-                    for rows in preparation.read(source, held_out=source in held_out):
+                # What is held out comes first, so that its groups are known.
+                for held, source in [
+                    *((True, s) for s in held_out),
+                    *((False, s) for s in sources),
+                ]:
+                    for rows in preparation.read(source, held):
                         progress.update(rows)
         preparation.finish()
         write_resolved(config, folder / SETTINGS)
@@ -86,6 +91,7 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
 
 
 Numbered = tuple[int, Mapping[str, Any], RawPair | str]  # the row's number, the row, its example
+Read = tuple[int, Pair, bytes, Turns]  # the row's number, the pair, its id and its group
 
 
 class _Preparation:
@@ -208,7 +214,7 @@ class _Preparation:
         self, source: Source, pairs: PairReader, batch: Iterable[Numbered], held_out: bool
     ) -> None:
         """Write the new pairs of a batch in order and list what gave none."""
-        read: list[tuple[int, Pair, bytes, Turns]] = []
+        read: list[Read] = []
         without: list[tuple[int, str]] = []
         for number, _, example in batch:
             if isinstance(example, str):
@@ -242,12 +248,10 @@ class _Preparation:
                 )
                 pair = replace(pair, split="validation") if held_out_pair else pair
                 read.append((number, pair, identity, group))
-        if held_out:
-            self._held_out.add(ids_from_bytes([group_id(group) for *_, group in read]))
-        groups = ids_from_bytes([group_id(group) for *_, group in read])
-        known_groups = self._held_out.contains(groups).tolist()
         kept = []
-        for (number, pair, identity, _), is_held_out in zip(read, known_groups):
+        for (number, pair, identity, _), is_held_out in zip(
+            read, self._in_held_out(read, held_out)
+        ):
             if is_held_out and pair.split == "train":
                 without.append((number, IN_VALIDATION))
             else:
@@ -262,6 +266,15 @@ class _Preparation:
             self._reasons[reason] += 1
             line = {"source": source.given, "row": number, "reason": reason}
             self._dropped.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _in_held_out(self, read: list[Read], held_out: bool) -> list[bool]:
+        """Whether the group of each pair is held out; those of a held-out source join them."""
+        if not (self._with_split or self._config.validation_source):
+            return [False] * len(read)  # drawn by group, so that none stands on both sides
+        groups = ids_from_bytes([group_id(group) for *_, group in read])
+        if held_out:
+            self._held_out.add(groups)
+        return self._held_out.contains(groups).tolist()
 
     def _split(self, source: Source, number: int, example: RawPair) -> str | None:
         """The split that the row names, if it names any."""
@@ -333,66 +346,72 @@ def _reviewed(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """An empty folder whose files replace those of `out` when the block ends without error.
-
-    Raises `UserError` where `out` cannot be a folder or holds something other than pairs.
-    """
-    missing: list[Path] = []
-    try:
-        _refuse_foreign(out)
-        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob(f"{STAGE}*"):
-            shutil.rmtree(leftover)
-        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out))
-    except OSError as error:
-        _remove_empty(missing)
-        raise UserError(f"--out {out}: {error.strerror} ({error.filename})") from None
-    try:
-        yield stage
-        for path in stage.iterdir():
-            sync(path)
-        _replace(stage, out)
-    except BaseException:
-        shutil.rmtree(stage)
-        _remove_empty(missing)
-        raise
-    stage.rmdir()
-    sync(out)
+# Reviewed tables
 
 
-def _refuse_foreign(out: Path) -> None:
-    first = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not first.is_dir():
-        raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
-    ours = (MANIFEST, DROPPED, SETTINGS, SHARDS, f"{STAGE}*")
-    if first is not out or all(
-        any(fnmatch(entry.name, pattern) for pattern in ours) for entry in out.iterdir()
-    ):
-        return
-    try:
-        PairShards(out)  # pairs with other files beside them, which stay
-    except UserError:
-        raise UserError(
-            f"--out {out} holds other files; name a new folder or one with prepared pairs"
-        ) from None
+class Review:
+    """Decisions by pair id, and which of these pairs were in the data so far."""
+
+    def __init__(self, exclude: str | None, flip: str | None) -> None:
+        """Comma-separated files or None. Raises `UserError` for an invalid or contradicting row."""
+        self._decided: dict[bytes, tuple[str, str]] = {}  # exclude or flip; the file
+        self._in_data: set[bytes] = set()
+        for pair_id, _, file in _read_decisions("exclude", exclude):
+            self._decided.setdefault(pair_id, ("exclude", file))
+        for pair_id, place, file in _read_decisions("flip", flip):
+            if self._decided.setdefault(pair_id, ("flip", file))[0] == "exclude":
+                raise UserError(
+                    f"{place}: pair {pair_id.hex()} is to be flipped and is in --exclude too; "
+                    "keep one of the two decisions"
+                )
+
+    def apply(self, pair: Pair, pair_id: bytes) -> tuple[Pair, bytes] | None:
+        """The pair with its id, flipped where that was decided; None where it is excluded.
+
+        A flipped pair has a new id, and by that one it can be excluded.
+        """
+        if self._decision(pair_id) == "flip":
+            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            pair_id = pair.id
+        return None if self._decision(pair_id) == "exclude" else (pair, pair_id)
+
+    @property
+    def flipped(self) -> int:
+        """Pairs flipped so far; one that the data holds twice counts once."""
+        return sum(self._decided[pair_id][0] == "flip" for pair_id in self._in_data)
+
+    def unknown(self) -> dict[str, list[str]]:
+        """For each file the ids, as hex, whose pair was not in the data."""
+        ids: dict[str, list[str]] = {}
+        for pair_id, (_, file) in self._decided.items():
+            if pair_id not in self._in_data:
+                ids.setdefault(file, []).append(pair_id.hex())
+        return ids
+
+    def _decision(self, pair_id: bytes) -> str | None:
+        if pair_id not in self._decided:
+            return None
+        self._in_data.add(pair_id)
+        return self._decided[pair_id][0]
 
 
-def _replace(stage: Path, out: Path) -> None:
-    """Move all files, the manifest last: a folder with a manifest is complete."""
-    (out / MANIFEST).unlink(missing_ok=True)
-    names = {path.name for path in stage.iterdir()}
-    for name in sorted(names - {MANIFEST}):
-        (stage / name).replace(out / name)
-    for shard in out.glob(SHARDS):
-        if shard.name not in names:
-            shard.unlink()
-    (stage / MANIFEST).replace(out / MANIFEST)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+def _read_decisions(decision: str, files: str | None) -> Iterator[tuple[bytes, str, str]]:
+    """(pair id, place for messages, file) of every row that asks for the decision."""
+    for source in open_sources(files) if files else ():
+        for number, row in source.rows(REVIEW_COLUMNS):
+            place = f"{source.given}, {source.unit} {number}"
+            given = str(row.get(DECISION, decision) or "").strip().lower()
+            if given not in ("", *DECISIONS):
+                raise UserError(
+                    f"{place}: {DECISION} is {given!r}; it must be {', '.join(DECISIONS)}, "
+                    "or empty, which keeps the pair"
+                )
+            if given != decision:
+                continue
+            pair_id = parse_id(row[ID])
+            if pair_id is None:
+                raise UserError(
+                    f"{place}: {ID} is {row[ID]!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
+                    "as `mrpo audit` writes them"
+                )
+            yield pair_id, place, source.given

@@ -72,7 +72,7 @@ def test_a_split_column_can_be_left_out_or_mapped(tmp_path: Path) -> None:
 
 
 def test_a_split_column_in_later_rows_alone_is_refused(tmp_path: Path) -> None:
-    rows = [*text_rows(3), text_rows(1, 7)[0] | {"split": "test"}]
+    rows = [*text_rows(3), text_rows(1, 7)[0] | {"split": "test"}, *text_rows(3, 20)]
     with pytest.raises(UserError, match="'split' is in a later row but not in the first; give"):
         run(write(tmp_path / "rows.jsonl", rows), tmp_path / "pairs")
 
@@ -103,6 +103,13 @@ def test_more_training_rows_leave_the_shards_before_them(tmp_path: Path) -> None
     more = run(write(tmp_path / "rows.jsonl", text_rows(30, 5)), tmp_path / "more", **options)
     for name in few.names[:-1]:
         assert (few.path / name).read_bytes() == (more.path / name).read_bytes()
+
+
+def test_a_source_that_is_held_out_too_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", text_rows(3))
+    shards = run(source, tmp_path / "pairs", validation_source=str(source))
+    assert shards.manifest["splits"] == {"train": 0, "validation": 3}
+    assert shards.manifest["left_out"] == {"in_validation": 3}
 
 
 def test_two_ways_to_hold_out_are_one_too_many(tmp_path: Path) -> None:
