@@ -153,8 +153,7 @@ def _reader(path: Path) -> Reader | None:
 
 def _read_json(given: str, columns: Columns) -> Iterator[Row]:
     """A file that ends in .json: one array of objects, indented or not, else JSON Lines."""
-    first = next((line for line in _lines(given) if line.strip()), "")
-    read = _read_array if first.lstrip().startswith("[") else _read_jsonl
+    read = _read_array if next(_chunks(given), "").lstrip().startswith("[") else _read_jsonl
     yield from read(given, columns)
 
 

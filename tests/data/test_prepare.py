@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -287,10 +288,20 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lines", "array", "labels"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
     peaks = []
     for count in (4_000, 40_000):
-        source = write(tmp_path / f"{count}.jsonl", text_rows(count))
+        source, rows = tmp_path / f"{count}.json", text_rows(count)
+        if kind == "array":
+            source.write_text(json.dumps(rows))  # a single line
+        elif kind == "labels":  # all wait for the last one
+            labelled = [{"completion": "x" * 500, "label": True} | row for row in rows]
+            for row in labelled:
+                del row["chosen"], row["rejected"]
+            write(source, [*labelled, labelled[-1] | {"completion": "y", "label": False}])
+        else:
+            write(source, rows)
         command = [sys.executable, "-c", PEAK_MEMORY, str(source), str(tmp_path / str(count))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
