@@ -19,7 +19,16 @@ from typing import Annotated, Any
 import typer
 
 from mrpo.errors import UserError
-from mrpo.settings import ELSEWHERE, Setting, build, imported, keyword, options, settings_of
+from mrpo.settings import (
+    ELSEWHERE,
+    Setting,
+    Several,
+    build,
+    imported,
+    keyword,
+    options,
+    settings_of,
+)
 
 COMMANDS = {
     "prepare": ("data.config:PrepareConfig", "data.prepare:prepare"),
@@ -123,10 +132,13 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     literals = all(not isinstance(kind, type) for kind in kinds)
     # Typer knows no unions: `float | Literal["none"]` is read as text and checked by `build`.
     kind: Any = kinds[0] if len(kinds) == 1 and not literals else str
-    if literals:
+    if kinds == [Several]:
+        kind = list[str]
+    elif literals:
         kind = typing.Literal[tuple(kinds)]
     text = f"{setting.help} [required]" if setting.required else setting.help
     default = None if setting.required else setting.default
+    default = list(default) if isinstance(default, tuple) else default
     if setting.positional:
         note: Any = typer.Argument(help=setting.help, show_default=False)
     elif kind is bool:  # --no-… also where the default is False: a YAML file may say True

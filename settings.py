@@ -208,6 +208,9 @@ def comma_separated(text: str | None, flag: str | None = None) -> list[str]:
     return parts
 
 
+Several = tuple[str, ...]  # the type of a flag that can be given several times
+
+
 class Arg(str):
     """The help of a field that is a positional argument."""
 
@@ -330,6 +333,10 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
     value is first matched as it is and then as what its text says.
     """
     admitted = options(setting.type)
+    if admitted == (Several,):
+        if isinstance(value, Mapping):  # in YAML `name: text`, as a flag `name=text`
+            value = [f"{name}={text}" for name, text in value.items()]
+        return (value,) if isinstance(value, str) else tuple(map(str, value))
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     if isinstance(value, Path):

@@ -6,9 +6,22 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ..errors import UserError
-from ..settings import Arg, PairSettings, StoreRoot, StoreSettings, at_least_zero, share
+from ..settings import (
+    Arg,
+    PairSettings,
+    Several,
+    StoreRoot,
+    StoreSettings,
+    at_least_zero,
+    comma_separated,
+    share,
+)
 
 MAX_SHARD_PAIRS = 65_536  # a shard is held in memory, and a column of texts must stay below 2 GB
+FIELDS = (  # what --map can build
+    *("prompt", "system", "chosen", "rejected", "completion", "label", "completions", "scores"),
+    *("source", "split", "group"),
+)
 STORED_REFERENCES = "Aliases (or alias@identity), comma-separated. By default all."
 
 
@@ -17,21 +30,69 @@ class ColumnSettings:
     """What the columns of a source are called."""
 
     prompt_column: Annotated[
-        str | None, "Column of the prompt. By default `prompt` where the data has it."
+        str | None,
+        "Column of the prompt. By default `prompt`, else `instruction` with `input` and `history`, "
+        "`question`, `query`, `conversations`, `messages` or `input`.",
     ] = None
     chosen_column: Annotated[str, "Column of the chosen response."] = "chosen"
     rejected_column: Annotated[str, "Column of the rejected response."] = "rejected"
     chat: Annotated[bool, "Wrap text pairs as one user and one assistant message."] = False
-    source_column: str | None = field(default=None, init=False)  # `prepare` alone has the setting
+    map: Annotated[
+        Several,
+        "A field built from columns, as prompt='{instruction}\\n{input}'; may be given several "
+        f"times. Fields: {', '.join(FIELDS)}.",
+    ] = ()
+    ignore_columns: Annotated[
+        str | None, "Columns to leave out, comma-separated, though they look like a prompt's."
+    ] = None
+    # `prepare` alone has these settings.
+    source_column: str | None = field(default=None, init=False)
+    group_column: str | None = field(default=None, init=False)
+    pairs_from: Literal["best-worst", "all", "adjacent"] | None = field(default=None, init=False)
+    score_column: str | None = field(default=None, init=False)
+    min_gap: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        fields = set(self.mapped())
+        named = {
+            "prompt": self.prompt_column is not None,
+            "chosen": self.chosen_column != "chosen",
+            "rejected": self.rejected_column != "rejected",
+            "source": self.source_column is not None,
+            "group": self.group_column is not None,
+        }
+        for name, is_named in named.items():
+            if is_named and name in fields:
+                raise UserError(f"--{name}-column and --map {name} are both given; keep one")
+
+    def mapped(self) -> dict[str, str]:
+        """The template of each field that `map` builds; raises `UserError` for an invalid one."""
+        templates: dict[str, str] = {}
+        for given in self.map:
+            name, equals, template = given.partition("=")
+            if not equals or name not in FIELDS:
+                raise UserError(
+                    f"--map is {given!r}; it must be FIELD=TEMPLATE with a field of "
+                    f"{', '.join(FIELDS)}, as in prompt='{{instruction}}\\n{{input}}'"
+                )
+            if name in templates:
+                raise UserError(f"--map {name} is given twice; keep one")
+            templates[name] = template
+        return templates
+
+    def ignored(self) -> list[str]:
+        return comma_separated(self.ignore_columns, "--ignore-columns")
 
 
 @dataclass(kw_only=True, slots=True)
 class PrepareConfig(ColumnSettings):
     """Turn preference data into shards of pairs.
 
-    Reads TRL's preference formats (text or messages, with or without a prompt column) and
-    HH-RLHF dialogues. Rows that cannot be used are dropped, counted by reason and listed in
-    dropped.jsonl; broken structure stops with file, row and field.
+    Reads TRL's preference formats, HH-RLHF's dialogues, Alpaca, ShareGPT, OpenAI's preferences,
+    scored or ranked responses (UltraFeedback, Nectar) and labelled ones (KTO); docs/data.md has an
+    example of each. Rows that cannot be used are dropped, counted by reason and listed in
+    dropped.jsonl; columns that are not used are named; broken structure stops with file, row and
+    field.
 
     Example: `mrpo prepare trl-lib/ultrafeedback_binarized:train --out pairs`
     """
@@ -39,8 +100,9 @@ class PrepareConfig(ColumnSettings):
     source: Annotated[
         str,
         Arg(
-            "Comma-separated files (.jsonl, .csv, both also .gz, .parquet) and Hub data sets "
-            "as org/name:split or org/name/config:split."
+            "Comma-separated files (.jsonl, .json, .csv, all also .gz and .zst, .parquet), folders "
+            "and quoted globs of them, and Hub data sets as org/name:split or "
+            "org/name/config:split."
         ),
     ]
     out: Annotated[str, "Folder to write; one that holds pairs is replaced."]
@@ -49,9 +111,33 @@ class PrepareConfig(ColumnSettings):
         "Column that names where a pair comes from. By default `source` where the data has it, "
         "else the name of the file or data set.",
     ] = None
+    pairs_from: Annotated[
+        Literal["best-worst", "all", "adjacent"] | None,
+        "Which pairs a row of scored responses gives: the best and the worst (the default), all, "
+        "or neighbours in the order of their scores. Ties give none.",
+    ] = None
+    score_column: Annotated[
+        str | None,
+        "What holds the score of a response, in it or in a list beside; a name with `rank` counts "
+        "from the best. By default `overall_score`, `score`, `rating`, `rank`, …",
+    ] = None
+    min_gap: Annotated[float, "Smallest difference of two scores that make a pair."] = 0.0
     validation_fraction: Annotated[
-        float, "Share of prompts to hold out, chosen by a digest of the prompt."
+        float, "Share of groups to hold out, chosen by a digest. See --group-by."
     ] = 0.0
+    validation_source: Annotated[
+        str | None,
+        "Files or data sets to hold out, as for SOURCE. Training pairs of the same groups are "
+        "left out and counted.",
+    ] = None
+    group_by: Annotated[
+        Literal["first-turn", "prompt"],
+        "What must not stand on both sides of the split: conversations with the same first user "
+        "turn, or the same whole prompt.",
+    ] = "first-turn"
+    group_column: Annotated[
+        str | None, "Column whose value takes the place of --group-by, such as a document's id."
+    ] = None
     exclude: Annotated[
         str | None,
         "Reviewed tables of `mrpo audit`, comma-separated: leave out the pairs whose decision is "
@@ -66,7 +152,14 @@ class PrepareConfig(ColumnSettings):
     shard_pairs: Annotated[int, "Pairs in a shard."] = 8192
 
     def __post_init__(self) -> None:
+        ColumnSettings.__post_init__(self)
         share(self, "validation_fraction")
+        at_least_zero(self, "min_gap")
+        if self.validation_fraction and self.validation_source:
+            raise UserError(
+                f"--validation-fraction is {self.validation_fraction}, but --validation-source "
+                "names what is held out; leave out one of the two"
+            )
         if self.validation_fraction == 1:
             raise UserError(
                 "--validation-fraction is 1.0; it must be below 1, to train on the rest"

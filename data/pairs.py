@@ -4,7 +4,8 @@ A pair is a prompt with a chosen and a rejected response: all three are text, or
 lists of chat messages. The id is a digest of the content alone, so the same pair has the same id
 in any file format, data set, order or shard, and its scores are found again everywhere.
 
-The held-out split, a training fraction, folds and bootstraps must keep equal prompts together, and
+The held-out split (by first user turn), a training fraction, folds and bootstraps (all by prompt)
+must keep equal prompts together, and
 a prompt must not change sides when data is added, shuffled or mixed. Each uses its own bits of a
 digest of the prompt, so that they are independent of each other.
 """
@@ -106,10 +107,28 @@ def prompt_number(prompt: Turns) -> int:
     return int.from_bytes(_digest(prompt)[:8]) >> 1
 
 
+def first_turn(prompt: Turns) -> Turns:
+    """The first user turn of a prompt, which dialogues that extend each other share.
+
+    A text is its own first turn, and so is a prompt without a user's turn.
+    """
+    if isinstance(prompt, list):
+        for message in prompt:
+            if message["role"] == "user":
+                return [{"role": "user", "content": message.get("content", "")}]
+    return prompt
+
+
+def group_id(group: Turns) -> bytes:
+    """The id of what must stay on one side of a split: 16 bytes of its digest."""
+    return _digest(group)[:ID_BYTES]
+
+
 def is_validation(prompt: Turns, fraction: float) -> bool:
     """Whether a prompt is held out: its digest, as a number in [0, 1), is below the fraction.
 
-    That depends on nothing else, and a larger fraction only adds prompts.
+    That depends on nothing else, and a larger fraction only adds prompts. `mrpo prepare` asks it of
+    the group that a pair belongs to: its first user turn, unless told otherwise.
     """
     return int.from_bytes(_digest(prompt)[:8]) < fraction * 2**64
 

@@ -1,8 +1,15 @@
 """`mrpo prepare`: preference data of any known format to shards of pairs.
 
-Rows stream through in batches: read (`sources.py`), turned into pairs (`formats.py`), corrected by
-reviewed tables (`reviewed.py`), checked against the ids of all earlier pairs (`ids.py`), written
-(`shards.py`). Memory holds one shard and about 20 bytes a pair.
+Rows stream through in batches: read (`sources.py`), made examples (`layouts.py`) and pairs
+(`formats.py`), corrected by reviewed tables, checked against the ids of all earlier pairs
+(`ids.py`), written (`shards.py`). Memory holds one shard and about 20 bytes a pair.
+
+What is held out comes first: sources of its own, and before any pair is written the groups of the
+rows that a split column holds out, so that no training pair of such a group is kept.
+
+A reviewed table holds a reviewer's decisions about single pairs: `mrpo audit` writes one with an
+empty `decision` column, to be filled in with keep, exclude or flip. Any table of pair ids works: in
+one without that column, all rows are meant.
 
 The output is all or nothing: its files are written to a hidden folder and moved into place once all
 are complete. An error leaves what was there before; a run killed during the move leaves a folder
@@ -12,13 +19,9 @@ without its manifest, which readers refuse and a rerun replaces.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -26,25 +29,28 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import sync
 from ..settings import command, write_resolved
 from .config import PrepareConfig
-from .formats import REASONS, Broken, PairReader, Unusable, by_reason, pair_columns
+from .fields import split_of
+from .formats import REASONS, Broken, PairReader, RawPair, Unusable, by_reason
 from .ids import IdSet, ids_from_bytes
-from .pairs import Pair, is_validation
-from .reviewed import Review
-from .shards import MANIFEST, PairShards, ShardWriter
-from .sources import Row, Source, open_sources
+from .layouts import IN_VALIDATION, LEFT_OUT, RowReader
+from .pairs import ID_BYTES, Pair, Turns, first_turn, group_id, is_validation, parse_id
+from .shards import MANIFEST, PairShards, ShardWriter, replaced_shards
+from .sources import Source, SourceColumns, open_sources, unread_files
 
 PAIRS = "pairs"  # the default folder
 DROPPED = "dropped.jsonl"
 SETTINGS = "prepare.yaml"
-SHARDS = "part-*.parquet"
-STAGE = ".preparing-"  # begins the name of the hidden folder
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
 EXCLUDED = "excluded"  # by a reviewed table
+ID, DECISION = "pair_id", "decision"  # columns of a reviewed table
+DECISIONS = ("keep", "exclude", "flip")
+REVIEW_COLUMNS = SourceColumns(
+    [ID], [DECISION], f"a reviewed table has {ID!r}, and {DECISION!r} where not all rows are meant"
+)
 UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data; the manifest lists all
 
 
@@ -55,13 +61,20 @@ def prepare(config: PrepareConfig) -> PairShards:
     Raises `UserError` for data or settings that cannot be used, and then writes nothing.
     """
     sources = open_sources(config.source)
+    held_out = open_sources(config.validation_source) if config.validation_source else []
     out = Path(config.out)
-    with _staged(out) as folder:
+    with replaced_shards(out, (DROPPED, SETTINGS)) as folder:
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
             with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
                 for source in sources:
-                    for rows in preparation.read(source):
+                    preparation.find_held_out(source)
+                # What is held out comes first, so that its groups are known.
+                for held, source in [
+                    *((True, s) for s in held_out),
+                    *((False, s) for s in sources),
+                ]:
+                    for rows in preparation.read(source, held):
                         progress.update(rows)
         preparation.finish()
         write_resolved(config, folder / SETTINGS)
@@ -77,6 +90,10 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
     return PairShards(folder or PAIRS)
 
 
+Numbered = tuple[int, Mapping[str, Any], RawPair | str]  # the row's number, the row, its example
+Read = tuple[int, Pair, bytes, Turns]  # the row's number, the pair, its id and its group
+
+
 class _Preparation:
     """Reads sources one after the other, writes their pairs and counts what was dropped."""
 
@@ -86,41 +103,88 @@ class _Preparation:
         self._dropped = dropped
         self._known = IdSet()
         self._review = Review(config.exclude, config.flip)
-        self._sources: list[dict[str, str | int]] = []
+        self._held_out = IdSet()  # groups that a split column or a source of their own holds out
+        self._with_split: set[Source] = set()
+        self._sources: list[dict[str, Any]] = []
+        self._unused: dict[str, None] = {}
+        self._ignored_nowhere = set(config.ignored())
+        self._examples = 0
         self._splits: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()  # of rows that gave no pair, duplicates too
+        self._split_values: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()  # of what gave no pair, duplicates too
         self._first_pair = ""  # where its row is, for messages
         self._first_unusable = ""
 
-    def read(self, source: Source) -> Iterator[int]:
+    def find_held_out(self, source: Source) -> None:
+        """Remember the groups of the rows that the split column of a source holds out."""
+        reader, pairs = RowReader(self._config), PairReader(source.name)
+        groups: list[bytes] = []
+        for number, _, example in reader.examples(source):
+            if not reader.has_split:
+                break  # rows of JSON that have one later are refused then
+            self._with_split.add(source)
+            if (
+                isinstance(example, RawPair)
+                and self._split(source, number, example) == "validation"
+            ):
+                try:
+                    pair, _ = pairs.read(example)
+                except (Broken, Unusable):
+                    continue  # counted or refused when the pairs are written
+                groups.append(group_id(self._group(pair, example)))
+            if len(groups) == BATCH_ROWS:
+                self._held_out.add(ids_from_bytes(groups))
+                groups.clear()
+        self._held_out.add(ids_from_bytes(groups))
+        if source in self._with_split and self._config.validation_fraction:
+            raise UserError(
+                f"{source.given} has a split column, so --validation-fraction "
+                f"{self._config.validation_fraction} holds out nothing; leave one of them out "
+                "(--ignore-columns split)"
+            )
+
+    def read(self, source: Source, held_out: bool) -> Iterator[int]:
         """Read a source; yields the number of rows of each batch once they are written."""
-        reader = PairReader(self._config, source.name)
-        rows = source.rows(pair_columns(self._config))
+        reader, pairs = RowReader(self._config), PairReader(source.name)
+        examples = reader.examples(source)
         total = 0
-        while batch := list(islice(rows, BATCH_ROWS)):
-            self._take(source, reader, batch)
-            total += len(batch)
-            yield len(batch)
-        self._sources.append({"given": source.given, "name": source.name, "rows": total})
+        while batch := list(islice(examples, BATCH_ROWS)):
+            if reader.has_split and not held_out and source not in self._with_split:
+                raise UserError(
+                    f"{source.given}: field 'split' is in a later row but not in the first; give "
+                    "every row one, or leave it out with --ignore-columns split"
+                )
+            self._take(source, pairs, batch, held_out)
+            yield reader.rows - total
+            total = reader.rows
+        self._unused |= reader.unused
+        self._ignored_nowhere &= set(reader.ignored_nowhere)
+        about = {"given": source.given, "name": source.name, "rows": reader.rows}
+        self._sources.append(about | {"format": list(reader.formats), "unused": [*reader.unused]})
 
     def finish(self) -> None:
         """Write the last shard and the manifest, unless too little of the data could be used."""
-        rows = sum(int(source["rows"]) for source in self._sources)
+        rows = sum(source["rows"] for source in self._sources)
         duplicates = self._reasons.pop(DUPLICATE, 0)
-        unusable = self._reasons.total() - self._reasons[EXCLUDED]
+        left_out = {reason: self._reasons[reason] for reason in LEFT_OUT}
+        unusable = self._reasons.total() - self._reasons[EXCLUDED] - sum(left_out.values())
         if self._writer.num_pairs == 0:
             left = f"no pair is left of {rows:,} rows (dropped: {by_reason(self._reasons)})"
             raise UserError(
                 f"{self._config.source}: {left if rows else 'there are no rows'}; "
                 "at least one pair is needed"
             )
-        if unusable > MAX_DROPPED_SHARE * rows and not self._config.allow_dropped:
+        if unusable > MAX_DROPPED_SHARE * self._examples and not self._config.allow_dropped:
             raise UserError(
-                f"{self._config.source}: {unusable:,} of {rows:,} rows ({unusable / rows:.1%}) "
+                f"{self._config.source}: {unusable:,} of {self._examples:,} "
+                f"{'rows' if rows == self._examples else 'pairs of responses'} "
+                f"({unusable / self._examples:.1%}) "
                 f"cannot be used ({by_reason(self._reasons)}; the first: {self._first_unusable}); "
                 f"more than {MAX_DROPPED_SHARE:.0%} needs --allow-dropped"
             )
         excluded = self._reasons.pop(EXCLUDED, 0)
+        for reason in left_out:
+            self._reasons.pop(reason, None)
         options = asdict(self._config)
         del options["source"], options["out"]
         self._writer.finish(
@@ -128,6 +192,13 @@ class _Preparation:
                 "splits": {name: self._splits[name] for name in ("train", "validation")},
                 "rows": rows,
                 "duplicates": duplicates,
+                "left_out": {reason: count for reason, count in left_out.items() if count},
+                "unused_columns": list(self._unused),
+                "ignored_nowhere": sorted(self._ignored_nowhere),
+                "unread_files": unread_files(
+                    f"{self._config.source},{self._config.validation_source or ''}"
+                ),
+                "split_values": dict(sorted(self._split_values.items())),
                 "reviewed": {
                     "excluded": excluded,
                     "flipped": self._review.flipped,
@@ -139,14 +210,23 @@ class _Preparation:
             }
         )
 
-    def _take(self, source: Source, reader: PairReader, rows: Iterable[Row]) -> None:
-        """Write the new pairs of a batch in order and list the rows that gave none."""
-        read: list[tuple[int, Pair, bytes]] = []
+    def _take(
+        self, source: Source, pairs: PairReader, batch: Iterable[Numbered], held_out: bool
+    ) -> None:
+        """Write the new pairs of a batch in order and list what gave none."""
+        read: list[Read] = []
         without: list[tuple[int, str]] = []
-        for number, fields in rows:
+        for number, _, example in batch:
+            if isinstance(example, str):
+                without.append((number, example))
+                continue
             place = f"{source.given}, {source.unit} {number}"
+            split = "validation" if held_out else self._split(source, number, example)
+            if split and not held_out:
+                self._split_values[str(example.values["split"])] += 1
+            self._examples += 1
             try:
-                reviewed = self._review.apply(*reader.read(fields))
+                reviewed = self._review.apply(*pairs.read(example))
             except Broken as error:
                 raise UserError(f"{place}, {error}") from None
             except Unusable as error:
@@ -160,10 +240,24 @@ class _Preparation:
             else:
                 if reviewed is None:
                     without.append((number, EXCLUDED))
-                else:
-                    read.append((number, *reviewed))
-        new = self._known.add(ids_from_bytes([identity for _, _, identity in read]))
-        for (number, pair, identity), is_new in zip(read, new.tolist()):
+                    continue
+                pair, identity = reviewed
+                group = self._group(pair, example)
+                held_out_pair = split == "validation" or (
+                    split is None and is_validation(group, self._config.validation_fraction)
+                )
+                pair = replace(pair, split="validation") if held_out_pair else pair
+                read.append((number, pair, identity, group))
+        kept = []
+        for (number, pair, identity, _), is_held_out in zip(
+            read, self._in_held_out(read, held_out)
+        ):
+            if is_held_out and pair.split == "train":
+                without.append((number, IN_VALIDATION))
+            else:
+                kept.append((number, pair, identity))
+        new = self._known.add(ids_from_bytes([identity for _, _, identity in kept]))
+        for (number, pair, identity), is_new in zip(kept, new.tolist()):
             if is_new:
                 self._write(f"{source.given}, {source.unit} {number}", pair, identity)
             else:
@@ -173,6 +267,29 @@ class _Preparation:
             line = {"source": source.given, "row": number, "reason": reason}
             self._dropped.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def _in_held_out(self, read: list[Read], held_out: bool) -> list[bool]:
+        """Whether the group of each pair is held out; those of a held-out source join them."""
+        if not (self._with_split or self._config.validation_source):
+            return [False] * len(read)  # drawn by group, so that none stands on both sides
+        groups = ids_from_bytes([group_id(group) for *_, group in read])
+        if held_out:
+            self._held_out.add(groups)
+        return self._held_out.contains(groups).tolist()
+
+    def _split(self, source: Source, number: int, example: RawPair) -> str | None:
+        """The split that the row names, if it names any."""
+        try:
+            return split_of(example.values.get("split"))
+        except Broken as error:
+            raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
+
+    def _group(self, pair: Pair, example: RawPair) -> Turns:
+        """What must not stand on both sides of the split."""
+        group = example.values.get("group")
+        if group is not None:
+            return json.dumps(group, sort_keys=True)
+        return first_turn(pair.prompt) if self._config.group_by == "first-turn" else pair.prompt
+
     def _write(self, place: str, pair: Pair, identity: bytes) -> None:
         kind = "messages" if pair.is_chat else "text"
         self._first_pair = self._first_pair or place
@@ -181,30 +298,37 @@ class _Preparation:
                 f"{place} holds {kind}, but the first pair ({self._first_pair}) "
                 f"{self._writer.kind}; prepare them apart, or --chat to make messages of text"
             )
-        if is_validation(pair.prompt, self._config.validation_fraction):
-            pair = replace(pair, split="validation")
         self._splits[pair.split] += 1
         self._writer.add(pair, identity)
 
 
 def _summary(shards: PairShards) -> str:
-    """How many rows were kept and dropped, and where the pairs are."""
+    """How the rows were read, how many were kept and dropped, and where the pairs are."""
     manifest = shards.manifest
-    dropped, splits = manifest["dropped"], manifest["splits"]
+    dropped, splits, left_out = (manifest[name] for name in ("dropped", "splits", "left_out"))
+    formats = dict.fromkeys(name for source in manifest["sources"] for name in source["format"])
     parts = f"{len(shards.names):,} shard{'s' if len(shards.names) > 1 else ''}"
     kept = f"{shards.num_pairs:,} pairs of {shards.kind} in {parts}"
     gone = f"{manifest['duplicates']:,} duplicates, {sum(dropped.values()):,} unusable"
     if dropped:
         gone += f" ({by_reason(dropped)})"
-    return "\n".join(
-        [
-            f"rows    {manifest['rows']:,}",
-            f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation",
-            f"dropped {gone}; see {shards.path / DROPPED}",
-            *_reviewed(manifest),
-            f"pairs   {shards.path}",
-        ]
-    )
+    lines = [f"rows    {manifest['rows']:,}: {'; '.join(formats)}"]
+    if manifest["unused_columns"]:
+        lines.append(f"unused  columns {', '.join(manifest['unused_columns'])}")
+    if manifest["unread_files"]:
+        lines.append(f"unread  {', '.join(manifest['unread_files'])}")
+    if manifest["split_values"]:
+        values = ", ".join(f"{name} {rows:,}" for name, rows in manifest["split_values"].items())
+        lines.append(f"split   {values} (train is for training, the rest is held out)")
+    lines.append(f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation")
+    lines.append(f"dropped {gone}; see {shards.path / DROPPED}")
+    for reason, count in left_out.items():
+        lines.append(f"left    {count:,} {reason}: {LEFT_OUT[reason]}")
+    lines += _reviewed(manifest)
+    if manifest["ignored_nowhere"]:
+        names = ", ".join(manifest["ignored_nowhere"])
+        lines.append(f"WARNING: columns of --ignore-columns that the data has not: {names}")
+    return "\n".join([*lines, f"pairs   {shards.path}"])
 
 
 def _reviewed(manifest: dict[str, Any]) -> list[str]:
@@ -222,66 +346,72 @@ def _reviewed(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """An empty folder whose files replace those of `out` when the block ends without error.
-
-    Raises `UserError` where `out` cannot be a folder or holds something other than pairs.
-    """
-    missing: list[Path] = []
-    try:
-        _refuse_foreign(out)
-        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob(f"{STAGE}*"):
-            shutil.rmtree(leftover)
-        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out))
-    except OSError as error:
-        _remove_empty(missing)
-        raise UserError(f"--out {out}: {error.strerror} ({error.filename})") from None
-    try:
-        yield stage
-        for path in stage.iterdir():
-            sync(path)
-        _replace(stage, out)
-    except BaseException:
-        shutil.rmtree(stage)
-        _remove_empty(missing)
-        raise
-    stage.rmdir()
-    sync(out)
+# Reviewed tables
 
 
-def _refuse_foreign(out: Path) -> None:
-    first = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not first.is_dir():
-        raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
-    ours = (MANIFEST, DROPPED, SETTINGS, SHARDS, f"{STAGE}*")
-    if first is not out or all(
-        any(fnmatch(entry.name, pattern) for pattern in ours) for entry in out.iterdir()
-    ):
-        return
-    try:
-        PairShards(out)  # pairs with other files beside them, which stay
-    except UserError:
-        raise UserError(
-            f"--out {out} holds other files; name a new folder or one with prepared pairs"
-        ) from None
+class Review:
+    """Decisions by pair id, and which of these pairs were in the data so far."""
+
+    def __init__(self, exclude: str | None, flip: str | None) -> None:
+        """Comma-separated files or None. Raises `UserError` for an invalid or contradicting row."""
+        self._decided: dict[bytes, tuple[str, str]] = {}  # exclude or flip; the file
+        self._in_data: set[bytes] = set()
+        for pair_id, _, file in _read_decisions("exclude", exclude):
+            self._decided.setdefault(pair_id, ("exclude", file))
+        for pair_id, place, file in _read_decisions("flip", flip):
+            if self._decided.setdefault(pair_id, ("flip", file))[0] == "exclude":
+                raise UserError(
+                    f"{place}: pair {pair_id.hex()} is to be flipped and is in --exclude too; "
+                    "keep one of the two decisions"
+                )
+
+    def apply(self, pair: Pair, pair_id: bytes) -> tuple[Pair, bytes] | None:
+        """The pair with its id, flipped where that was decided; None where it is excluded.
+
+        A flipped pair has a new id, and by that one it can be excluded.
+        """
+        if self._decision(pair_id) == "flip":
+            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            pair_id = pair.id
+        return None if self._decision(pair_id) == "exclude" else (pair, pair_id)
+
+    @property
+    def flipped(self) -> int:
+        """Pairs flipped so far; one that the data holds twice counts once."""
+        return sum(self._decided[pair_id][0] == "flip" for pair_id in self._in_data)
+
+    def unknown(self) -> dict[str, list[str]]:
+        """For each file the ids, as hex, whose pair was not in the data."""
+        ids: dict[str, list[str]] = {}
+        for pair_id, (_, file) in self._decided.items():
+            if pair_id not in self._in_data:
+                ids.setdefault(file, []).append(pair_id.hex())
+        return ids
+
+    def _decision(self, pair_id: bytes) -> str | None:
+        if pair_id not in self._decided:
+            return None
+        self._in_data.add(pair_id)
+        return self._decided[pair_id][0]
 
 
-def _replace(stage: Path, out: Path) -> None:
-    """Move all files, the manifest last: a folder with a manifest is complete."""
-    (out / MANIFEST).unlink(missing_ok=True)
-    names = {path.name for path in stage.iterdir()}
-    for name in sorted(names - {MANIFEST}):
-        (stage / name).replace(out / name)
-    for shard in out.glob(SHARDS):
-        if shard.name not in names:
-            shard.unlink()
-    (stage / MANIFEST).replace(out / MANIFEST)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+def _read_decisions(decision: str, files: str | None) -> Iterator[tuple[bytes, str, str]]:
+    """(pair id, place for messages, file) of every row that asks for the decision."""
+    for source in open_sources(files) if files else ():
+        for number, row in source.rows(REVIEW_COLUMNS):
+            place = f"{source.given}, {source.unit} {number}"
+            given = str(row.get(DECISION, decision) or "").strip().lower()
+            if given not in ("", *DECISIONS):
+                raise UserError(
+                    f"{place}: {DECISION} is {given!r}; it must be {', '.join(DECISIONS)}, "
+                    "or empty, which keeps the pair"
+                )
+            if given != decision:
+                continue
+            pair_id = parse_id(row[ID])
+            if pair_id is None:
+                raise UserError(
+                    f"{place}: {ID} is {row[ID]!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
+                    "as `mrpo audit` writes them"
+                )
+            yield pair_id, place, source.given

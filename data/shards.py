@@ -2,7 +2,8 @@
 
 `PairShards` opens a finished folder. `ShardWriter` fills shards of a fixed number of pairs in the
 order they come, so that more rows at the end never change a full shard; it writes the manifest
-last, so a folder that has one is complete.
+last, so a folder that has one is complete. `replaced_shards` puts a folder's new files in place of
+the old ones once all are written.
 
 Messages are a list of structs `role`, `content`, `extra`; `extra` is canonical JSON of the other
 fields of a message, so that any template's fields survive in a fixed schema that DuckDB, Polars and
@@ -14,7 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import sync, write_json
 from .ids import IdArray, ids_to_numpy
 from .pairs import ID_BYTES, Message, Pair, Turns, canonical_json, response_bytes
 
 MANIFEST = "manifest.json"
+SHARDS = "part-*.parquet"
+STAGE = ".preparing-"  # begins the name of a hidden folder whose files are not complete
 SCHEMA_VERSION = 1
 
 Kind = Literal["messages", "text"]
@@ -148,6 +155,72 @@ class ShardWriter:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.shards.append({"name": path.name, "rows": len(self._pairs), "sha256": digest})
         self._pairs, self._ids = [], []
+
+
+@contextmanager
+def replaced_shards(out: Path, beside: Sequence[str]) -> Iterator[Path]:
+    """An empty folder whose files replace those of `out` when the block ends without error.
+
+    `beside` names the files that may stand beside the shards and their manifest.
+    Raises `UserError` where `out` cannot be a folder or holds something other than pairs.
+    """
+    missing: list[Path] = []
+    try:
+        _refuse_foreign(out, beside)
+        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob(f"{STAGE}*"):
+            shutil.rmtree(leftover)
+        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out))
+    except OSError as error:
+        _remove_empty(missing)
+        raise UserError(f"--out {out}: {error.strerror} ({error.filename})") from None
+    try:
+        yield stage
+        for path in stage.iterdir():
+            sync(path)
+        _replace(stage, out)
+    except BaseException:
+        shutil.rmtree(stage)
+        _remove_empty(missing)
+        raise
+    stage.rmdir()
+    sync(out)
+
+
+def _refuse_foreign(out: Path, beside: Sequence[str]) -> None:
+    first = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not first.is_dir():
+        raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
+    ours = (MANIFEST, *beside, SHARDS, f"{STAGE}*")
+    if first is not out or all(
+        any(fnmatch(entry.name, pattern) for pattern in ours) for entry in out.iterdir()
+    ):
+        return
+    try:
+        PairShards(out)  # pairs with other files beside them, which stay
+    except UserError:
+        raise UserError(
+            f"--out {out} holds other files; name a new folder or one with prepared pairs"
+        ) from None
+
+
+def _replace(stage: Path, out: Path) -> None:
+    """Move all files, the manifest last: a folder with a manifest is complete."""
+    (out / MANIFEST).unlink(missing_ok=True)
+    names = {path.name for path in stage.iterdir()}
+    for name in sorted(names - {MANIFEST}):
+        (stage / name).replace(out / name)
+    for shard in out.glob(SHARDS):
+        if shard.name not in names:
+            shard.unlink()
+    (stage / MANIFEST).replace(out / MANIFEST)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def shard_name(number: int) -> str:

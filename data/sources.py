@@ -1,21 +1,24 @@
-"""Where preference data comes from: JSONL, CSV and Parquet files, and Hub data sets.
+"""Where preference data comes from: files, folders and globs of them, and Hub data sets.
 
-A `Source` streams raw rows as dicts; `formats.py` makes pairs of them. A row's number is what an
-editor or a table viewer shows: the line of a JSONL file, else the row counted from 1.
+A `Source` streams raw rows as dicts from JSON Lines, JSON arrays, CSV, Parquet or a Hub data set;
+`layouts.py` finds the pairs in them. A row's number is what an editor or a table viewer shows: the
+line where a JSON object begins, else the row counted from 1.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
+import io
 import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +29,17 @@ from ..settings import comma_separated
 Row = tuple[int, dict[str, Any]]
 
 
+class Columns(Protocol):
+    """Decides which columns of a source are read."""
+
+    def choose(self, place: str, existing: Sequence[str]) -> list[str]:
+        """The columns to read of those that exist, once for a table, for each row of JSON.
+
+        `place` begins a message: the file with "column", or the file and line with "field". Raises
+        `UserError` where a column that is needed is missing.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class SourceColumns:
     """The columns to read: those that every row must have, and those that it may have."""
@@ -34,10 +48,24 @@ class SourceColumns:
     optional: list[str]
     flags: str  # how the user names them, for messages
 
+    def choose(self, place: str, existing: Sequence[str]) -> list[str]:
+        for name in self.required:
+            if name not in existing:
+                raise missing_column(place, name, existing, self.flags)
+        return [*self.required, *(name for name in self.optional if name in existing)]
 
-Reader = Callable[[str, SourceColumns], Iterator[Row]]
+
+def missing_column(place: str, name: str, existing: Sequence[str], way_out: str) -> UserError:
+    there = ", ".join(existing) or "none"
+    return UserError(f"{place} {name!r} is missing; there are {there}; {way_out}")
+
+
+Reader = Callable[[str, Columns], Iterator[Row]]
 
 BATCH_ROWS = 1024
+CHUNK = 1 << 20  # characters of a JSON array to read at a time, at least
+COMPRESSED = (".gz", ".zst", ".zstd")
+KINDS = ".jsonl, .json or .csv (each also with .gz or .zst), or .parquet"
 
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?:(?P<split>[^/]+)")
 
@@ -51,7 +79,7 @@ class Source:
     unit: str  # what a row's number counts, for messages: "line" or "row"
     reader: Reader
 
-    def rows(self, columns: SourceColumns) -> Iterator[Row]:
+    def rows(self, columns: Columns) -> Iterator[Row]:
         """Row numbers and fields; of tables only the columns that matter. Raises `UserError`."""
         return self.reader(self.given, columns)
 
@@ -61,32 +89,75 @@ def open_sources(given: str) -> list[Source]:
     names = comma_separated(given)
     if not names:
         raise UserError(f"source {given!r} names nothing; give files or org/name:split")
-    return [_open_source(name) for name in names]
+    return [source for name in names for source in _expand(name)]
 
 
-def _open_source(given: str) -> Source:
+def unread_files(given: str) -> list[str]:
+    """The files in the folders of a comma-separated list that are no data, and are not read."""
+    folders = [Path(name) for name in comma_separated(given) if Path(name).is_dir()]
+    return [str(path) for folder in folders for path in _files(folder) if _reader(path) is None]
+
+
+def _expand(given: str) -> list[Source]:
+    """The sources that a file, a folder, a glob or the name of a data set stands for."""
     path = Path(given)
-    bare = path.with_suffix("") if path.suffix == ".gz" else path
-    reader = _READERS.get(bare.suffix)
     if path.is_file():
-        if reader is None or (path.suffix == ".gz" and reader is _read_parquet):
-            raise UserError(
-                f"{given}: unknown kind of file; it must end in .jsonl, .json or .csv "
-                "(each also with .gz), or .parquet"
-            )
-        return Source(given, bare.stem, "line" if reader is _read_jsonl else "row", reader)
-    match = _HUB.fullmatch(given)
-    if match and reader is None:
-        return Source(given, match["name"], "row", _read_hub)
+        if _reader(path) is None:
+            raise UserError(f"{given}: unknown kind of file; it must end in {KINDS}")
+        return [_file(path, given)]
     if path.is_dir():
-        raise UserError(f"{given} is a folder; name its files, separated by commas")
+        files = [file for file in _files(path) if _reader(file) is not None]
+        if not files:
+            raise UserError(f"{given} is a folder without data; its files must end in {KINDS}")
+        return [_file(file, str(file), path.resolve().name) for file in files]
+    match = _HUB.fullmatch(given)
+    if match and _reader(path) is None:
+        return [Source(given, match["name"], "row", _read_hub)]
+    if glob.has_magic(given):
+        found = [file for file in sorted(glob.glob(given, recursive=True)) if Path(file).is_file()]
+        if not found:
+            raise UserError(f"{given} matches no file; quote a pattern that the shell must not see")
+        return [source for file in found for source in _expand(file)]
     raise UserError(
         f"{given}: no such file; a data set on the Hub is named org/name:split, "
         "as in trl-lib/ultrafeedback_binarized:train"
     )
 
 
-def _read_jsonl(given: str, columns: SourceColumns) -> Iterator[Row]:
+def _file(path: Path, given: str, name: str | None = None) -> Source:
+    reader = _reader(path)
+    assert reader is not None
+    unit = "line" if reader in (_read_jsonl, _read_json) else "row"
+    return Source(given, name or _bare(path).stem, unit, reader)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder in the order of their names, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _bare(path: Path) -> Path:
+    """The path without the suffix of its compression."""
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
+
+def _reader(path: Path) -> Reader | None:
+    reader = _READERS.get(_bare(path).suffix)
+    return None if path.suffix in COMPRESSED and reader is _read_parquet else reader
+
+
+def _read_json(given: str, columns: Columns) -> Iterator[Row]:
+    """A file that ends in .json: one array of objects, indented or not, else JSON Lines."""
+    read = _read_array if next(_chunks(given), "").lstrip().startswith("[") else _read_jsonl
+    yield from read(given, columns)
+
+
+def _read_jsonl(given: str, columns: Columns) -> Iterator[Row]:
     for number, line in enumerate(_lines(given), 1):
         if not line.strip():
             continue
@@ -100,18 +171,104 @@ def _read_jsonl(given: str, columns: SourceColumns) -> Iterator[Row]:
             ) from None
         except (RecursionError, ValueError):
             raise UserError(f"{where} is JSON too deep or too large to read") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} must be one JSON object, not {type(row).__name__}")
-        for name in columns.required:
-            if name not in row:
-                raise UserError(
-                    f"{where}, field {name!r} is missing; there are {', '.join(row) or 'none'}; "
-                    f"{columns.flags}"
-                )
-        yield number, row
+        yield number, _object(row, where, columns)
 
 
-def _read_csv(given: str, columns: SourceColumns) -> Iterator[Row]:
+def _object(row: Any, where: str, columns: Columns) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be one JSON object, not {type(row).__name__}")
+    columns.choose(f"{where}, field", list(row))
+    return row
+
+
+def _read_array(given: str, columns: Columns) -> Iterator[Row]:
+    """The objects of a JSON array, one after the other; a part of the text is in memory."""
+    text = _JsonText(given)
+    text.skip("[")
+    while not text.skip("]"):
+        number, row = text.value()
+        yield number, _object(row, f"{given}, line {number}", columns)
+        if not text.skip(",") and text.peek() != "]":
+            raise text.fault("there must be ',' or ']' after an object")
+    if text.peek():
+        raise text.fault("there is text behind the array's end")
+
+
+class _JsonText:
+    """The text of a JSON file, read in chunks and decoded value by value."""
+
+    def __init__(self, given: str) -> None:
+        self._given = given
+        self._chunks = _chunks(given)
+        self._text, self._at = "", 0
+        self._line, self._counted = 1, 0  # the line of the place up to which lines were counted
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def skip(self, char: str) -> bool:
+        """Pass the character if it is the next one."""
+        if self.peek() != char:
+            return False
+        self._at += 1
+        return True
+
+    def value(self) -> Row:
+        """The next value, and the line where it begins."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                # Near the end of the text the value may go on in the next chunk.
+                cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - 12
+                if not (cut and self._more()):
+                    raise self.fault(error.msg, error.pos) from None
+            except (RecursionError, ValueError):
+                raise self.fault("it is too deep or too large to read") from None
+            else:
+                number = self._number(self._at)
+                self._at = end
+                return number, value
+
+    def fault(self, message: str, at: int | None = None) -> UserError:
+        number = self._number(self._at if at is None else at)
+        return UserError(
+            f"{self._given}, line {number} is not JSON: {message}; "
+            "the file must be an array of objects, or one object a line"
+        )
+
+    def _number(self, at: int) -> int:
+        self._line += self._text.count("\n", self._counted, at)
+        self._counted = at
+        return self._line
+
+    def _more(self) -> bool:
+        """Read on, as much as is in the buffer already, so that long values cost linear time."""
+        if self._ended:
+            return False
+        self._number(self._at)
+        parts, size = [self._text[self._at :]], 0
+        least = max(CHUNK, len(parts[0]))
+        while size < least and not self._ended:
+            chunk = next(self._chunks, None)
+            self._ended = chunk is None
+            parts.append(chunk or "")
+            size += len(parts[-1])
+        self._text, self._at, self._counted = "".join(parts), 0, 0
+        return size > 0
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _read_csv(given: str, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     rows = filter(None, csv.reader(_lines(given), strict=True))  # a blank line is no row
     number = 0
@@ -130,7 +287,7 @@ def _read_csv(given: str, columns: SourceColumns) -> Iterator[Row]:
         raise UserError(f"{given}, row {number} is not CSV: {error}") from None
 
 
-def _read_parquet(given: str, columns: SourceColumns) -> Iterator[Row]:
+def _read_parquet(given: str, columns: Columns) -> Iterator[Row]:
     try:
         with pq.ParquetFile(given) as file:
             names = _present(given, columns, file.schema_arrow.names)
@@ -140,7 +297,7 @@ def _read_parquet(given: str, columns: SourceColumns) -> Iterator[Row]:
         raise UserError(f"{given} cannot be read as Parquet: {_one_line(error)}") from None
 
 
-def _read_hub(given: str, columns: SourceColumns) -> Iterator[Row]:
+def _read_hub(given: str, columns: Columns) -> Iterator[Row]:
     import datasets
 
     match = _HUB.fullmatch(given)
@@ -155,23 +312,20 @@ def _read_hub(given: str, columns: SourceColumns) -> Iterator[Row]:
 
 _READERS: dict[str, Reader] = {
     ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
 
 
-def _present(given: str, columns: SourceColumns, existing: list[str]) -> list[str]:
-    """The columns to read; raises `UserError` where a required one is missing."""
-    for name in columns.required:
-        if name not in existing:
-            raise UserError(
-                f"{given}: column {name!r} is missing; there are {', '.join(existing) or 'none'}; "
-                f"{columns.flags}"
-            )
+def _present(given: str, columns: Columns, existing: list[str]) -> list[str]:
+    """The columns of a table to read; raises `UserError` where one is missing or there twice."""
+    names = columns.choose(f"{given}: column", existing)
+    for name in names:
         if existing.count(name) > 1:
             raise UserError(f"{given}: column {name!r} occurs {existing.count(name)} times")
-    return [*columns.required, *(name for name in columns.optional if name in existing)]
+    return names
 
 
 def _numbered(batches: Any) -> Iterator[Row]:
@@ -183,11 +337,22 @@ def _numbered(batches: Any) -> Iterator[Row]:
             yield number, dict(zip(batch, values))
 
 
+def _open(given: str) -> IO[bytes]:
+    """A file's bytes, decompressed according to its suffix."""
+    suffix = Path(given).suffix
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(given))
+    if suffix in COMPRESSED:
+        stream = pa.CompressedInputStream(pa.OSFile(given, "rb"), "zstd")
+        return io.BufferedReader(stream)
+    return open(given, "rb")
+
+
 def _lines(given: str) -> Iterator[str]:
-    """The lines of a text file, plain or gzipped; only a line feed ends one."""
+    """The lines of a text file, plain or compressed; only a line feed ends one."""
     number = 0
     try:
-        with gzip.open(given) if given.endswith(".gz") else open(given, "rb") as file:
+        with _open(given) as file:
             for number, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -196,14 +361,29 @@ def _lines(given: str) -> Iterator[str]:
         raise UserError(f"{given} cannot be read after line {number}: {error}") from None
 
 
+def _chunks(given: str) -> Iterator[str]:
+    """The text of a file, plain or compressed, in parts: a JSON array may be one long line."""
+    size = 0
+    try:
+        with _open(given) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            while chunk := text.read(CHUNK):
+                size += len(chunk)
+                yield chunk
+    except UnicodeDecodeError:
+        raise UserError(f"{given} is not UTF-8 after character {size:,}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{given} cannot be read after character {size:,}: {error}") from None
+
+
 def _cell(text: str) -> Any:
-    """A CSV cell: text, or a message list as JSON, the only way CSV can hold one."""
-    if text.startswith("[{"):
+    """A CSV cell: text, or messages as JSON, the only way CSV can hold them."""
+    if text.startswith(("[{", "{")):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return text
-        if all(isinstance(item, dict) and "role" in item for item in value):
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items):
             return value
     return text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,9 @@ import pyarrow as pa
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
-from ..formats import Broken, PairReader, Unusable, by_reason, pair_columns
+from ..formats import Broken, PairReader, RawPair, Unusable, by_reason
 from ..ids import IdIndex, ids_to_numpy
+from ..layouts import RowReader
 from ..pairs import parse_id
 from ..references import check_alias
 from ..sources import Source, SourceColumns, open_sources
@@ -74,8 +75,7 @@ def _tables(source: Source, config: ImportConfig, left: Counter[str]) -> Iterato
 def _rows(
     source: Source, config: ImportConfig, left: Counter[str]
 ) -> Iterator[dict[str, bytes | float | int | None]]:
-    pairs, parts = PairReader(config, source.name), pair_columns(config)
-    needed, optional = ([ID_COLUMN], []) if config.by_id else (parts.required, parts.optional)
+    pairs = PairReader(source.name)
     logps = {
         "chosen_logp": config.chosen_logps_column,
         "rejected_logp": config.rejected_logps_column,
@@ -85,15 +85,23 @@ def _rows(
         "rejected_tokens": config.rejected_tokens_column,
     }
     scored = SourceColumns(
-        [*needed, *logps.values()],
-        [*optional, *tokens.values()],
+        [*([ID_COLUMN] if config.by_id else []), *logps.values()],
+        [*tokens.values()],
         "name columns with --chosen-column, --chosen-logps-column and so on",
     )
-    for number, row in source.rows(scored):
+    rows: Iterator[tuple[int, Mapping[str, Any], RawPair | str | None]]
+    if config.by_id:
+        rows = ((number, row, None) for number, row in source.rows(scored))
+    else:
+        rows = RowReader(config, beside=scored).examples(source)
+    for number, row, example in rows:
         try:
             scores = {name: _logp(column, row[column]) for name, column in logps.items()}
             counts = {name: _token_count(column, row) for name, column in tokens.items()}
-            identity = parse_id(row[ID_COLUMN]) if config.by_id else pairs.read(row)[1]
+            if isinstance(example, RawPair):
+                identity: bytes | None = pairs.read(example)[1]
+            else:
+                identity = parse_id(row[ID_COLUMN])
             if identity is None:
                 raise Broken(
                     ID_COLUMN,
@@ -140,7 +148,7 @@ def _logp(name: str, value: Any) -> float | None:
     return logp
 
 
-def _token_count(name: str, row: dict[str, Any]) -> int | None:
+def _token_count(name: str, row: Mapping[str, Any]) -> int | None:
     value = row.get(name)
     if value is None or value == "" or value != value:
         return None

@@ -24,8 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...data.pairs import Pair
-from ...data.prepare import SETTINGS
-from ...data.reviewed import DECISION, ID
+from ...data.prepare import DECISION, ID, SETTINGS
 from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError

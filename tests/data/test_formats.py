@@ -9,8 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mrpo.data.config import ColumnSettings, PrepareConfig
-from mrpo.data.formats import Broken, PairReader, Unusable, pair_columns, split_common_text
-from mrpo.data.pairs import Pair
+from mrpo.data.formats import Broken, PairReader, RawPair, Unusable, split_common_text
+from mrpo.data.layouts import RowReader
+from mrpo.data.pairs import Pair, response_bytes
 
 Messages = list[dict[str, Any]]
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
@@ -29,7 +30,14 @@ def assistant(content: str) -> Messages:
 
 
 def read(row: dict[str, Any], **names: Any) -> Pair:
-    return PairReader(ColumnSettings(**names), "file").read(row)[0]
+    return read_with(ColumnSettings(**names), PairReader("file"), row)
+
+
+def read_with(settings: ColumnSettings, reader: PairReader, row: dict[str, Any]) -> Pair:
+    """The pair of a row that holds a single one."""
+    (example,) = RowReader(settings).expand(row)
+    assert isinstance(example, RawPair)
+    return reader.read(example)[0]
 
 
 def row(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -148,10 +156,10 @@ def test_dialogues_that_differ_before_the_last_turn_are_unusable() -> None:
 
 
 def test_after_a_dialogue_text_that_is_none_is_unusable() -> None:
-    reader = PairReader(ColumnSettings(), "file")
-    reader.read({"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")})
+    reader = PairReader("file")
+    reader.read(RawPair({"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")}))
     with pytest.raises(Unusable, match="not_a_dialogue"):
-        reader.read({"chosen": dialogue("q", "a"), "rejected": "just text"})
+        reader.read(RawPair({"chosen": dialogue("q", "a"), "rejected": "just text"}))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,8 @@ def test_unusable_rows_say_why(values: dict[str, Any], reason: str) -> None:
     ("values", "message"),
     [
         (row("q", 5, "b"), "'chosen' must be text or a list of messages, not int"),
-        (row("q", {"role": "user"}, "b"), "'chosen' must be text or a list of messages, not dict"),
+        (row("q", {"role": "user"}, "b"), "'chosen.content' is missing"),
+        (row("q", {"from": "me", "value": "x"}, "b"), "'chosen.from' is 'me'; it is one of human"),
         (row("q", "a", assistant("b")), "'rejected' must be text or messages as the chosen"),
         (row("q", ["a"], assistant("b")), r"'chosen\[0\]' must be a message, not str"),
         (row([{"role": "bot", "content": "x"}], "a", "b"), r"'prompt\[0\].role' is 'bot'; a role"),
@@ -216,6 +225,43 @@ def test_broken_structure_names_the_field(values: dict[str, Any], message: str) 
 def test_contents_of_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "1"}]
     assert read(row([{"role": "user", "content": parts}], "a", "b")).prompt == user("q1")
+
+
+def tool(content: str) -> Messages:
+    return [{"role": "tool", "content": content}]
+
+
+def call(name: str) -> Messages:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}}]
+    return [{"role": "assistant", "tool_calls": calls}]
+
+
+def test_a_response_may_hold_calls_and_their_results() -> None:
+    chosen = call("f") + tool("1") + tool("2") + assistant("a")
+    pair = read(row(user("q"), chosen, assistant("b")))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (user("q"), chosen, assistant("b"))
+    assert response_bytes(pair.chosen) == response_bytes(call("f")) + 1  # not the tools' words
+
+
+def test_a_shared_call_stays_with_its_result_where_results_differ() -> None:
+    first, second = (user("q") + call("f") + tool(n) + assistant(n) for n in "12")
+    pair = read({"chosen": first, "rejected": second})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (user("q"), first[1:], second[1:])
+    same = user("q") + call("f") + tool("1")
+    pair = read({"chosen": same + assistant("a"), "rejected": same + assistant("b")})
+    assert (pair.prompt, pair.chosen) == (same, assistant("a"))
+    pair = read({"chosen": user("q") + call("f"), "rejected": same + assistant("b")})
+    assert (pair.prompt, pair.chosen) == (user("q"), call("f"))
+
+
+@pytest.mark.parametrize("wrong", [tool("t"), tool("t") + assistant("a"), call("f") + tool("t")])
+def test_a_tool_neither_opens_nor_ends_a_response(wrong: Messages) -> None:
+    with pytest.raises(Unusable, match="tool_turn_in_response"):
+        read(row(user("q"), wrong, assistant("b")))
+
+
+def test_a_call_without_a_content_is_kept() -> None:
+    assert read(row(user("q"), call("f"), assistant("b"))).chosen == call("f")
 
 
 def test_further_message_fields_stay_and_null_ones_go() -> None:
@@ -247,12 +293,14 @@ def test_other_column_names() -> None:
         rejected_column="wrong",
         source_column="origin",
     )
-    reader = PairReader(names, "file")
     values = {"question": "q", "right": "a", "wrong": "b", "origin": "o", "prompt": 3, "source": 4}
-    assert reader.read(values)[0] == Pair("q", "a", "b", source="o")
-    assert pair_columns(names).required == ["question", "right", "wrong", "origin"]
+    reader = PairReader("file")
+    assert read_with(names, reader, values) == Pair("q", "a", "b", source="o")
+    assert sorted(RowReader(names).choose("file: column", list(values))) == sorted(
+        ["question", "right", "wrong", "origin"]
+    )
     with pytest.raises(Broken, match="'origin' must be text, not int"):
-        reader.read(values | {"origin": 5})
+        read_with(names, reader, values | {"origin": 5})
 
 
 def test_the_source_is_the_column_or_the_name() -> None:

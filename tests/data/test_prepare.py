@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,9 @@ def test_the_implicit_and_the_explicit_prompt_are_the_same_pair(tmp_path: Path, 
         row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     first = run(write(tmp_path / "a.jsonl", [explicit]), tmp_path / "a")
     assert all_ids(run(write(tmp_path / "b.jsonl", [row]), tmp_path / "b")) == all_ids(first)
+
+
+TRL = "preference pairs (chosen, rejected)"
 
 
 # What stays when data grows
@@ -213,8 +217,8 @@ def test_several_sources_keep_their_names(tmp_path: Path) -> None:
     shards = run(f"{first},{second}", tmp_path / "pairs")
     assert [pair.source for pair in all_pairs(shards)] == ["first", "first", "web", "second"]
     assert shards.manifest["sources"] == [
-        {"given": str(first), "name": "first", "rows": 2},
-        {"given": str(second), "name": "second", "rows": 2},
+        {"given": str(first), "name": "first", "rows": 2, "format": [TRL], "unused": []},
+        {"given": str(second), "name": "second", "rows": 2, "format": [TRL], "unused": []},
     ]
 
 
@@ -266,7 +270,7 @@ def test_the_summary_and_the_settings_are_there(
     shards = run(source, tmp_path / "pairs", validation_fraction=0.2, shard_pairs=20)
     train, held_out = (shards.manifest["splits"][name] for name in ("train", "validation"))
     assert capsys.readouterr().out.splitlines() == [
-        "rows    32",
+        f"rows    32: {TRL}",
         f"kept    30 pairs of text in 2 shards: {train} train, {held_out} validation",
         f"dropped 1 duplicates, 1 unusable (empty_response 1); see {tmp_path}/pairs/dropped.jsonl",
         f"pairs   {tmp_path}/pairs",
@@ -284,10 +288,20 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lines", "array", "labels"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
     peaks = []
     for count in (4_000, 40_000):
-        source = write(tmp_path / f"{count}.jsonl", text_rows(count))
+        source, rows = tmp_path / f"{count}.json", text_rows(count)
+        if kind == "array":
+            source.write_text(json.dumps(rows))  # a single line
+        elif kind == "labels":  # all wait for the last one
+            labelled = [{"completion": "x" * 500, "label": True} | row for row in rows]
+            for row in labelled:
+                del row["chosen"], row["rejected"]
+            write(source, [*labelled, labelled[-1] | {"completion": "y", "label": False}])
+        else:
+            write(source, rows)
         command = [sys.executable, "-c", PEAK_MEMORY, str(source), str(tmp_path / str(count))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]) / 1024)

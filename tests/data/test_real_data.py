@@ -116,6 +116,100 @@ def test_hh_rlhf_strictly_stops_at_the_first_unusable_row(
     assert not (tmp_path / "hh").exists()
 
 
+def test_hh_dialogues_that_open_alike_stay_on_one_side(shared_data: Path, tmp_path: Path) -> None:
+    def straddling(shards: PairShards) -> int:
+        sides: dict[str, set[str]] = {}
+        for pair in all_pairs(shards):
+            assert isinstance(pair.prompt, list)
+            sides.setdefault(pair.prompt[0]["content"], set()).add(pair.split)
+        return sum(len(side) > 1 for side in sides.values())
+
+    options = {"validation_fraction": 0.3}
+    by_turn = run(shared_data / HH, tmp_path / "turn", **options)
+    by_prompt = run(shared_data / HH, tmp_path / "prompt", group_by="prompt", **options)
+    assert straddling(by_turn) == 0
+    assert straddling(by_prompt) > 0
+
+
+def test_the_solutions_of_gsm8k_as_scored_and_as_labelled_responses(
+    shared_data: Path, tmp_path: Path, real_pairs: ModuleType
+) -> None:
+    """Four models' solutions with `is_correct`: both ways give pairs of a right and a wrong one."""
+    scored, labelled, expected = [], [], set()
+    with gzip.open(shared_data / "gsm8k_model_solutions.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            solutions = [value for value in row.values() if isinstance(value, dict)]
+            scored.append({"question": row["question"], "answers": solutions})
+            for solution in solutions:
+                response, label = solution["solution"], solution["is_correct"]
+                labelled.append(
+                    {"question": row["question"], "completion": response, "label": label}
+                )
+            for right in solutions:
+                for wrong in solutions:
+                    if right["is_correct"] and not wrong["is_correct"]:
+                        expected.add((row["question"], right["solution"], wrong["solution"]))
+    assert sum(len(row["answers"]) for row in scored) == 4 * 1319
+    for name, rows, options in (
+        ("scored", scored, {"pairs_from": "all"}),
+        ("labelled", labelled, {"chat": True}),
+    ):
+        source = tmp_path / f"{name}.json"
+        source.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        shards = run(source, tmp_path / name, **options)
+        pairs = {
+            (pair.prompt[0]["content"], pair.chosen[0]["content"], pair.rejected[0]["content"])  # type: ignore[index]
+            for pair in all_pairs(shards)
+        }
+        only_right_and_wrong = pairs <= expected
+        questions = {question for question, _, _ in pairs}
+        assert only_right_and_wrong
+        assert len(questions) == len({question for question, _, _ in expected})
+        counted = sum(shards.manifest["left_out"].values())
+        if name == "scored":
+            all_of_them = pairs == expected
+            assert all_of_them
+            assert shards.num_pairs + shards.manifest["duplicates"] + counted == 6 * 1319
+        else:
+            assert len(labelled) == 2 * (shards.num_pairs + shards.manifest["duplicates"]) + counted
+
+
+def test_a_column_inside_gsm8k_by_map(shared_data: Path, tmp_path: Path) -> None:
+    fields = ("chosen={ground_truth}", "rejected={6b_finetuning.solution}")
+    source = shared_data / "gsm8k_model_solutions.jsonl.gz"
+    shards = run(source, tmp_path / "pairs", map=fields, allow_dropped=True)
+    assert shards.num_pairs + sum(shards.manifest["dropped"].values()) == 1319
+    assert shards.manifest["unused_columns"] == [
+        "6b_verification",
+        "175b_finetuning",
+        "175b_verification",
+    ]
+
+
+def test_the_table_of_truthfulqa_as_it_is(shared_data: Path, tmp_path: Path) -> None:
+    columns = {"chosen_column": "Best Answer", "rejected_column": "Best Incorrect Answer"}
+    source = shared_data / "truthfulqa.csv.gz"
+    with pytest.raises(UserError, match="column 'Question' looks like a part of the prompt"):
+        run(source, tmp_path / "pairs", **columns)
+    shards = run(
+        source,
+        tmp_path / "pairs",
+        prompt_column="Question",
+        group_column="Category",
+        validation_fraction=0.3,
+        **columns,
+    )
+    assert shards.num_pairs == shards.manifest["rows"] == 790
+    assert shards.manifest["unused_columns"] == [
+        "Type",
+        "Correct Answers",
+        "Incorrect Answers",
+        "Source",
+    ]
+    assert min(shards.manifest["splits"].values()) > 0
+
+
 @pytest.mark.parametrize(
     ("kind", "file", "questions", "count"),
     [

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mrpo.data.config import ColumnSettings
-from mrpo.data.formats import pair_columns
+from mrpo.data.layouts import RowReader
 from mrpo.data.sources import Row, open_sources
 from mrpo.errors import UserError
 
@@ -26,7 +26,7 @@ OBJECT = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 
 def rows(given: Path | str, **names: str) -> list[Row]:
     (source,) = open_sources(str(given))
-    return list(source.rows(pair_columns(ColumnSettings(**names))))
+    return list(source.rows(RowReader(ColumnSettings(**names))))
 
 
 def write_jsonl(path: Path, values: list[dict[str, Any]], ascii_only: bool = False) -> Path:
@@ -137,7 +137,8 @@ def test_names_of_sources(tmp_path: Path) -> None:
         (" , ", "names nothing"),
         ("missing.jsonl", r"missing\.jsonl: no such file; .* org/name:split"),
         ("org/name", "no such file; .* org/name:split"),
-        ("folder", "folder is a folder; name its files"),
+        ("folder", "folder is a folder without data; its files must end in"),
+        ("no*.jsonl", r"no\*\.jsonl matches no file"),
         ("notes.txt", r"notes\.txt: unknown kind of file; it must end in \.jsonl"),
         ("table.parquet.gz", "unknown kind of file"),
     ],

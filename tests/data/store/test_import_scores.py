@@ -72,6 +72,28 @@ def test_trls_columns_become_a_reference_that_joins_like_any_other(
     assert "imported" in capsys.readouterr().out.splitlines()[1].split()
 
 
+def test_scores_beside_another_layout_belong_to_the_same_pairs(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1 2", "system": "s", "chosen": "3", "rejected": "4"}
+    named = row | {"context": "c"}
+    source = jsonl(tmp_path / "data.jsonl", [row, named | {"instruction": "Sum."}])
+    options: dict[str, Any] = {"ignore_columns": "context", "map": ("system=be {system}",)}
+    pairs = prepare(PrepareConfig(source=source, out=str(tmp_path / "pairs"), **options))
+    scores = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    rows = [json.loads(line) | scores for line in Path(source).read_text().splitlines()]
+    scored = jsonl(tmp_path / "scores.jsonl", rows)
+    with pytest.raises(UserError, match="'context' looks like a part of the prompt"):
+        bring(tmp_path, scored)
+    store = bring(tmp_path, scored, **options)
+    table = join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined").table(0)
+    assert matrix(table, "ref_chosen_logps")[:, 0].tolist() == [-1.0, -1.0]
+
+
+def test_a_row_of_several_responses_has_no_two_scores(tmp_path: Path) -> None:
+    row = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}
+    with pytest.raises(UserError, match="field 'chosen' is missing"):
+        bring(tmp_path, jsonl(tmp_path / "x.jsonl", [row]))
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_table_by_pair_id_is_enough(tmp_path: Path, pairs: PairShards, kind: str) -> None:
     """The way of a reference behind an API: ids and two numbers, as hex in CSV."""
