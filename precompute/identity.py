@@ -180,7 +180,7 @@ def response_place(spec: ReferenceSpec, commit: str | None = None) -> str | None
     """
     with contextlib.suppress(UserError):
         renderer = Renderer.load(
-            spec.model_folder or spec.model,
+            spec.model_path or spec.model,
             revision=commit or spec.revision,
             chat_template=spec.chat_template,
             chat_template_kwargs=spec.chat_template_kwargs,

@@ -280,7 +280,8 @@ def _as_in_gguf(tokenizer: PreTrainedTokenizerFast, path: str) -> PreTrainedToke
     raw = Tokenizer.from_str(json.dumps(state))
     fields = GGUFReader(path).fields
     kind, flag = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "add_bos_token"))
-    bos, first = tokenizer.bos_token, flag.contents() if flag else kind.contents() == "llama"
+    bos, spm = tokenizer.bos_token, kind is not None and kind.contents() == "llama"
+    first = flag.contents() if flag else spm
     single = f"{bos} $A" if first and bos else "$A"
     tokens = [(bos, raw.token_to_id(bos))] if first and bos else []
     raw.post_processor = TemplateProcessing(single=single, special_tokens=tokens)

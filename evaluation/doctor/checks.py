@@ -16,8 +16,8 @@ import numpy as np
 
 from ..figures import ReferenceFigures
 from ..score_table import ReferenceColumns, ScoreTable
-from .findings import FEWEST, Check, Finding, Subject
 from .length_checks import check_means, check_shuffled, check_swapped, check_truncated
+from .verdicts import FEWEST, Check, Finding, Subject
 
 UNIFORM = 0.18  # spread of a token's log-prob over its mean: untrained 0.02 to 0.14, trained 0.23
 SAME = 0.98  # share of equal rows from which two references are the same

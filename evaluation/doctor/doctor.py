@@ -28,9 +28,8 @@ from ..config import DoctorConfig
 from ..figures import UNITS, ReferenceFigures, figures, method_first_loss
 from ..score_table import ScoreTable, load_score_table, pairs_at
 from .checks import check_scores
-from .findings import Finding
 from .probe import REFUTED, ProbeReport, probe
-from .verdicts import Advice, Verdict, advise, verdict_on
+from .verdicts import Advice, Finding, Verdict, advise, verdict_on
 
 SHOWN_PAIRS = 1_000  # of plain text, looked at for an end of their own
 MARGINS = "summed margins, log pi(chosen) - log pi(rejected)"
@@ -147,7 +146,7 @@ def _rendering_notes(
     if pairs.kind != "text" or spec is None:
         return
     try:
-        renderer = Renderer.load(spec.model_folder or spec.model, revision=spec.revision)
+        renderer = Renderer.load(spec.model_path or spec.model, revision=spec.revision)
     except UserError:  # its tokenizer is not on this machine
         return
     shown = pairs_at(pairs, table.places[:SHOWN_PAIRS])

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..figures import correlation
 from ..score_table import ReferenceColumns, ScoreTable
-from .findings import FEWEST, Finding, Subject
+from .verdicts import FEWEST, Finding, Subject
 
 FOLLOWS = 0.5  # correlation with a length that is beyond doubt
 CLEARLY = 0.1  # by which one correlation must exceed another

@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 
 from ...data.pairs import Pair, Turns
 from ...data.references import ReferenceSpec
-from .findings import Finding
 from .plain_model import PlainModel, PlainSequence, PlainTokenizer, TokenLogps
+from .verdicts import Finding
 
 EXPLAINS = 0.8  # share of the responses that a mistake must reproduce
 FEWEST_EXPLAINED = 3  # responses that it must reproduce and the right way does not

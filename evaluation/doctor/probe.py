@@ -23,9 +23,9 @@ from ...data.store import ReferenceRecord, Store
 from ...errors import UserError
 from ...precompute.identity import ResolvedReference, resolve_reference
 from ..score_table import ReferenceColumns, ScoreTable, pairs_at
-from .findings import Finding
 from .mistakes import REFUSED, ProbedResponse, mistaken_numbers, mistaken_rendering, unexplained
 from .plain_model import PlainModel, PlainTokenizer
+from .verdicts import Finding
 
 LONGEST = 4096  # tokens of a sequence beyond which full logits take much memory
 # Findings that equal recomputed scores rule out, however much the numbers look like them.

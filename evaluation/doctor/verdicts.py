@@ -1,13 +1,14 @@
-"""From figures and findings to a verdict on each reference, and advice for all of them together.
+"""Findings, the verdict on a reference that they lead to, and advice for all references together.
 
-Whether a reference can be trusted is one question (`findings.py`), what it adds is another: the
-weights that predict the labels (`method/fitted.py`) and their intervals answer that.
+A check is a function of a `Subject` that returns a `Finding` or None; `checks.py` lists them all.
+Whether a reference can be trusted is the findings' question; what it adds is another, which the
+weights that predict the labels (`method/fitted.py`) and their intervals answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -15,9 +16,9 @@ import numpy as np
 from ...method.fitted import fit_weights
 from ..figures import UNITS, ReferenceFigures
 from ..intervals import Interval
-from ..score_table import ScoreTable
-from .findings import FEWEST, Finding
+from ..score_table import ReferenceColumns, ScoreTable
 
+FEWEST = 20  # scored pairs below which nothing is judged
 TOO_MUCH = 0.5  # of the margins' variance explained by length, or of responses moved by CTRO
 LESS = 0.8  # times the saturation of summed log-probs that per-byte ones must not exceed
 BOOTSTRAP = 100
@@ -34,6 +35,44 @@ TO_DO = {
     "unlikely": "rescore if --probe 16 finds it wrong, else drop it",
 }
 RESCORE = "rescore: remove {folder} and run `mrpo precompute`"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One observation. With a fault the scores are wrong, with a suspect they may be."""
+
+    level: Literal["fault", "suspect"]
+    code: str  # "swapped", "truncated", …: the same for the same fault, whatever showed it
+    evidence: str
+    cause: str
+    shown_by: Literal["scores", "probe"] = "scores"
+
+
+@dataclass(slots=True)
+class Subject:
+    """The k-th reference of a table, as a check sees it."""
+
+    table: ScoreTable
+    all_figures: Sequence[ReferenceFigures]  # of the table's references
+    k: int
+    vocabulary: int | None = None  # tokens of its vocabulary, where known
+    sound: Sequence[int] = ()  # the other references in which no check by itself found anything
+    findings: list[Finding] = field(default_factory=list)  # so far
+
+    @property
+    def reference(self) -> ReferenceColumns:
+        return self.table.references[self.k]
+
+    @property
+    def figures(self) -> ReferenceFigures:
+        return self.all_figures[self.k]
+
+    @property
+    def others(self) -> list[ReferenceColumns]:
+        return [other for j, other in enumerate(self.table.references) if j != self.k]
+
+
+Check = Callable[[Subject], Finding | None]
 
 
 @dataclass(frozen=True, slots=True)
