@@ -10,7 +10,14 @@ from pathlib import Path
 
 from rich.filesize import decimal as readable_size
 
-from ..data.references import ReferenceSpec, from_pretrained, load_refs, select_refs
+from ..data.references import (
+    MODEL_CONFIG,
+    WEIGHT_FILES,
+    ReferenceSpec,
+    from_pretrained,
+    load_refs,
+    select_refs,
+)
 from ..data.rendering import PLACES
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store, open_store
@@ -18,7 +25,7 @@ from ..errors import UserError
 from ..settings import command
 from ..terminal import print_table
 from .config import RefsConfig
-from .identity import MODEL_CONFIG, WEIGHT_FILES, hub_config, response_place
+from .identity import hub_config, response_place
 
 UNKNOWN = "?"
 

@@ -26,7 +26,6 @@ from ...settings import comma_separated, command
 from ...terminal import print_table
 from ..config import GcConfig, PullConfig, PushConfig, StatusConfig, VerifyConfig
 from ..ids import ID_DTYPE, IdArray, IdIndex
-from ..pairs import canonical_json
 from ..shards import PairShards
 from .files import Files, LocalFiles
 from .scores import BAD, ScoreFiles, intact
@@ -152,7 +151,7 @@ def find_garbage(store: Store, unneeded: set[str]) -> Iterator[Garbage]:
 def replaced(store: Store, runs: list[str]) -> set[str]:
     """References that are the newest under none of their names, and that no run names."""
     records = store.references()  # the last recorded last
-    newest = {canonical_json([record.alias, record.entry]): record.identity for record in records}
+    newest = {record.name_key: record.identity for record in records}
     older = {record.identity for record in records} - set(newest.values())
     return older - _named_by(runs) if older else set()
 

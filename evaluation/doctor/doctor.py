@@ -15,11 +15,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from ...data.join import precompute_line
+from ...data.join import precompute_line, resolve_references
 from ...data.references import ReferenceSpec, load_refs
 from ...data.rendering import PLACES, Renderer
 from ...data.shards import PairShards
-from ...data.store import NotScored, ReferenceRecord, open_store
+from ...data.store import ReferenceRecord, open_store
 from ...errors import UserError
 from ...files import output_file, write_json
 from ...settings import comma_separated, command, write_resolved
@@ -71,14 +71,10 @@ def doctor(config: DoctorConfig) -> Diagnosis:
 def load_references(config: DoctorConfig) -> ScoreTable:
     """The scores of the references; `UserError` where one of them has none."""
     pairs, store = PairShards(config.pairs), open_store(config.store)
-    specs, aliases = load_refs(config.refs_config), comma_separated(config.refs, "--refs")
+    aliases = comma_separated(config.refs, "--refs")
     if not aliases:
         raise UserError(f"--refs {config.refs!r} names no reference")
-    try:
-        records = [store.resolve(alias, specs) for alias in aliases]
-    except NotScored as error:
-        line = precompute_line(pairs, store, aliases, config.refs_config)
-        raise UserError(f"{error}; run: {line}") from None
+    records = resolve_references(pairs, store, aliases, config.refs_config)
     table = load_score_table(pairs, store, records, sample=config.sample)
     for reference in table.references:
         if not reference.scored.any():

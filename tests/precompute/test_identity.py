@@ -12,7 +12,7 @@ import pytest
 
 from mrpo.data.references import ReferenceSpec
 from mrpo.errors import UserError
-from mrpo.precompute import identity as file_digests
+from mrpo.data import references as file_digests
 from mrpo.precompute import identity as hub
 from mrpo.precompute.identity import resolve_reference
 
