@@ -20,7 +20,7 @@ from ..data.references import (
 )
 from ..data.rendering import PLACES
 from ..data.shards import MANIFEST, PairShards
-from ..data.store import Store, open_store
+from ..data.store import NotScored, Store, open_store
 from ..errors import UserError
 from ..settings import command
 from ..terminal import print_table
@@ -129,8 +129,10 @@ def _card_license(card: Path) -> str | None:
 def _scored(spec: ReferenceSpec, store: Store, pairs: PairShards | None) -> str:
     try:
         record = store.resolve(spec.alias, {spec.alias: spec})
-    except UserError:
+    except NotScored:
         return "nothing"
+    except UserError:  # several identities, which nothing here can tell apart
+        return UNKNOWN
     scores = store.scores(record.identity)
     if pairs is None:
         return f"{len(scores.pair_ids()):,} pairs"

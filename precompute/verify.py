@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ..data.config import VerifyConfig
 from ..data.ids import IdIndex, ids_to_numpy
-from ..data.references import ReferenceSpec, load_refs
+from ..data.references import ReferenceSpec, inputs_here, load_refs
 from ..data.shards import PairShards, ShardWriter
 from ..data.store import ReferenceRecord, Store, open_store
 from ..data.store.commands import selected, verify_digests
@@ -59,18 +59,28 @@ def verify(config: VerifyConfig) -> Verification:
     entries = {alias: spec.entry() for alias, spec in specs.items()}
     for identity in selected(store, config.refs):
         names = [record for record in store.names_of(identity) if not record.imported]
-        current = [record for record in names if record.entry == entries.get(record.alias)]
+        current = [
+            record
+            for record in names
+            if record.entry == entries.get(record.alias)
+            and not _elsewhere(record, specs[record.alias])
+        ]
         if current:
             record = current[-1]
-            agrees[_title(record)] = _scored_again(store, record, specs[record.alias], config)
+            agrees[record.title] = _scored_again(store, record, specs[record.alias], config)
         elif names:
             aliases = ", ".join(record.alias for record in names)
-            print(f"skipped {aliases}@{identity[:12]}: {config.refs_config} has no equal entry")
+            reason = f"{config.refs_config} has no equal entry of the same folder"
+            print(f"skipped {aliases}@{identity[:12]}: {reason}")
     return Verification(damaged, agrees)
 
 
-def _title(record: ReferenceRecord) -> str:
-    return f"{record.alias}@{record.identity[:12]}"
+def _elsewhere(record: ReferenceRecord, spec: ReferenceSpec) -> bool:
+    """Whether an equal entry of another project scored it, from other files."""
+    here = inputs_here(spec)
+    if record.changed(here):
+        return record.origin(spec, {}) == "elsewhere"
+    return record.origin(spec, here) == "elsewhere"
 
 
 def _scored_again(
@@ -95,7 +105,7 @@ def _scored_again(
         rows = again.scores(record.identity)
         if rows.names():
             return _compare(record, stored, rows.read(COLUMNS))
-    print(f"differs {_title(record)}: is another reference now (weights, tokenizer or template)")
+    print(f"differs {record.title}: is another reference now (weights, tokenizer or template)")
     return False
 
 
@@ -125,7 +135,7 @@ def _write_sample(
     ]
     if not places:
         raise UserError(
-            f"--rescore: {pairs.path} has no pair with a score of {_title(record)}; name others "
+            f"--rescore: {pairs.path} has no pair with a score of {record.title}; name others "
             "with --pairs"
         )
     folder.mkdir()
@@ -142,7 +152,7 @@ def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool
     before = stored.take(pa.array(rows))
     refused = again["reason"].is_valid().to_numpy()
     if refused.any():
-        print(f"differs {_title(record)}: {refused.sum()} of {len(again)} pairs are refused now")
+        print(f"differs {record.title}: {refused.sum()} of {len(again)} pairs are refused now")
         return False
     dtype = str(record.inputs.get("dtype"))
     tokens = _both_branches(before, "tokens")
@@ -153,7 +163,7 @@ def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool
     centered = bool(abs(change.sum()) <= FLOOR + MEAN_SHARE * tolerance * tokens.sum())
     agrees = same_tokens and close and centered
     print(
-        f"{'agrees ' if agrees else 'differs'} {_title(record)}: {len(again):,} pairs scored again "
+        f"{'agrees ' if agrees else 'differs'} {record.title}: {len(again):,} pairs scored again "
         f"in {dtype}, largest difference {np.abs(change).max():.2g} nats a response, "
         f"{change.sum() / tokens.sum():+.2g} a token on average"
         + ("" if same_tokens else "; the numbers of tokens differ")

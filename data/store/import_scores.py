@@ -59,7 +59,7 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
         )
     record = store.record(record)
     print(f"imported {kept:,} pairs; left out: {by_reason(left)}")
-    print(f"reference {record.alias}@{record.identity[:12]}, marked as imported: {config.model}")
+    print(f"reference {record.title}, marked as imported: {config.model}")
     print(f"store   {store.root}")
     return record
 

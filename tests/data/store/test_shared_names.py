@@ -187,9 +187,7 @@ def test_an_adapter_is_told_apart_like_a_model(store: Store, tmp_path: Path) -> 
     assert store.kept_commits(ours) == {"model": "a" * 40}
 
 
-def test_a_folder_named_like_a_hub_model_is_not_the_hub_model(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_folder_named_like_a_hub_model_is_not_the_hub_model(store: Store, tmp_path: Path) -> None:
     local = project(tmp_path / "local", model="org/name")
     write(tmp_path / "local" / "org" / "name", "a")
     on_hub = project(tmp_path / "hub", model="org/name")
