@@ -47,7 +47,7 @@ def status(config: StatusConfig) -> None:
     """
     references = open_store(config.store)
     store = references.policies if config.policies else references
-    heading = ["reference", "identity", "rows", "size", "recorded", "engine", "model"]
+    heading = ["reference", "identity", "rows", "size", "recorded", "engine", "precision", "model"]
     ids = None
     if config.pairs:
         pairs = PairShards(config.pairs)
@@ -305,7 +305,7 @@ def _require(store: Store) -> None:
 
 def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
     if not names:
-        return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
+        return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", "", ""]
     newest = names[-1]
     run = newest.runs[-1] if newest.runs else {}
     model = str(newest.entry.get("model", newest.entry.get("imported", "")))
@@ -317,6 +317,7 @@ def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles
         readable_size(scores.num_bytes()),
         newest.recorded[:16].replace("T", " "),
         "imported" if newest.imported else str(run.get("engine", "")),
+        newest.precision,
         f"{model}@{commit[:7]}" if commit else model,
     ]
 

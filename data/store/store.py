@@ -170,9 +170,9 @@ class Store:
         with contextlib.suppress(UserError):
             others = {meant.identity: meant for meant in self.meant_by(spec)} if spec else {}
         others.pop(record.identity, None)
-        line = f"{record.title} ({record.precision})"
+        line = f"{record.title} ({record.facts})"
         if others:
-            named = (f"{other.title} ({other.precision})" for other in others.values())
+            named = (f"{other.title} ({other.facts})" for other in others.values())
             line += f"; {record.alias} also has {', '.join(named)}"
         return line
 
@@ -255,13 +255,17 @@ class ReferenceRecord:
 
     @property
     def precision(self) -> str:
-        """What the numbers were computed in, and of which commit: `float32, --bf16`."""
-        if self.imported:
-            return "imported"
-        autocast = "--bf16" if "autocast" in self.inputs else None
+        """What the numbers were computed in, as `float32 fp8`, or `float32 --bf16` for autocast."""
+        parts = [self.inputs.get("dtype"), self.inputs.get("quantization")]
+        parts += ["--bf16"] if "autocast" in self.inputs else []
+        return " ".join(str(part) for part in parts if part)
+
+    @property
+    def facts(self) -> str:
+        """What tells this identity from others of its name, in a few words."""
         commit = self.resolved_commit and f"commit {self.resolved_commit[:7]}"
-        parts = (self.inputs.get("dtype"), self.inputs.get("quantization"), autocast, commit)
-        return ", ".join(str(part) for part in parts if part)
+        parts = ("imported" if self.imported else self.precision, commit)
+        return ", ".join(part for part in parts if part)
 
     @property
     def name_key(self) -> str:

@@ -138,10 +138,10 @@ def test_precisions_of_the_same_files_are_named_and_the_last_counts(
     fast, exact = record(store, spec, autocast="bfloat16"), record(store, spec)
     chosen = store.resolve("sft", {"sft": spec})
     assert chosen.identity == exact.identity
-    line = f"{exact.title} (float32); sft also has {fast.title} (float32, --bf16)"
+    line = f"{exact.title} (float32); sft also has {fast.title} (float32 --bf16)"
     assert store.described(chosen, spec) == line
     asked = store.resolve(fast.title, {"sft": spec})
-    line = f"{fast.title} (float32, --bf16); sft also has {exact.title} (float32)"
+    line = f"{fast.title} (float32 --bf16); sft also has {exact.title} (float32)"
     assert store.described(asked, spec) == line
 
 
