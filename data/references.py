@@ -113,7 +113,7 @@ class ReferenceSpec:
         return [] if name is None else [str(path.resolve()) for path in self._paths(name)]
 
     def _paths(self, name: str) -> list[Path]:
-        return [base / Path(name).expanduser() for base in (self.folder, Path())]
+        return [base / os.path.expanduser(name) for base in (self.folder, Path())]
 
     def _local(self, name: str) -> Path | None:
         for path in self._paths(name):
@@ -289,14 +289,15 @@ def _check_value(where: str, key: str, value: Any) -> None:
 
 
 def _template(where: str, folder: Path, value: str) -> str:
-    """The template's text: a value that ends in .jinja is a file relative to the folder."""
-    if "\n" in value or "{" in value or not value.endswith(".jinja"):
+    """The template's text: a value without a brace shows no conversation, so it names a file."""
+    if "{" in value:
         return value
     try:
-        return (folder / Path(value).expanduser()).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return (folder / os.path.expanduser(value)).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         raise UserError(
-            f"{where}: {value!r} can't be read as text; its path is relative to {folder}"
+            f"{where}: {value!r} has no brace, so it is not a template but the name of a file, and "
+            f"that can't be read; its path is relative to {folder}"
         ) from None
 
 
