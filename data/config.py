@@ -298,7 +298,10 @@ class ImportConfig(ColumnSettings):
 
     source: Annotated[str, Arg("Files or org/name:split, as for `mrpo prepare`.")]
     alias: Annotated[str, "The name that --refs will use."]
-    model: Annotated[str, "What computed the scores; another text is another reference."]
+    model: Annotated[
+        str,
+        "What computed the scores; another text is another reference, to be named as alias@prefix.",
+    ]
     store: StoreRoot = None
     chosen_logps_column: Annotated[str, "Column of the chosen response's log-prob, in nats."] = (
         "ref_chosen_logps"

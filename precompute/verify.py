@@ -67,12 +67,16 @@ def verify(config: VerifyConfig) -> Verification:
         ]
         if current:
             record = current[-1]
-            agrees[record.title] = _scored_again(store, record, specs[record.alias], config)
+            agrees[_title(record)] = _scored_again(store, record, specs[record.alias], config)
         elif names:
             aliases = ", ".join(record.alias for record in names)
             reason = f"{config.refs_config} has no equal entry of the same folder"
             print(f"skipped {aliases}@{identity[:12]}: {reason}")
     return Verification(damaged, agrees)
+
+
+def _title(record: ReferenceRecord) -> str:
+    return f"{record.alias}@{record.identity[:12]}"
 
 
 def _elsewhere(record: ReferenceRecord, spec: ReferenceSpec) -> bool:
@@ -105,7 +109,7 @@ def _scored_again(
         rows = again.scores(record.identity)
         if rows.names():
             return _compare(record, stored, rows.read(COLUMNS))
-    print(f"differs {record.title}: is another reference now (weights, tokenizer or template)")
+    print(f"differs {_title(record)}: is another reference now (weights, tokenizer or template)")
     return False
 
 
@@ -135,7 +139,7 @@ def _write_sample(
     ]
     if not places:
         raise UserError(
-            f"--rescore: {pairs.path} has no pair with a score of {record.title}; name others "
+            f"--rescore: {pairs.path} has no pair with a score of {_title(record)}; name others "
             "with --pairs"
         )
     folder.mkdir()
@@ -152,7 +156,7 @@ def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool
     before = stored.take(pa.array(rows))
     refused = again["reason"].is_valid().to_numpy()
     if refused.any():
-        print(f"differs {record.title}: {refused.sum()} of {len(again)} pairs are refused now")
+        print(f"differs {_title(record)}: {refused.sum()} of {len(again)} pairs are refused now")
         return False
     dtype = str(record.inputs.get("dtype"))
     tokens = _both_branches(before, "tokens")
@@ -163,7 +167,7 @@ def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool
     centered = bool(abs(change.sum()) <= FLOOR + MEAN_SHARE * tolerance * tokens.sum())
     agrees = same_tokens and close and centered
     print(
-        f"{'agrees ' if agrees else 'differs'} {record.title}: {len(again):,} pairs scored again "
+        f"{'agrees ' if agrees else 'differs'} {_title(record)}: {len(again):,} pairs scored again "
         f"in {dtype}, largest difference {np.abs(change).max():.2g} nats a response, "
         f"{change.sum() / tokens.sum():+.2g} a token on average"
         + ("" if same_tokens else "; the numbers of tokens differ")

@@ -168,7 +168,7 @@ def _changed(
         raise UserError(
             f"{config.source}: {different.sum():,} pairs have other scores than {record.title}; "
             f"{_difference(known, before, different)}; --replace makes them a new identity that "
-            f"{config.alias} then means, another --model a reference beside it"
+            f"{config.alias} then means, another --alias a reference beside it"
         )
     return int(different.sum())
 

@@ -12,7 +12,6 @@ scored for one data set is scored for all. A store is a local path or an fsspec 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -111,8 +110,9 @@ class Store:
     ) -> ReferenceRecord:
         """The reference that an alias means; no model is loaded.
 
-        `alias`: the newest identity that its entry of refs.yaml can mean (`meant_by`); imported
-        scores where refs.yaml has no such alias. `alias@prefix`: the identity that begins so.
+        `alias`: the newest identity that its entry of refs.yaml can mean (`meant_by`); where
+        refs.yaml has no such alias, the scores last imported under it, of a single model.
+        `alias@prefix`: the identity that begins so.
         Raises `UserError` where none or several match, `NotScored` where the alias is known.
         """
         name, _, prefix = alias.partition("@")
@@ -133,6 +133,13 @@ class Store:
                 raise UserError(
                     f"unknown reference {name!r}; refs.yaml has {', '.join(specs)}, and no "
                     f"imported scores in {self.root} have that name"
+                )
+            newest = {record.entry.get("imported"): record for record in records}
+            if len(newest) > 1:
+                models = ", ".join(f"{r.title} ({model})" for model, r in newest.items())
+                raise UserError(
+                    f"reference {name}: {self.root} has imported scores of several models under "
+                    f"this name; name one of {models}"
                 )
         if not records:
             raise NotScored(f"reference {name!r} has no scores in {self.root}")
@@ -166,10 +173,9 @@ class Store:
 
     def described(self, record: ReferenceRecord, spec: ReferenceSpec | None) -> str:
         """A line that says which scores a name means, and which others its entry has."""
-        others: dict[str, ReferenceRecord] = {}
-        with contextlib.suppress(UserError):
-            others = {meant.identity: meant for meant in self.meant_by(spec)} if spec else {}
-        others.pop(record.identity, None)
+        recorded = self._recorded(spec) if spec else []
+        same_files = [other for other in recorded if other.local_inputs == record.local_inputs]
+        others = {other.identity: other for other in same_files if other.title != record.title}
         line = f"{record.title} ({record.facts})"
         if others:
             named = (f"{other.title} ({other.facts})" for other in others.values())
@@ -193,11 +199,11 @@ class Store:
             )
         if records:
             last = records[-1]
-            paths = ", ".join(last.folders.values())
+            theirs = ", ".join(last.folders.values())
+            ours = ", ".join(spec.possible_paths(part)[0] for part in last.folders)
             return (
-                f"reference {spec.alias}: {self.root} has scores of {paths} under this name, not "
-                f"of {spec.possible_paths('model')[0]}; score it, or name {last.title} if these "
-                "are the same files"
+                f"reference {spec.alias}: {self.root} has scores of {theirs} under this name, not "
+                f"of {ours}; score it, or name {last.title} if these are the same files"
             )
         return (
             f"reference {spec.alias!r} has no scores in {self.root} under its present entry in "
@@ -264,7 +270,7 @@ class ReferenceRecord:
     def facts(self) -> str:
         """What tells this identity from others of its name, in a few words."""
         commit = self.resolved_commit and f"commit {self.resolved_commit[:7]}"
-        parts = ("imported" if self.imported else self.precision, commit)
+        parts = ("imported" if self.imported else self.precision, self.inputs.get("server"), commit)
         return ", ".join(part for part in parts if part)
 
     @property

@@ -150,8 +150,11 @@ def test_the_same_scores_again_are_already_there_and_another_model_is_another_re
     first = store.resolve("judge", {})
     other = jsonl(tmp_path / "other.jsonl", scored(ref_chosen_logps=-99.0))
     bring(tmp_path, other, model="judge-v3")
-    assert store.resolve("judge", {}).identity != first.identity
-    assert set(chosen(store).values()) == {-99.0}
+    second = store.references()[-1]
+    message = rf"several models .* {first.title} \(judge-v2\), {second.title} \(judge-v3\)"
+    with pytest.raises(UserError, match=message):  # which may be another project's
+        store.resolve("judge", {})
+    assert set(chosen(store, second.title).values()) == {-99.0}
     assert sorted(chosen(store, first.title).values()) == [-6.0, -5, -4, -3, -2, -1]
 
 
