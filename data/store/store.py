@@ -351,6 +351,7 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
             for name in content["names"]
         ]
         valid &= all(r.identity == identity and bool(ALIAS.fullmatch(r.alias)) for r in records)
+        valid &= all(isinstance(path, str) for r in records for path in r.folders.values())
     except (ValueError, AttributeError, KeyError, TypeError):
         return []
     return records if valid else []
