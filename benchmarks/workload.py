@@ -175,7 +175,7 @@ def write_scores(folder: Path, pairs: PairShards, references: int) -> np.ndarray
     scored = score_rows(rows, engine, keep_token_logps=False, progress=lambda pairs: None).table
     exact = np.stack([scored[name].to_numpy() for name in ("chosen_logp", "rejected_logp")], 1)
     for alias, spec in load_refs(folder / "refs.yaml").items():
-        inputs = {"model": {"reference": alias}, "dtype": "float32"}
+        inputs = {"weights": alias, "dtype": "float32"}
         record = store.record(ReferenceRecord(alias=alias, entry=spec.entry(), inputs=inputs))
         noise = 1 + 0.02 * random.standard_normal(exact.shape) * (alias != "ref0")
         for name, column in zip(("chosen_logp", "rejected_logp"), (exact * noise).T):

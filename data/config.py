@@ -290,14 +290,18 @@ class ImportConfig(ColumnSettings):
 
     Rows are pairs in any format that `mrpo prepare` reads, with the log-prob of each response
     beside them (natural log, summed over the response). They are marked as imported, because
-    nothing here can say what computed them. A pair that the reference has already keeps its score.
+    nothing here can say what computed them. Scores that differ from those that the reference has
+    already are refused without --replace.
 
     Example: `mrpo store import scores.csv --alias judge --model "judge-v2 by its API"`
     """
 
     source: Annotated[str, Arg("Files or org/name:split, as for `mrpo prepare`.")]
     alias: Annotated[str, "The name that --refs will use."]
-    model: Annotated[str, "What computed the scores; another text is another reference."]
+    model: Annotated[
+        str,
+        "What computed the scores; another text is another reference, to be named as alias@prefix.",
+    ]
     store: StoreRoot = None
     chosen_logps_column: Annotated[str, "Column of the chosen response's log-prob, in nats."] = (
         "ref_chosen_logps"
@@ -312,3 +316,8 @@ class ImportConfig(ColumnSettings):
         str, "Column of the rejected response's number of tokens, where known."
     ] = "ref_rejected_tokens"
     by_id: Annotated[bool, "Rows have a `pair_id` (hex) in place of prompt and responses."] = False
+    replace: Annotated[
+        bool,
+        "Where scores differ from the stored ones: a new identity with these in their place, which "
+        "the alias means from then on.",
+    ] = False

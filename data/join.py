@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from ..files import new_folder, write_json
 from .ids import IdIndex, digest_of, ids_to_arrow, ids_to_numpy
-from .store import SCORE_SCHEMA, ReferenceRecord, ScoreFiles, Store
+from .references import load_refs
+from .store import SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
 
 if TYPE_CHECKING:
     from .shards import PairShards
@@ -85,6 +86,25 @@ def matrix(table: pa.Table, name: str) -> np.ndarray:
     values = table[name].combine_chunks()
     flat = values.flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float64).reshape(len(table), values.type.list_size)
+
+
+def resolve_references(
+    pairs: PairShards, store: Store, aliases: Sequence[str], refs_config: str
+) -> list[ReferenceRecord]:
+    """What each alias means in the store (`Store.resolve`).
+
+    Raises `UserError` with the precompute line to run where one has no scores.
+    """
+    specs, records, problems = load_refs(refs_config), [], {}
+    for alias in aliases:
+        try:
+            records.append(store.resolve(alias, specs))
+        except NotScored as error:
+            problems[alias] = str(error)
+    if problems:
+        line = precompute_line(pairs, store, list(problems), refs_config)
+        raise UserError(f"{'; '.join(problems.values())}; run: {line}")
+    return records
 
 
 def join(
@@ -186,6 +206,7 @@ def precompute_line(
     pairs: PairShards, store: Store, aliases: Sequence[str], refs_config: str
 ) -> str:
     """The command that scores the pairs under the references."""
-    options = ["--pairs", str(pairs.path), "--refs", ",".join(aliases)]
+    names = dict.fromkeys(alias.partition("@")[0] for alias in aliases)
+    options = ["--pairs", str(pairs.path), "--refs", ",".join(names)]
     options += ["--refs-config", refs_config, "--store", store.root]
     return shlex.join(["mrpo", "precompute", *options])

@@ -5,13 +5,21 @@
       revision: main
 
 This module only reads and checks: no model is loaded. `precompute/identity.py` turns a
-`ReferenceSpec` into the identity under which the store keeps its scores.
+`ReferenceSpec` into the identity under which the store keeps its scores; the part of it that local
+files make is here, so that every reader of scores can tell whether a folder is still what was
+scored. Digests of local files are kept between runs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +28,9 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..files import to_json
+from ..files import to_json, write_json
 from ..settings import comma_separated
+from .ids import digest_of, identity_of
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -30,6 +39,29 @@ PACKAGED_REFS = Path(__file__).resolve().parents[1] / DEFAULT_REFS
 GGUF = ".gguf"  # ends the name of a model in one file, as llama.cpp has them
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SYSTEM_ROLES = ("fold",)
+PARTS = ("model", "adapter")  # of a reference: each is a local folder or on the Hub
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+# Of several forms of the same weights a loader takes the first that is there.
+WEIGHT_FILES = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+ADAPTER_FILES = ("adapter_model*.safetensors", "adapter_model*.bin")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+)
+# Notes of where a model came from and what wrote it: the same model saved elsewhere differs here.
+CONFIG_NOTES = ("_name_or_path", "transformers_version", "_commit_hash", "base_model_name_or_path")
+BLOCK = 16 * 2**20  # bytes hashed at a time by one thread
+STAT = ("size", "mtime_ns", "ctime_ns", "ino", "dev")
+SETTLED = 2 * 10**9  # nanoseconds after which a file's time stamps are trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +102,21 @@ class ReferenceSpec:
         """The local folder that `adapter` names; None where there is none or it is on the Hub."""
         return None if self.adapter is None else self._local(self.adapter)
 
+    def local_paths(self) -> dict[str, str]:
+        """The folder or file of each part (`PARTS`) that is local."""
+        paths = {"model": self.model_path, "adapter": self.adapter_folder}
+        return {part: str(path) for part, path in paths.items() if path is not None}
+
+    def possible_paths(self, part: str) -> list[str]:
+        """Where a part is if it is local, whether it is there now or not."""
+        name = getattr(self, part)
+        return [] if name is None else [str(path.resolve()) for path in self._paths(name)]
+
+    def _paths(self, name: str) -> list[Path]:
+        return [base / os.path.expanduser(name) for base in (self.folder, Path())]
+
     def _local(self, name: str) -> Path | None:
-        for base in (self.folder, Path()):
-            path = base / Path(name).expanduser()
+        for path in self._paths(name):
             if path.is_dir() or (path.suffix == GGUF and path.is_file()):
                 return path.resolve()
         if HUB_ID.fullmatch(name) and not name.endswith(GGUF):
@@ -119,6 +163,23 @@ def select_refs(specs: Mapping[str, ReferenceSpec], aliases: str) -> list[Refere
     return [specs[name] for name in names]
 
 
+def local_inputs(spec: ReferenceSpec) -> dict[str, Any]:
+    """What of an identity local files make: digests under "model", "tokenizer" and "adapter".
+
+    Raises `UserError` where a folder is not there or not complete.
+    """
+    return _model_inputs(spec) | _adapter_inputs(spec)
+
+
+def inputs_here(spec: ReferenceSpec) -> dict[str, Any]:
+    """`local_inputs` of the parts that are on this machine, complete; nothing of the others."""
+    inputs: dict[str, Any] = {}
+    for read in (_model_inputs, _adapter_inputs):
+        with contextlib.suppress(UserError, OSError):
+            inputs |= read(spec)
+    return inputs
+
+
 def from_pretrained(
     auto: Any, model: str | Path, revision: str | None = None, **options: Any
 ) -> Any:
@@ -148,6 +209,33 @@ def check_alias(alias: str, where: str = "--refs") -> str:
             "or '-', beginning with a letter or digit"
         )
     return alias
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's content, 64 hex digits: SHA-256 over the SHA-256 of its blocks.
+
+    It is kept in `$MRPO_CACHE`, else in the user's cache folder, until the file's stat changes. A
+    file written moments ago is hashed again next time, because a second write could leave the same
+    time stamps. Raises `UserError` for a file that changes meanwhile.
+    """
+    before = _stat(path)
+    cache = os.environ.get("MRPO_CACHE")
+    cache = cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mrpo")
+    digests = Path(cache).expanduser() / "digests"
+    cached = digests / f"{digest_of(str(path.resolve()).encode())}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
+        known = json.loads(cached.read_bytes())
+        if known["stat"] == before:
+            return str(known["digest"])
+    started = time.time_ns()
+    digest = _hash(path, before["size"])
+    if _stat(path) != before:
+        raise UserError(f"{path}: changed while it was read; run again when it is complete")
+    if started - max(before["mtime_ns"], before["ctime_ns"]) > SETTLED:
+        # Where the home can't be written, the next run hashes again.
+        with contextlib.suppress(OSError):
+            write_json(cached, {"path": str(path.resolve()), "stat": before, "digest": digest})
+    return digest
 
 
 def _read_yaml(path: Path) -> Any:
@@ -201,12 +289,95 @@ def _check_value(where: str, key: str, value: Any) -> None:
 
 
 def _template(where: str, folder: Path, value: str) -> str:
-    """The template's text: a value that ends in .jinja is a file relative to the folder."""
-    if "\n" in value or "{" in value or not value.endswith(".jinja"):
+    """The template's text: a value without a brace shows no conversation, so it names a file."""
+    if "{" in value:
         return value
     try:
-        return (folder / Path(value).expanduser()).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return (folder / os.path.expanduser(value)).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         raise UserError(
-            f"{where}: {value!r} can't be read as text; its path is relative to {folder}"
+            f"{where}: {value!r} has no brace, so it is not a template but the name of a file, and "
+            f"that can't be read; its path is relative to {folder}"
         ) from None
+
+
+def _model_inputs(spec: ReferenceSpec) -> dict[str, Any]:
+    path = spec.model_path
+    if path is None:
+        return {}
+    if path.is_file():
+        return {"model": {"file": file_digest(path)}}  # it has its tokenizer and template inside
+    model = _local_part(spec.alias, path, MODEL_CONFIG, WEIGHT_FILES)
+    names = _existing(path, *TOKENIZER_FILES)
+    if not names:
+        raise UserError(
+            f"reference {spec.alias}: {path} has no tokenizer; save one beside the model "
+            "(`tokenizer.save_pretrained`)"
+        )
+    return {"model": model, "tokenizer": {"files": _files_digest(path, names)}}
+
+
+def _adapter_inputs(spec: ReferenceSpec) -> dict[str, Any]:
+    folder = spec.adapter_folder
+    if folder is None:
+        return {}
+    return {"adapter": _local_part(spec.alias, folder, ADAPTER_CONFIG, ADAPTER_FILES)}
+
+
+def _local_part(alias: str, folder: Path, config: str, patterns: tuple[str, ...]) -> dict[str, Any]:
+    """Digests of a local model's or adapter's weights and configuration."""
+    content = json_file(alias, folder / config)
+    notes = {key: value for key, value in content.items() if key not in CONFIG_NOTES}
+    names = next((files for pattern in patterns if (files := _existing(folder, pattern))), [])
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json_file(alias, index).get("weight_map", {}).values())
+        if absent := sorted(shards - set(_existing(folder, "*.safetensors"))):
+            raise UserError(f"reference {alias}: {folder} lacks {absent[0]}; copy it completely")
+    if not names:
+        raise UserError(
+            f"reference {alias}: {folder} has no weights ({', '.join(patterns)}); name the folder "
+            "that `save_pretrained` wrote"
+        )
+    return {"weights": _files_digest(folder, names), "config": identity_of(notes)}
+
+
+def _existing(folder: Path, *patterns: str) -> list[str]:
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def json_file(alias: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"reference {alias}: {path.parent} has no {path.name}; name a folder that "
+            "`save_pretrained` wrote"
+        ) from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"reference {alias}: {path} is not a JSON object; restore it")
+    return content
+
+
+def _files_digest(folder: Path, names: Iterable[str]) -> str:
+    """One digest of several files of a folder, by name and content; 32 hex digits."""
+    return identity_of({name: file_digest(folder / name) for name in names})
+
+
+def _hash(path: Path, size: int) -> str:
+    """In blocks, so that a single large file keeps every core busy."""
+    with path.open("rb") as file, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+
+        def block(start: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), BLOCK, start)).digest()
+
+        blocks = pool.map(block, range(0, max(size, 1), BLOCK))
+        return hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def _stat(path: Path) -> dict[str, int]:
+    """What changes when a file does, whether it is rewritten, replaced or restored by a copy."""
+    stat = os.stat(path)
+    return {name: getattr(stat, f"st_{name}") for name in STAT}

@@ -153,12 +153,13 @@ def scored_records(
     Raises `UserError` with the command to run where one of them has not.
     """
     specs = load_refs(refs_config)
-    records, incomplete = [], []
+    records, incomplete, reasons = [], [], []
     for alias in aliases:
         try:
             record = store.resolve(alias, specs)
-        except NotScored:
+        except NotScored as error:
             incomplete.append(alias)
+            reasons.append(f" ({error})")
             continue
         records.append(record)
         scores = store.scores(record.identity)
@@ -170,8 +171,8 @@ def scored_records(
     if incomplete:
         line = precompute_line(pairs, store, incomplete, refs_config)
         raise UserError(
-            f"{pairs.path}: pairs not yet scored in {store.root} by {', '.join(incomplete)}; "
-            f"run: {line}"
+            f"{pairs.path}: pairs not yet scored in {store.root} by {', '.join(incomplete)}"
+            f"{''.join(reasons)}; run: {line}"
         )
     return records
 

@@ -8,54 +8,34 @@ not part of it.
 
     reference = resolve_reference(spec, store.kept_commits(spec))
 
-Digests of local files are kept between runs; the Hub is asked through its cache, which answers
-where it can't be reached.
+What local files make of it is `data/references.py`'s; the Hub is asked through its cache, which
+answers where it can't be reached.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import re
-import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.ids import digest_of, identity_of
-from ..data.references import DTYPES, ReferenceSpec
+from ..data.references import (
+    ADAPTER_CONFIG,
+    DTYPES,
+    MODEL_CONFIG,
+    ReferenceSpec,
+    json_file,
+    local_inputs,
+)
 from ..data.rendering import RENDERING_VERSION, Renderer
 from ..data.store import ReferenceRecord
 from ..errors import UserError
-from ..files import write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-# Of several forms of the same weights a loader takes the first that is there.
-WEIGHT_FILES = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-ADAPTER_FILES = ("adapter_model*.safetensors", "adapter_model*.bin")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.*",
-    "additional_chat_templates/*",
-)
-# Notes of where a model came from and what wrote it: the same model saved elsewhere differs here.
-CONFIG_NOTES = ("_name_or_path", "transformers_version", "_commit_hash", "base_model_name_or_path")
-BLOCK = 16 * 2**20  # bytes hashed at a time by one thread
-STAT = ("size", "mtime_ns", "ctime_ns", "ino", "dev")
-SETTLED = 2 * 10**9  # nanoseconds after which a file's time stamps are trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +64,7 @@ class ResolvedReference:
         return ReferenceRecord(
             alias=self.alias,
             entry=self.spec.entry(),
+            folders=self.spec.local_paths(),
             inputs=self.inputs,
             resolved_commit=self.revision,
             runs=runs,
@@ -150,25 +131,9 @@ def _inputs(spec: ReferenceSpec, commits: Mapping[str, str]) -> dict[str, Any]:
         "system_role": spec.system_role,
         "response_place": response_place(spec, commits.get("model")),
     }
-    folder = spec.model_path
-    if folder is None:
-        inputs["model"] = {"commit": commits["model"]}  # a commit has its tokenizer's files too
-    elif folder.is_file():
-        inputs["model"] = {"file": file_digest(folder)}  # which holds its tokenizer and template
-    else:
-        inputs["model"] = _local_part(spec.alias, folder, MODEL_CONFIG, WEIGHT_FILES)
-        names = _existing(folder, *TOKENIZER_FILES)
-        if not names:
-            raise UserError(
-                f"reference {spec.alias}: {folder} has no tokenizer; save one beside the model "
-                "(`tokenizer.save_pretrained`)"
-            )
-        inputs["tokenizer"] = {"files": _files_digest(folder, names)}
-    folder = spec.adapter_folder
-    if folder is not None:
-        inputs["adapter"] = _local_part(spec.alias, folder, ADAPTER_CONFIG, ADAPTER_FILES)
-    elif spec.adapter is not None:
-        inputs["adapter"] = {"commit": commits["adapter"]}
+    # A commit has its tokenizer's files too.
+    inputs |= {part: {"commit": commit} for part, commit in commits.items()}
+    inputs |= local_inputs(spec)
     return {key: value for key, value in inputs.items() if value}
 
 
@@ -196,7 +161,9 @@ def _dtype(spec: ReferenceSpec, commit: str | None) -> str:
     folder = spec.model_path
     if folder is not None and folder.is_file():
         return "float32"  # a GGUF file's weights are dequantized, and it names no precision
-    config = _json(spec.alias, folder / MODEL_CONFIG) if folder else hub_config(spec.model, commit)
+    config = (
+        json_file(spec.alias, folder / MODEL_CONFIG) if folder else hub_config(spec.model, commit)
+    )
     parts = (config, config.get("text_config") or {})
     named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
     dtype = str(next(filter(None, named), "float32")).removeprefix("torch.")
@@ -206,92 +173,6 @@ def _dtype(spec: ReferenceSpec, commit: str | None) -> str:
             f"to one of {', '.join(DTYPES[1:])}"
         )
     return dtype
-
-
-def _local_part(alias: str, folder: Path, config: str, patterns: tuple[str, ...]) -> dict[str, Any]:
-    """Digests of a local model's or adapter's weights and configuration."""
-    content = _json(alias, folder / config)
-    notes = {key: value for key, value in content.items() if key not in CONFIG_NOTES}
-    names = next((files for pattern in patterns if (files := _existing(folder, pattern))), [])
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(_json(alias, index).get("weight_map", {}).values())
-        if absent := sorted(shards - set(_existing(folder, "*.safetensors"))):
-            raise UserError(f"reference {alias}: {folder} lacks {absent[0]}; copy it completely")
-    if not names:
-        raise UserError(
-            f"reference {alias}: {folder} has no weights ({', '.join(patterns)}); name the folder "
-            "that `save_pretrained` wrote"
-        )
-    return {"weights": _files_digest(folder, names), "config": identity_of(notes)}
-
-
-def _existing(folder: Path, *patterns: str) -> list[str]:
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
-
-
-def _json(alias: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"reference {alias}: {path.parent} has no {path.name}; name a folder that "
-            "`save_pretrained` wrote"
-        ) from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"reference {alias}: {path} is not a JSON object; restore it")
-    return content
-
-
-def _files_digest(folder: Path, names: Iterable[str]) -> str:
-    """One digest of several files of a folder, by name and content; 32 hex digits."""
-    return identity_of({name: file_digest(folder / name) for name in names})
-
-
-def file_digest(path: Path) -> str:
-    """The digest of a file's content, 64 hex digits: SHA-256 over the SHA-256 of its blocks.
-
-    It is kept in `$MRPO_CACHE`, else in the user's cache folder, until the file's stat changes. A
-    file written moments ago is hashed again next time, because a second write could leave the same
-    time stamps. Raises `UserError` for a file that changes meanwhile.
-    """
-    before = _stat(path)
-    cache = os.environ.get("MRPO_CACHE")
-    cache = cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mrpo")
-    digests = Path(cache).expanduser() / "digests"
-    cached = digests / f"{digest_of(str(path.resolve()).encode())}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
-        known = json.loads(cached.read_bytes())
-        if known["stat"] == before:
-            return str(known["digest"])
-    started = time.time_ns()
-    digest = _hash(path, before["size"])
-    if _stat(path) != before:
-        raise UserError(f"{path}: changed while it was read; run again when it is complete")
-    if started - max(before["mtime_ns"], before["ctime_ns"]) > SETTLED:
-        # Where the home can't be written, the next run hashes again.
-        with contextlib.suppress(OSError):
-            write_json(cached, {"path": str(path.resolve()), "stat": before, "digest": digest})
-    return digest
-
-
-def _hash(path: Path, size: int) -> str:
-    """In blocks, so that a single large file keeps every core busy."""
-    with path.open("rb") as file, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-
-        def block(start: int) -> bytes:
-            return hashlib.sha256(os.pread(file.fileno(), BLOCK, start)).digest()
-
-        blocks = pool.map(block, range(0, max(size, 1), BLOCK))
-        return hashlib.sha256(b"".join(blocks)).hexdigest()
-
-
-def _stat(path: Path) -> dict[str, int]:
-    """What changes when a file does, whether it is rewritten, replaced or restored by a copy."""
-    stat = os.stat(path)
-    return {name: getattr(stat, f"st_{name}") for name in STAT}
 
 
 def hub_commit(name: str, revision: str | None, file: str) -> str:

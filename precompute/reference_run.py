@@ -2,9 +2,10 @@
 
 `place` decides engine, device groups and servers. A `ReferenceRun` starts a worker on each device
 group, hears its events and sums them up. With `--data-parallel-size` several workers hold copies of
-the reference on GPUs of their own and share the shards through the store's leases. A worker that
-ran out of memory is replaced by one that computes fewer tokens at once; any other failure is
-reported at the end, and the other references are scored all the same.
+the reference on GPUs of their own and share the shards through the store's leases; on object
+storage, which has none, the shards are dealt out. A worker that ran out of memory is replaced by
+one that computes fewer tokens at once; any other failure is reported at the end, and the other
+references are scored all the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..data.references import GGUF, ReferenceSpec
+from ..data.store import Store
 from ..errors import UserError
 from ..settings import comma_separated
 from .config import PrecomputeConfig
@@ -133,12 +135,14 @@ class ReferenceRun:
         Blocks until no worker is left. An interrupt stops them all.
         """
         alias, count = self._job.settings.alias, len(device_groups)
+        leases = Store(self._job.store).files.is_local
         try:
             with self._bar:
                 self._bar.set_postfix_str("loading")
                 for number, devices in enumerate(device_groups):
                     log = logs / (f"{alias}.log" if count == 1 else f"{alias}-{number}.log")
-                    self._start(_Running(self._job, log, _environment(devices, count)))
+                    job = self._job if leases else replace(self._job, worker=number, workers=count)
+                    self._start(_Running(job, log, _environment(devices, count)))
                 while self._workers:
                     worker, event = self._queue.get()
                     if event is None:

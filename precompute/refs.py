@@ -10,15 +10,22 @@ from pathlib import Path
 
 from rich.filesize import decimal as readable_size
 
-from ..data.references import ReferenceSpec, from_pretrained, load_refs, select_refs
+from ..data.references import (
+    MODEL_CONFIG,
+    WEIGHT_FILES,
+    ReferenceSpec,
+    from_pretrained,
+    load_refs,
+    select_refs,
+)
 from ..data.rendering import PLACES
 from ..data.shards import MANIFEST, PairShards
-from ..data.store import Store, open_store
+from ..data.store import NotScored, Store, open_store
 from ..errors import UserError
 from ..settings import command
 from ..terminal import print_table
 from .config import RefsConfig
-from .identity import MODEL_CONFIG, WEIGHT_FILES, hub_config, response_place
+from .identity import hub_config, response_place
 
 UNKNOWN = "?"
 
@@ -122,8 +129,10 @@ def _card_license(card: Path) -> str | None:
 def _scored(spec: ReferenceSpec, store: Store, pairs: PairShards | None) -> str:
     try:
         record = store.resolve(spec.alias, {spec.alias: spec})
-    except UserError:
+    except NotScored:
         return "nothing"
+    except UserError:  # several identities, which nothing here can tell apart
+        return UNKNOWN
     scores = store.scores(record.identity)
     if pairs is None:
         return f"{len(scores.pair_ids()):,} pairs"

@@ -2,7 +2,8 @@
 
 The missing pairs of a shard become one file in the store, complete or absent, so a killed run loses
 at most the shard in progress. Several processes share a reference through leases; each works on the
-shards that no other holds, then waits for those, in case a holder dies.
+shards that no other holds, then waits for those, in case a holder dies. Object storage has no
+leases: there each worker of a run has shards of its own.
 
 A row of the store is a score, or the permanent reason why there is none. A pair that only a limit
 of this run leaves out gets no row, so the next run tries it again; a score that is not finite is
@@ -87,6 +88,8 @@ class Job:
     context: int | None  # tokens of the longest sequence the model itself takes
     limit: int | None  # the same of this run
     keep_token_logps: bool
+    worker: int = 0  # of `workers`, which have every `workers`-th shard each
+    workers: int = 1  # 1: any shard, claimed by leases
 
 
 @dataclass(slots=True)
@@ -125,12 +128,12 @@ class ReferenceScorer:
         self._limit = min((limit for limit in limits if limit is not None), default=None)
 
     def run(self) -> None:
-        """Score shard after shard, until none is left to this or another process.
+        """Score shard after shard of this worker's, until none is left to it or another process.
 
         Raises `UserError` at the first shard with a score that is not finite; the shard's other
         rows are stored.
         """
-        todo: Sequence[int] = self._selection.shards
+        todo: Sequence[int] = self._selection.shards[self._job.worker :: self._job.workers]
         while todo := self._pass_over(todo):
             self._report({"event": "waiting", "shards": len(todo)})
             time.sleep(POLL_SECONDS)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ..data.config import VerifyConfig
 from ..data.ids import IdIndex, ids_to_numpy
-from ..data.references import ReferenceSpec, load_refs
+from ..data.references import ReferenceSpec, inputs_here, load_refs
 from ..data.shards import PairShards, ShardWriter
 from ..data.store import ReferenceRecord, Store, open_store
 from ..data.store.commands import selected, verify_digests
@@ -59,18 +59,32 @@ def verify(config: VerifyConfig) -> Verification:
     entries = {alias: spec.entry() for alias, spec in specs.items()}
     for identity in selected(store, config.refs):
         names = [record for record in store.names_of(identity) if not record.imported]
-        current = [record for record in names if record.entry == entries.get(record.alias)]
+        current = [
+            record
+            for record in names
+            if record.entry == entries.get(record.alias)
+            and not _elsewhere(record, specs[record.alias])
+        ]
         if current:
             record = current[-1]
             agrees[_title(record)] = _scored_again(store, record, specs[record.alias], config)
         elif names:
             aliases = ", ".join(record.alias for record in names)
-            print(f"skipped {aliases}@{identity[:12]}: {config.refs_config} has no equal entry")
+            reason = f"{config.refs_config} has no equal entry of the same folder"
+            print(f"skipped {aliases}@{identity[:12]}: {reason}")
     return Verification(damaged, agrees)
 
 
 def _title(record: ReferenceRecord) -> str:
     return f"{record.alias}@{record.identity[:12]}"
+
+
+def _elsewhere(record: ReferenceRecord, spec: ReferenceSpec) -> bool:
+    """Whether an equal entry of another project scored it, from other files."""
+    here = inputs_here(spec)
+    if record.changed(here):
+        return record.origin(spec, {}) == "elsewhere"
+    return record.origin(spec, here) == "elsewhere"
 
 
 def _scored_again(

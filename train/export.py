@@ -17,8 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 
-from ..data.join import join
-from ..data.references import load_refs
+from ..data.join import join, resolve_references
 from ..data.shards import TURNS, PairShards
 from ..data.store import open_store
 from ..errors import UserError
@@ -46,8 +45,8 @@ def export(config: ExportConfig) -> Path:
             "export mrpo or geometric, or train it here with `mrpo train`"
         )
     pairs = PairShards(config.pairs)
-    store, specs = open_store(config.store), load_refs(config.refs_config)
-    records = [store.resolve(alias, specs) for alias in method.references]
+    store = open_store(config.store)
+    records = resolve_references(pairs, store, method.references, config.refs_config)
     out = Path(config.out)
     _check_out(out)
     with new_folder(out) as folder:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.join import JoinedScores, join, precompute_line
+from ..data.join import JoinedScores, join, resolve_references
 from ..data.prepare import open_pairs
 from ..data.references import load_refs
 from ..data.shards import PairShards
-from ..data.store import NotScored, open_store
+from ..data.store import open_store
 from ..errors import UserError
 from ..method.grammar import aliases_of
 from ..method.objective import ReferenceLogps
@@ -69,13 +69,9 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
         return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
 
     store, specs = open_store(config.store), load_refs(config.refs_config)
-    try:
-        records = [store.resolve(alias, specs) for alias in method.references]
-    except NotScored:
-        line = precompute_line(pairs, store, method.references, config.refs_config)
-        raise UserError(
-            f"{pairs.path}: pairs not yet scored in {store.root}; run: {line}"
-        ) from None
+    records = resolve_references(pairs, store, method.references, config.refs_config)
+    for record in records:
+        print(f"scores      {store.described(record, specs.get(record.alias))}", flush=True)
     # The policy starts from the first reference, whichever of them the method uses.
     first = aliases_of(config.refs, config.method)[0]
     base = store.resolve(first, specs)

@@ -26,7 +26,6 @@ from ...settings import comma_separated, command
 from ...terminal import print_table
 from ..config import GcConfig, PullConfig, PushConfig, StatusConfig, VerifyConfig
 from ..ids import ID_DTYPE, IdArray, IdIndex
-from ..pairs import canonical_json
 from ..shards import PairShards
 from .files import Files, LocalFiles
 from .scores import BAD, ScoreFiles, intact
@@ -48,7 +47,7 @@ def status(config: StatusConfig) -> None:
     """
     references = open_store(config.store)
     store = references.policies if config.policies else references
-    heading = ["reference", "identity", "rows", "size", "recorded", "engine", "model"]
+    heading = ["reference", "identity", "rows", "size", "recorded", "engine", "precision", "model"]
     ids = None
     if config.pairs:
         pairs = PairShards(config.pairs)
@@ -152,7 +151,7 @@ def find_garbage(store: Store, unneeded: set[str]) -> Iterator[Garbage]:
 def replaced(store: Store, runs: list[str]) -> set[str]:
     """References that are the newest under none of their names, and that no run names."""
     records = store.references()  # the last recorded last
-    newest = {canonical_json([record.alias, record.entry]): record.identity for record in records}
+    newest = {record.name_key: record.identity for record in records}
     older = {record.identity for record in records} - set(newest.values())
     return older - _named_by(runs) if older else set()
 
@@ -306,7 +305,7 @@ def _require(store: Store) -> None:
 
 def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
     if not names:
-        return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", ""]
+        return ["(no record)", identity[:12], _shown(scores.num_rows), "", "", "", "", ""]
     newest = names[-1]
     run = newest.runs[-1] if newest.runs else {}
     model = str(newest.entry.get("model", newest.entry.get("imported", "")))
@@ -318,6 +317,7 @@ def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles
         readable_size(scores.num_bytes()),
         newest.recorded[:16].replace("T", " "),
         "imported" if newest.imported else str(run.get("engine", "")),
+        newest.precision,
         f"{model}@{commit[:7]}" if commit else model,
     ]
 

@@ -2,7 +2,8 @@
 
 A write is all or nothing: on a disk by `mrpo.files` (durable too), on object storage one put. Names
 are those of content, so a repeated write changes nothing. Locks exist on a local disk alone; on
-object storage one driver should write, and a race costs no more than a second row.
+object storage one run should write, whose workers have shards of their own, and a race costs no
+more than a second row.
 """
 
 from __future__ import annotations

@@ -3,33 +3,40 @@
 A row is a pair in any format that `mrpo prepare` reads, or a pair's id, with two log-probs beside
 it. How they were computed can't be checked here, so their identity is the user's description of
 them, and the record is marked as imported. Everything else treats them like any reference's scores.
+
+A stored score never changes. Scores that differ from it are refused, or with --replace become an
+identity of their own, which the alias means from then on.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
 from ..formats import Broken, PairReader, RawPair, Unusable, by_reason
-from ..ids import IdIndex, ids_to_numpy
+from ..ids import IdIndex, digest_of, ids_to_numpy
 from ..layouts import RowReader
 from ..pairs import parse_id
 from ..references import check_alias
 from ..sources import Source, SourceColumns, open_sources
-from .scores import SCORE_SCHEMA, ScoreFiles
-from .store import ReferenceRecord, open_store
+from .scores import SCORE_SCHEMA, to_bytes
+from .store import ReferenceRecord, Store, open_store
 
 BATCH_ROWS = 8192  # rows that become one score file
 ABOVE_ZERO = 1e-3  # nats by which rounding may lift a certain response's log-prob above 0
 ID_COLUMN = "pair_id"
+VALUES = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
 # Why a row is left out, besides the reasons for which a pair can't be used.
 NO_SCORE, ALREADY_THERE = "no score", "already there"
 
@@ -38,28 +45,33 @@ NO_SCORE, ALREADY_THERE = "no score", "already there"
 def import_scores(config: ImportConfig) -> ReferenceRecord:
     """Store the scores of every row that has them; returns the reference that they became.
 
-    Raises `UserError` at an invalid row, and then nothing is stored.
+    Raises `UserError` at an invalid row, and at scores that differ from stored ones or from each
+    other, and then nothing is stored.
     """
     check_alias(config.alias, "--alias")
     sources = open_sources(config.source)
-    store = open_store(config.store)
-    record = ReferenceRecord(
-        alias=config.alias,
-        entry={"imported": config.model},
-        inputs={"imported": {"alias": config.alias, "model": config.model}},
-        runs=({"engine": "imported", "source": config.source},),
-    )
-    scores, left = store.scores(record.identity), Counter[str]()
+    store, left = open_store(config.store), Counter[str]()
+    record = _present(store, config)
     # Everything is read before anything is stored: an invalid row leaves the store as it was.
     tables = [table for source in sources for table in _tables(source, config, left)]
-    kept = sum(_add(scores, table, left) for table in tables)
-    if not kept and not left[ALREADY_THERE]:
+    if not tables:
         raise UserError(
             f"{config.source}: no row has a score ({by_reason(left)}); nothing imported"
         )
+    rows = _first_rows(pa.concat_tables(tables), config.source, left)
+    stored = store.scores(record.identity).read()
+    new, changed = _places(stored, rows) < 0, _changed(rows, stored, record, config)
+    left[ALREADY_THERE] += len(rows) - int(new.sum()) - changed
+    if changed:
+        print(f"replaced {changed:,} scores of {record.title}, where they stay as they are")
+        record, rows = _replacement(record, rows, stored)
+    scores = store.scores(record.identity)
+    rows = rows.filter(pa.array(scores.missing(ids_to_numpy(rows[ID_COLUMN]))))
+    for start in range(0, len(rows), BATCH_ROWS):
+        scores.add(rows.slice(start, BATCH_ROWS))
     record = store.record(record)
-    print(f"imported {kept:,} pairs; left out: {by_reason(left)}")
-    print(f"reference {record.alias}@{record.identity[:12]}, marked as imported: {config.model}")
+    print(f"imported {new.sum():,} pairs; left out: {by_reason(left)}")
+    print(f"reference {record.title}, marked as imported: {config.model}")
     print(f"store   {store.root}")
     return record
 
@@ -118,15 +130,89 @@ def _rows(
                 yield {ID_COLUMN: identity, **scores, **counts}
 
 
-def _add(scores: ScoreFiles, table: pa.Table, left: Counter[str]) -> int:
-    """Store the rows that are new and count them; a pair's first row counts, as in the store."""
-    ids = ids_to_numpy(table[ID_COLUMN])
-    firsts = IdIndex(ids).firsts()
-    new = firsts[scores.missing(ids)[firsts]]
-    left[ALREADY_THERE] += len(ids) - len(new)
-    if len(new):
-        scores.add(table.take(pa.array(new)))
-    return len(new)
+def _present(store: Store, config: ImportConfig) -> ReferenceRecord:
+    """The reference that the alias and the model already name, else a new one."""
+    entry = {"imported": config.model}
+    run = {"engine": "imported", "source": config.source}
+    for record in reversed(store.references()):
+        if record.alias == config.alias and record.entry == entry:
+            return replace(record, runs=(*record.runs, run))
+    inputs = {"imported": {"alias": config.alias, "model": config.model}}
+    return ReferenceRecord(alias=config.alias, entry=entry, inputs=inputs, runs=(run,))
+
+
+def _first_rows(table: pa.Table, source: str, left: Counter[str]) -> pa.Table:
+    """The rows without repetitions, which `left` counts; `UserError` where these differ."""
+    places = _places(table, table)
+    first = table.take(pa.array(places))
+    different = _different(table, first)
+    if different.any():
+        raise UserError(
+            f"{source}: {different.sum():,} rows repeat a pair with other scores; "
+            f"{_difference(table, first, different)}; keep a single row of each pair"
+        )
+    firsts = places == np.arange(len(table))
+    left[ALREADY_THERE] += int((~firsts).sum())
+    return table.filter(pa.array(firsts))
+
+
+def _changed(
+    rows: pa.Table, stored: pa.Table, record: ReferenceRecord, config: ImportConfig
+) -> int:
+    """How many stored scores the rows would replace; `UserError` where they may not."""
+    places = _places(stored, rows)
+    known = rows.filter(pa.array(places >= 0))
+    before = stored.take(pa.array(places[places >= 0]))
+    different = _different(known, before)
+    if different.any() and not config.replace:
+        raise UserError(
+            f"{config.source}: {different.sum():,} pairs have other scores than {record.title}; "
+            f"{_difference(known, before, different)}; --replace makes them a new identity that "
+            f"{config.alias} then means, another --alias a reference beside it"
+        )
+    return int(different.sum())
+
+
+def _places(table: pa.Table, rows: pa.Table) -> np.ndarray:
+    """[n] where in the table the pair of each row is; -1 where it is not."""
+    return IdIndex(ids_to_numpy(table[ID_COLUMN])).find(ids_to_numpy(rows[ID_COLUMN]))
+
+
+def _different(rows: pa.Table, others: pa.Table, names: Sequence[str] = VALUES) -> np.ndarray:
+    """[n] whether a given value of a row differs from that of its counterpart."""
+    different = np.zeros(len(rows), dtype=bool)
+    for name in names:
+        given = rows[name].is_valid().to_numpy()
+        different |= given & (rows[name].to_numpy() != others[name].to_numpy())
+    return different
+
+
+def _difference(rows: pa.Table, others: pa.Table, different: np.ndarray) -> str:
+    """The first pair whose values differ, and how."""
+    place = int(np.flatnonzero(different)[0])
+    row, other = rows.slice(place, 1), others.slice(place, 1)
+    name = next(name for name in VALUES if _different(row, other, [name]).any())
+    given, stored = row[name][0].as_py(), other[name][0].as_py()
+    return f"pair {row[ID_COLUMN][0].as_py().hex()}: {name} is {given}, before it was {stored}"
+
+
+def _replacement(
+    record: ReferenceRecord, rows: pa.Table, stored: pa.Table
+) -> tuple[ReferenceRecord, pa.Table]:
+    """A new identity of the same name, and its rows: those given, and the other stored ones.
+
+    A token count that is not given stays as it was stored.
+    """
+    places = _places(stored, rows)
+    before = stored.take(pa.array(places, mask=places < 0))
+    for name in VALUES:
+        column = pc.coalesce(rows[name].combine_chunks(), before[name].combine_chunks())
+        rows = rows.set_column(rows.schema.get_field_index(name), SCORE_SCHEMA.field(name), column)
+    others = np.ones(len(stored), dtype=bool)
+    others[places[places >= 0]] = False
+    table = pa.concat_tables([rows, stored.filter(pa.array(others))]).combine_chunks()
+    imported = record.inputs["imported"] | {"scores": digest_of(to_bytes(table))}
+    return replace(record, inputs={"imported": imported}, runs=record.runs[-1:]), table
 
 
 def _logp(name: str, value: Any) -> float | None:

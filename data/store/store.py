@@ -16,14 +16,15 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import UserError
 from ..ids import identity_of
-from ..references import ALIAS, ReferenceSpec, check_alias
+from ..pairs import canonical_json
+from ..references import ALIAS, PARTS, ReferenceSpec, check_alias, inputs_here
 from .files import open_files
 from .scores import BAD, ScoreFiles
 
@@ -107,10 +108,11 @@ class Store:
     def resolve(
         self, alias: str, specs: Mapping[str, ReferenceSpec] | None = None
     ) -> ReferenceRecord:
-        """The reference that an alias means, found without looking at weights.
+        """The reference that an alias means; no model is loaded.
 
-        `alias`: the newest identity recorded under it with an equal refs.yaml entry; imported
-        scores where refs.yaml has no such alias. `alias@prefix`: the identity that begins so.
+        `alias`: the newest identity that its entry of refs.yaml can mean (`meant_by`); where
+        refs.yaml has no such alias, the scores last imported under it, of a single model.
+        `alias@prefix`: the identity that begins so.
         Raises `UserError` where none or several match, `NotScored` where the alias is known.
         """
         name, _, prefix = alias.partition("@")
@@ -124,21 +126,90 @@ class Store:
                 raise UserError(f"{alias}: {problem} in {self.root}; recorded under it: {known}")
             return next(iter(matching.values()))
         if specs is not None and name in specs:
-            records = [record for record in records if record.entry == specs[name].entry()]
-        elif specs is not None:
+            return self.meant_by(specs[name])[-1]
+        if specs is not None:
             records = [record for record in records if record.imported]
             if not records:
                 raise UserError(
                     f"unknown reference {name!r}; refs.yaml has {', '.join(specs)}, and no "
                     f"imported scores in {self.root} have that name"
                 )
+            newest = {record.entry.get("imported"): record for record in records}
+            if len(newest) > 1:
+                models = ", ".join(f"{r.title} ({model})" for model, r in newest.items())
+                raise UserError(
+                    f"reference {name}: {self.root} has imported scores of several models under "
+                    f"this name; name one of {models}"
+                )
         if not records:
-            raise NotScored(
-                f"reference {name!r} has no scores in {self.root} under its present entry in "
-                f"refs.yaml; run `mrpo precompute --refs {name} …`, or name an identity of "
-                f"`mrpo store status` as {name}@prefix"
-            )
+            raise NotScored(f"reference {name!r} has no scores in {self.root}")
         return records[-1]
+
+    def meant_by(self, spec: ReferenceSpec) -> list[ReferenceRecord]:
+        """Every identity that an entry of refs.yaml can mean, the last recorded last.
+
+        The alias and the entry must be equal. Two projects may share a store and both write
+        `model: ./sft`, and a folder may be overwritten: so a local part must have the digests that
+        were scored, or, where its files are not here, be the folder that was scored.
+
+        Raises `NotScored` where nothing is left, and `UserError` where identities of different
+        local files are, which nothing here can tell apart.
+        """
+        records = self._recorded(spec)
+        here = inputs_here(spec)
+        unchanged = [record for record in records if not record.changed(here)]
+        origins = [record.origin(spec, here) for record in unchanged]
+        for origin in ("here", "unknown"):  # unknown: recorded by a version that kept no folder
+            meant = [record for record, known in zip(unchanged, origins) if known == origin]
+            if len({canonical_json(record.local_inputs) for record in meant}) > 1:
+                raise UserError(
+                    f"reference {spec.alias}: {self.root} has scores of different files for its "
+                    f"entry in refs.yaml, and {spec.model} is not here to compare; name one of "
+                    f"{', '.join(dict.fromkeys(record.title for record in meant))}"
+                )
+            if meant:
+                return meant
+        raise NotScored(self._why_not_scored(spec, records, here))
+
+    def described(self, record: ReferenceRecord, spec: ReferenceSpec | None) -> str:
+        """A line that says which scores a name means, and which others its entry has."""
+        recorded = self._recorded(spec) if spec else []
+        same_files = [other for other in recorded if other.local_inputs == record.local_inputs]
+        others = {other.identity: other for other in same_files if other.title != record.title}
+        line = f"{record.title} ({record.facts})"
+        if others:
+            named = (f"{other.title} ({other.facts})" for other in others.values())
+            line += f"; {record.alias} also has {', '.join(named)}"
+        return line
+
+    def _recorded(self, spec: ReferenceSpec) -> list[ReferenceRecord]:
+        entry = spec.entry()
+        return [r for r in self.references() if r.alias == spec.alias and r.entry == entry]
+
+    def _why_not_scored(
+        self, spec: ReferenceSpec, records: Sequence[ReferenceRecord], here: Mapping[str, Any]
+    ) -> str:
+        """What the store has in place of the reference; `records` have its alias and entry."""
+        overwritten = [record for record in records if record.origin(spec, {}) != "elsewhere"]
+        if overwritten:
+            title, changed = overwritten[-1].title, overwritten[-1].changed(here)
+            return (
+                f"reference {spec.alias}: the {' and '.join(changed)} of {spec.model} changed "
+                f"since {title} was scored; score it again, or name {title} to use those scores"
+            )
+        if records:
+            last = records[-1]
+            theirs = ", ".join(last.folders.values())
+            ours = ", ".join(spec.possible_paths(part)[0] for part in last.folders)
+            return (
+                f"reference {spec.alias}: {self.root} has scores of {theirs} under this name, not "
+                f"of {ours}; score it, or name {last.title} if these are the same files"
+            )
+        return (
+            f"reference {spec.alias!r} has no scores in {self.root} under its present entry in "
+            f"refs.yaml; score it, or name an identity of `mrpo store status` as "
+            f"{spec.alias}@prefix"
+        )
 
     def kept_commits(self, spec: ReferenceSpec) -> dict[str, str]:
         """The Hub commits an alias has resolved to: {"model": …, "adapter": …} where recorded.
@@ -146,12 +217,11 @@ class Store:
         They hold until `precompute --update-refs`, so that a branch that moves on does not cause
         everything to be scored again.
         """
-        entry = spec.entry()
-        for record in reversed(self.references()):
-            if record.alias == spec.alias and record.entry == entry:
-                parts = ((key, record.inputs.get(key)) for key in ("model", "adapter"))
-                return {key: part["commit"] for key, part in parts if part and "commit" in part}
-        return {}
+        commits: dict[str, str] = {}
+        for record in self._recorded(spec):
+            parts = {part: record.inputs.get(part) or {} for part in PARTS}
+            commits |= {part: kept["commit"] for part, kept in parts.items() if "commit" in kept}
+        return commits
 
     def is_damaged(self, identity: str) -> bool:
         """Whether the `reference.json` of an identity exists and is invalid."""
@@ -169,6 +239,7 @@ class ReferenceRecord:
     alias: str
     entry: Mapping[str, Any]  # ReferenceSpec.entry() at the time of recording
     inputs: Mapping[str, Any]  # what the identity is a digest of
+    folders: Mapping[str, str] = field(default_factory=dict)  # of local parts: where they were
     resolved_commit: str | None = None  # of a Hub model
     runs: tuple[Mapping[str, Any], ...] = ()  # engine, versions, machine, date: kept, not keyed
     created: str = ""  # when the identity was first recorded, UTC
@@ -183,6 +254,52 @@ class ReferenceRecord:
         """Whether the scores were computed elsewhere and came in by `mrpo store import`."""
         return "imported" in self.inputs
 
+    @property
+    def title(self) -> str:
+        """The alias and the beginning of the identity, as `--refs` takes them."""
+        return f"{self.alias}@{self.identity[:12]}"
+
+    @property
+    def precision(self) -> str:
+        """What the numbers were computed in, as `float32 fp8`, or `float32 --bf16` for autocast."""
+        parts = [self.inputs.get("dtype"), self.inputs.get("quantization")]
+        parts += ["--bf16"] if "autocast" in self.inputs else []
+        return " ".join(str(part) for part in parts if part)
+
+    @property
+    def facts(self) -> str:
+        """What tells this identity from others of its name, in a few words."""
+        commit = self.resolved_commit and f"commit {self.resolved_commit[:7]}"
+        parts = ("imported" if self.imported else self.precision, self.inputs.get("server"), commit)
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def name_key(self) -> str:
+        """What makes two names of an identity the same."""
+        return canonical_json([self.alias, self.entry, self.folders])
+
+    @property
+    def local_inputs(self) -> dict[str, Any]:
+        """The inputs that local files made: of model, tokenizer and adapter."""
+        parts = {part: self.inputs.get(part) or {} for part in (*PARTS, "tokenizer")}
+        return {part: made for part, made in parts.items() if made and "commit" not in made}
+
+    def changed(self, here: Mapping[str, Any]) -> list[str]:
+        """The parts whose files are here (`inputs_here`) and are not those that were scored."""
+        return [part for part in here if self.inputs.get(part, here[part]) != here[part]]
+
+    def origin(
+        self, spec: ReferenceSpec, here: Mapping[str, Any]
+    ) -> Literal["here", "elsewhere", "unknown"]:
+        """Whether an equal entry named the same files, by digest (`here`) or else by folder."""
+        known = True
+        for part in set(PARTS) & self.local_inputs.keys() - here.keys():
+            if part not in self.folders:
+                known = False
+            elif self.folders[part] not in spec.possible_paths(part):
+                return "elsewhere"
+        return "here" if known else "unknown"
+
 
 def merged(
     earlier: Sequence[ReferenceRecord], later: Sequence[ReferenceRecord]
@@ -195,7 +312,7 @@ def merged(
     created = min(record.created for record in records)
     names: dict[str, ReferenceRecord] = {}
     for record in sorted(records, key=lambda record: record.recorded):
-        names[identity_of([record.alias, record.entry])] = record
+        names[record.name_key] = record
     return [replace(record, runs=tuple(runs), created=created) for record in names.values()]
 
 
@@ -208,7 +325,12 @@ def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
         "resolved_commit": first.resolved_commit,
         "created": first.created,
         "names": [
-            {"alias": record.alias, "entry": record.entry, "recorded": record.recorded}
+            {
+                "alias": record.alias,
+                "entry": record.entry,
+                **({"folders": record.folders} if record.folders else {}),
+                "recorded": record.recorded,
+            }
             for record in records
         ],
         "runs": first.runs,
@@ -229,6 +351,7 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
             for name in content["names"]
         ]
         valid &= all(r.identity == identity and bool(ALIAS.fullmatch(r.alias)) for r in records)
+        valid &= all(isinstance(path, str) for r in records for path in r.folders.values())
     except (ValueError, AttributeError, KeyError, TypeError):
         return []
     return records if valid else []

@@ -26,6 +26,7 @@ from ...train.run_folder import RunFolder
 from ..config import CompareConfig
 
 CELLS, SETTINGS, INPUTS = "cells", "cell.yaml", "cell.json"
+SCORED = "identities of the references"  # by alias, in a cell's inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,17 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{flag}: {cell.folder} was made with {earlier.get(name)}, now it is {value}; "
                 "compare with that, or name another --output-dir"
+            )
+
+
+def refuse_other_scores(cell: Cell, identities: Mapping[str, str]) -> None:
+    """Raise `UserError` where an alias no longer means what it meant when the comparison began."""
+    begun = json.loads((cell.folder / INPUTS).read_text(encoding="utf-8"))[SCORED]
+    for alias, identity in identities.items():
+        if begun[alias] != identity:
+            raise UserError(
+                f"{cell}: {alias} means {alias}@{identity[:12]} now, the comparison began with "
+                f"{alias}@{begun[alias][:12]}; name that in --refs, or another --output-dir"
             )
 
 

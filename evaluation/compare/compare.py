@@ -29,6 +29,7 @@ from ...train.dataset import method_of
 from ..config import CompareConfig
 from ..score_table import scored_records
 from .cells import (
+    SCORED,
     Cell,
     cells_of,
     fractions_of,
@@ -57,7 +58,7 @@ def compare(config: CompareConfig) -> Comparison:
     plan = _plan(config, pairs, store)
     cells = cells_of(config)
     settings = {cell: settings_for(config, cell, ",".join(plan.aliases), pairs) for cell in cells}
-    scored = {"identities of the references": {r.alias: r.identity for r in plan.records}}
+    scored = {SCORED: {r.alias: r.identity for r in plan.records}}
     inputs = {cell: numeric_settings(settings[cell], pairs) | scored for cell in cells}
     for cell in cells:
         refuse_changed_inputs(cell, inputs[cell])

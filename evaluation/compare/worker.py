@@ -28,8 +28,12 @@ import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ...data.join import JoinedScores
+from ...data.references import load_refs
+from ...data.store import open_store
 from ...errors import UserError
 from ...files import locked, to_json, write_json
+from ...method.grammar import aliases_of
 from ...precompute.process import Report, serve
 from ...settings import build
 from ...train.checkpoint import STATE_FILE
@@ -39,7 +43,7 @@ from ...train.run_folder import update_evaluation
 from ..config import EvaluateConfig
 from ..evaluate import measure
 from ..policies import policy_of_run
-from .cells import SETTINGS, Cell
+from .cells import SETTINGS, Cell, refuse_other_scores
 
 TORCH_SEED = torch.initial_seed()  # of a new process
 
@@ -101,10 +105,15 @@ def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
     started = time.monotonic()
     config = build(TrainConfig, {}, str(cell.folder / SETTINGS))
     print(f"$ mrpo train --config {cell.folder / SETTINGS}")
+    store, specs = open_store(config.store), load_refs(config.refs_config)
+    records = [store.resolve(alias, specs) for alias in aliases_of(config.refs, config.method)]
+    refuse_other_scores(cell, {record.alias: record.identity for record in records})
     with process_state_kept():
         code = train(config).exit_code
     if code:  # SIGTERM: the checkpoint is saved, and this process ends as it was asked to
         sys.exit(code)
+    joined = JoinedScores(cell.run.scores).references
+    refuse_other_scores(cell, {reference.alias: reference.identity for reference in joined})
     trained = time.monotonic()
     settings = EvaluateConfig(
         runs=str(cell.folder),

@@ -15,11 +15,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from ...data.join import precompute_line
-from ...data.references import ReferenceSpec, load_refs
+from ...data.join import precompute_line, resolve_references
+from ...data.references import ReferenceSpec, inputs_here, load_refs
 from ...data.rendering import PLACES, Renderer
 from ...data.shards import PairShards
-from ...data.store import NotScored, ReferenceRecord, open_store
+from ...data.store import ReferenceRecord, open_store
 from ...errors import UserError
 from ...files import output_file, write_json
 from ...settings import comma_separated, command, write_resolved
@@ -47,7 +47,7 @@ class Diagnosis:
     verdicts: list[Verdict]
     advice: Advice
     first_loss: float  # of MRPO with all references, where the policy starts at the base
-    rendering: list[str]  # what is special about how pairs are rendered, a line each
+    rendering: list[str]  # what is special about how pairs are rendered, or changed since
 
     @property
     def exit_code(self) -> int:
@@ -71,14 +71,10 @@ def doctor(config: DoctorConfig) -> Diagnosis:
 def load_references(config: DoctorConfig) -> ScoreTable:
     """The scores of the references; `UserError` where one of them has none."""
     pairs, store = PairShards(config.pairs), open_store(config.store)
-    specs, aliases = load_refs(config.refs_config), comma_separated(config.refs, "--refs")
+    aliases = comma_separated(config.refs, "--refs")
     if not aliases:
         raise UserError(f"--refs {config.refs!r} names no reference")
-    try:
-        records = [store.resolve(alias, specs) for alias in aliases]
-    except NotScored as error:
-        line = precompute_line(pairs, store, aliases, config.refs_config)
-        raise UserError(f"{error}; run: {line}") from None
+    records = resolve_references(pairs, store, aliases, config.refs_config)
     table = load_score_table(pairs, store, records, sample=config.sample)
     for reference in table.references:
         if not reference.scored.any():
@@ -97,8 +93,17 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
     pairs, store = PairShards(config.pairs), open_store(config.store)
     specs = load_refs(config.refs_config)
     known = [_spec_of(reference.record, specs) for reference in table.references]
+    notes = [
+        note
+        for reference, spec in zip(table.references, known)
+        for note in _notes(reference.record, spec, table, pairs)
+    ]
     numbers = figures(table, config.beta, config.epsilon)
-    findings = check_scores(table, numbers, list(map(_vocabulary, known)))
+    vocabularies = [
+        _vocabulary(None if _changed(reference.record, spec) else spec)
+        for reference, spec in zip(table.references, known)
+    ]
+    findings = check_scores(table, numbers, vocabularies)
     probes = []
     for k, spec in enumerate(known if config.probe else []):
         others = [other for j, other in enumerate(known) if j != k and other is not None]
@@ -121,11 +126,7 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
         ],
         advice=advice,
         first_loss=method_first_loss(table.pair_scores(), table.aliases, "mrpo", config.beta),
-        rendering=[
-            note
-            for reference, spec in zip(table.references, known)
-            for note in _rendering_notes(reference.record, spec, table, pairs)
-        ],
+        rendering=notes,
     )
 
 
@@ -135,7 +136,12 @@ def _spec_of(record: ReferenceRecord, specs: Mapping[str, ReferenceSpec]) -> Ref
     return spec if spec is not None and spec.entry() == record.entry else None
 
 
-def _rendering_notes(
+def _changed(record: ReferenceRecord, spec: ReferenceSpec | None) -> list[str]:
+    """The local parts whose files are no longer those that were scored (`alias@prefix` names)."""
+    return [] if spec is None else record.changed(inputs_here(spec))
+
+
+def _notes(
     record: ReferenceRecord, spec: ReferenceSpec | None, table: ScoreTable, pairs: PairShards
 ) -> Iterator[str]:
     """How a reference's responses were found, if not as usual, and texts that bring their end."""
@@ -143,6 +149,10 @@ def _rendering_notes(
         yield f"{record.alias}: {PLACES[place]}"
     if record.inputs.get("system_role") == "fold":
         yield f"{record.alias}: system messages go in front of the first user turn"
+    if spec is not None and (changed := _changed(record, spec)):
+        parts = f"the {' and '.join(changed)} of {spec.model}"
+        yield f"{record.title}: {parts} changed since it was scored"
+        return
     if pairs.kind != "text" or spec is None:
         return
     try:

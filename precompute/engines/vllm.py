@@ -22,8 +22,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from ...data.references import ADAPTER_CONFIG
 from ...errors import UserError
-from ..identity import ADAPTER_CONFIG
 from .protocol import EngineSettings, Logps, PairTokenLogps, Progress, adapter_folder
 from .requests import Request, plan_requests, scored_pair
 

@@ -43,6 +43,13 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["tpl.j2", "vicuna", "chat.txt", "{{ x }}.j2"])
+def test_a_template_without_a_brace_is_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{{ messages }}")
+    spec = load_refs(refs(tmp_path, f"a: {{model: org/name, chat_template: '{name}'}}"))["a"]
+    assert spec.chat_template == (name if "{" in name else "{{ messages }}")
+
+
 def test_defaults_written_out_and_parallel_size_leave_the_entry_equal(tmp_path: Path) -> None:
     path = refs(
         tmp_path,
@@ -80,6 +87,10 @@ def test_a_local_folder_is_relative_to_the_file_and_its_entry_survives_its_remov
         ("a: {model: org/name, chat_template_kwargs: [1]}", "must map names"),
         ("a: {model: org/name, system_role: user}", "must be fold, or left out"),
         ("a: {model: org/name, chat_template: gone.jinja}", "can't be read"),
+        ("a: {model: org/name, chat_template: gone.j2}", "'gone.j2' has no brace, so it is not a"),
+        ("a: {model: org/name, chat_template: templates/vicuna}", "can't be read"),
+        ('a: {model: org/name, chat_template: "a\\0b"}', "can't be read"),
+        ("a: {model: ~nobody/model, chat_template: ~nobody/x}", "can't be read"),
         ("a: {model: 'https://user:secret@host/m'}", "is a URL"),
     ],
 )

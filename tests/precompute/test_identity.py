@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mrpo.data import references as file_digests
 from mrpo.data.references import ReferenceSpec
 from mrpo.errors import UserError
-from mrpo.precompute import identity as file_digests
 from mrpo.precompute import identity as hub
 from mrpo.precompute.identity import resolve_reference
 

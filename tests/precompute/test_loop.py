@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mrpo.data.ids import ids_from_bytes, unit_of
 from mrpo.data.references import load_refs
 from mrpo.data.rendering import Renderer
-from mrpo.data.store import SCORE_SCHEMA, TOKEN_COLUMNS
+from mrpo.data.store import SCORE_SCHEMA, TOKEN_COLUMNS, Store
 from mrpo.errors import UserError
 from mrpo.precompute import scoring as loop
 from mrpo.precompute.engines.hf import HfEngine
@@ -184,6 +184,20 @@ def test_a_shard_that_another_process_holds_is_waited_for_and_not_scored_twice(
     assert [event["shard"] for event in events if event["event"] == "shard"] == [0]
     assert set(workspace.by_id("qwen")) == ids
     assert workspace.scores("qwen").num_rows() == 12
+
+
+def test_workers_on_object_storage_have_shards_of_their_own(workspace: Workspace) -> None:
+    """Every lease is granted there, so each would score every shard that it sees missing."""
+    pairs = workspace.prepare(rows(18), shard_pairs=4)
+    store = Store(f"memory://{workspace.folder.name}/store")
+    options = {"store": store.root, "workers": 3}
+    scored = [
+        [e["shard"] for e in workspace.score("qwen", pairs, worker=worker, **options)]
+        for worker in range(3)
+    ]
+    assert scored == [[0, 3], [1, 4], [2]]
+    scores = store.scores(workspace.job("qwen", pairs).identity)
+    assert scores.num_rows() == len(scores.pair_ids()) == 18
 
 
 def loop_over(workspace: Workspace, pairs: Any, hear: Any) -> None:

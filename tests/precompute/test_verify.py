@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mrpo.data.config import VerifyConfig
+from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.precompute.run import precompute
 from mrpo.precompute.verify import verify
@@ -65,6 +67,17 @@ def test_a_reference_that_refs_yaml_lacks_is_skipped_with_a_line(
     other.write_text("other: org/name")
     assert verify(settings(workspace, refs_config=str(other))).exit_code == 0
     assert "skipped llama@" in capsys.readouterr().out
+
+
+def test_another_projects_reference_of_the_same_entry_is_skipped(
+    workspace: Workspace, tmp_path: Path, capsys: Capture
+) -> None:
+    (record,) = workspace.store.references()
+    theirs = replace(record, folders={"model": "/theirs"}, inputs={"model": {"weights": "b"}})
+    shared = Store(tmp_path / "shared")
+    shared.record(theirs)
+    assert verify(settings(workspace, store=shared.root)).exit_code == 0
+    assert f"skipped {theirs.title}" in capsys.readouterr().out
 
 
 def test_changed_weights_are_another_reference(workspace: Workspace, capsys: Capture) -> None:

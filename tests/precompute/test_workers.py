@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from mrpo.data.references import load_refs
 from mrpo.errors import UserError
 from mrpo.precompute import preflight, process
 from mrpo.precompute.run import precompute
@@ -272,6 +273,24 @@ def test_bfloat16_scores_have_an_identity_of_their_own(workspace: Workspace, wor
     assert exact["identity"] != fast["identity"]
     newest = workspace.store.references()[-1]
     assert (newest.identity, newest.inputs["autocast"]) == (fast["identity"], "bfloat16")
+    specs = load_refs(workspace.refs_config)
+    assert newest.folders == {"model": str(specs["llama"].model_path)}
+    chosen = workspace.store.resolve("llama", specs)
+    assert workspace.store.described(chosen, specs["llama"]) == (
+        f"llama@{fast['identity'][:12]} (float32 --bf16); llama also has "
+        f"llama@{exact['identity'][:12]} (float32)"
+    )
+
+
+@pytest.mark.parametrize(("remote", "dealt"), [(True, [(0, 2), (1, 2)]), (False, [(0, 1)] * 2)])
+def test_shards_are_dealt_out_where_a_store_has_no_leases(
+    workspace: Workspace, worker: Any, remote: bool, dealt: list[tuple[int, int]]
+) -> None:
+    workspace.prepare(rows(8), shard_pairs=2)
+    jobs = worker("")
+    store = f"memory://{workspace.folder.name}/store" if remote else workspace.store.root
+    precompute(workspace.config(refs="llama", data_parallel_size=2, store=store))
+    assert sorted((job["worker"], job["workers"]) for job in jobs) == dealt
 
 
 def test_groups_of_gpus_go_to_workers(

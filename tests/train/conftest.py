@@ -18,7 +18,7 @@ import yaml
 from mrpo.data.config import PrepareConfig
 from mrpo.data.ids import ids_to_arrow
 from mrpo.data.prepare import prepare
-from mrpo.data.references import load_refs
+from mrpo.data.references import load_refs, local_inputs
 from mrpo.data.rendering import Renderer
 from mrpo.data.shards import PairShards
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
@@ -97,7 +97,7 @@ def score(
         record = ReferenceRecord(
             alias=alias,
             entry=specs[alias].entry(),
-            inputs={"dtype": "float32", "model": {"files": alias}},
+            inputs={"dtype": "float32", **local_inputs(specs[alias])},
         )
         store.record(record)
         for shard in range(len(pairs.names)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def test_base_that_differs_from_its_scores_is_said_loudly(
     inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(inputs.config(tmp_path / "same", max_steps=1))
-    assert "guard       +0.0e+00 nats" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "guard       +0.0e+00 nats" in printed
+    [scored] = re.findall(r"^scores +(llama@[0-9a-f]{12}) \(float32\)$", printed, re.MULTILINE)
     train(inputs.config(tmp_path / "other", max_steps=1, policy=str(inputs.references["qwen"])))
     assert "guard" not in capsys.readouterr().out
     entries = yaml.safe_load((inputs.root / "refs.yaml").read_text())
@@ -84,7 +87,11 @@ def test_base_that_differs_from_its_scores_is_said_loudly(
     try:
         shutil.copytree(kept, entries["llama"]["model"])
         model.save_pretrained(entries["llama"]["model"])
-        train(inputs.config(tmp_path / "changed-run", max_steps=1))
+        with pytest.raises(UserError, match=rf"changed since {scored} was scored.*mrpo precompute"):
+            train(inputs.config(tmp_path / "changed-run", max_steps=1))
+        assert not (tmp_path / "changed-run").exists()
+        refs = f"{scored},mistral,qwen"  # what was scored, asked for by name
+        train(inputs.config(tmp_path / "changed-run", max_steps=1, refs=refs))
     finally:
         shutil.rmtree(entries["llama"]["model"])
         shutil.move(kept, entries["llama"]["model"])

@@ -134,21 +134,70 @@ def test_rows_without_a_score_are_counted_and_never_zero(
         join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
 
 
-def test_a_kept_score_is_never_overwritten_and_another_model_is_another_reference(
+def chosen(store: Store, name: str = "judge") -> dict[bytes, float]:
+    """The chosen log-probs that a name means, by pair."""
+    table = store.scores(store.resolve(name, {}).identity).read()
+    return dict(zip(table["pair_id"].to_pylist(), table["chosen_logp"].to_pylist()))
+
+
+def test_the_same_scores_again_are_already_there_and_another_model_is_another_reference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = jsonl(tmp_path / "scores.jsonl", scored())
-    bring(tmp_path, source)
-    changed = [row | {"ref_chosen_logps": -99.0} for row in [*scored(), *scored()]]
-    source = jsonl(tmp_path / "other.jsonl", changed)
-    store = bring(tmp_path, source)
+    bring(tmp_path, jsonl(tmp_path / "scores.jsonl", scored()))
+    twice = jsonl(tmp_path / "twice.jsonl", [*scored(), *scored()])
+    store = bring(tmp_path, twice)
     assert "imported 0 pairs; left out: already there 12" in capsys.readouterr().out
     first = store.resolve("judge", {})
-    assert -99.0 not in store.scores(first.identity).read()["chosen_logp"].to_pylist()
-    bring(tmp_path, source, model="judge-v3")
-    newest = store.resolve("judge", {})
-    assert newest.identity != first.identity
-    assert set(store.scores(newest.identity).read()["chosen_logp"].to_pylist()) == {-99.0}
+    other = jsonl(tmp_path / "other.jsonl", scored(ref_chosen_logps=-99.0))
+    bring(tmp_path, other, model="judge-v3")
+    second = store.references()[-1]
+    message = rf"several models .* {first.title} \(judge-v2\), {second.title} \(judge-v3\)"
+    with pytest.raises(UserError, match=message):  # which may be another project's
+        store.resolve("judge", {})
+    assert set(chosen(store, second.title).values()) == {-99.0}
+    assert sorted(chosen(store, first.title).values()) == [-6.0, -5, -4, -3, -2, -1]
+
+
+def test_corrected_scores_are_refused_until_they_may_replace_the_stored_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = bring(tmp_path, jsonl(tmp_path / "scores.jsonl", scored(ref_chosen_tokens=3)))
+    before, wrong = store.resolve("judge", {}), chosen(store)
+    corrected = [scored()[0] | {"ref_chosen_logps": -99.0}]  # of the last pair, -6.0 before
+    source = jsonl(tmp_path / "corrected.jsonl", corrected)
+    message = (
+        rf"1 pairs have other scores than {before.title}; pair [0-9a-f]{{32}}: chosen_logp is "
+        r"-99\.0, before it was -6\.0; --replace makes"
+    )
+    with pytest.raises(UserError, match=message):
+        bring(tmp_path, source)
+    assert store.resolve("judge", {}).identity == before.identity
+    bring(tmp_path, source, replace=True)
+    after = store.resolve("judge", {})
+    assert after.identity != before.identity
+    assert f"replaced 1 scores of {before.title}" in capsys.readouterr().out
+    assert sorted(chosen(store).values()) == [-99.0, -5, -4, -3, -2, -1]
+    tokens = store.scores(after.identity).read()["chosen_tokens"]
+    assert tokens.to_pylist() == [3] * 6  # which the corrected file does not give
+    assert chosen(store, before.title) == wrong
+    bring(tmp_path, source, replace=True)  # nothing differs any more
+    bring(tmp_path, source)
+    assert store.resolve("judge", {}).identity == after.identity
+    assert len(store.identities()) == 2
+
+
+@pytest.mark.parametrize("change", [{"ref_rejected_logps": -9.0}, {"ref_rejected_tokens": 4}])
+def test_any_other_value_is_a_difference(tmp_path: Path, change: dict[str, Any]) -> None:
+    bring(tmp_path, jsonl(tmp_path / "scores.jsonl", scored()))
+    with pytest.raises(UserError, match="6 pairs have other scores"):
+        bring(tmp_path, jsonl(tmp_path / "other.jsonl", scored(**change)))
+
+
+def test_two_rows_of_a_pair_that_differ_are_refused(tmp_path: Path) -> None:
+    rows = [*scored(), scored()[2] | {"ref_chosen_logps": -99.0}]
+    with pytest.raises(UserError, match=r"1 rows repeat a pair .* is -99\.0, before it was -4\.0"):
+        bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows), replace=True)
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(

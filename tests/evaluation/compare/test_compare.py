@@ -6,18 +6,22 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mrpo import cli
 from mrpo.data.store import Store
+from mrpo.errors import UserError
 from mrpo.evaluation.compare import workers
+from mrpo.evaluation.compare.cells import INPUTS, SETTINGS, Cell
 from mrpo.evaluation.compare.results import Comparison, read_comparison
+from mrpo.evaluation.compare.worker import _train_and_evaluate
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
@@ -301,6 +305,21 @@ def test_other_settings_are_refused_by_name(mrpo: Run, compared: Compared) -> No
     assert ran.code == 2
     assert "--beta" in ran.err
     assert "name another --output-dir" in ran.err
+
+
+def test_a_cell_does_not_train_on_other_scores_than_the_comparison_began_with(
+    compared: Compared, tmp_path: Path
+) -> None:
+    """Here llama is scored again while the comparison runs, as with `--bf16`."""
+    store = Store(shutil.copytree(compared.scored.store.root, tmp_path / "store"))
+    before = next(record for record in store.references() if record.alias == "llama")
+    after = store.record(replace(before, inputs={**before.inputs, "autocast": "bfloat16"}))
+    begun = compared.cell("mrpo", 1.0)
+    settings = yaml.safe_load((begun / SETTINGS).read_text())
+    (tmp_path / SETTINGS).write_text(yaml.safe_dump(settings | {"store": store.root}))
+    shutil.copy(begun / INPUTS, tmp_path)
+    with pytest.raises(UserError, match=f"llama means {after.title} now, .*with {before.title};"):
+        _train_and_evaluate(Cell("mrpo", 1.0, 42, tmp_path), "llama", keep_model=False)
 
 
 @pytest.mark.parametrize(

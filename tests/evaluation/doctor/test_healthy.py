@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs
 from mrpo.data.rendering import Renderer
 from mrpo.data.store import ReferenceRecord, Store
+from mrpo.errors import UserError
 from mrpo.evaluation.doctor.checks import check_scores
 from mrpo.evaluation.doctor.doctor import diagnose, diagnosis_lines, doctor
 from mrpo.evaluation.figures import figures
@@ -96,11 +98,18 @@ def test_weights_that_changed_are_not_probed(clinic: Clinic, tmp_path: Path) -> 
     before = config_file.read_text(encoding="utf-8")
     config_file.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.5}), encoding="utf-8")
     try:
-        report = clinic.diagnose(store, refs="llama", probe=2).probes[0]
+        with pytest.raises(UserError, match=r"llama changed since llama@.* run: mrpo precompute"):
+            clinic.diagnose(store, refs="llama")
+        [record] = [record for record in store.references() if record.alias == "llama"]
+        diagnosis = clinic.diagnose(store, refs=record.title, probe=2)
     finally:
         config_file.write_text(before, encoding="utf-8")
-    assert report.skipped == "its model changed since it was scored"
-    assert report.findings == []
+    assert diagnosis.probes[0].skipped == "its model changed since it was scored"
+    assert diagnosis.probes[0].findings == []
+    [note] = diagnosis.rendering
+    assert re.fullmatch(
+        r"llama@[0-9a-f]{12}: the model of .*llama changed since it was scored", note
+    )
 
 
 def test_the_command_writes_what_it_prints_and_says_so(
