@@ -70,6 +70,7 @@ class JoinedScores:
         self._digests: list[str] = [entry["digest"] for entry in manifest["files"]]
         self.aliases = [reference.alias for reference in self.references]
         self.num_pairs = sum(self.rows)
+        self.pairs_digest: str | None = manifest.get("pairs")  # None: of an earlier version
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's rows. Raises `UserError` where its bytes have changed."""
@@ -119,7 +120,8 @@ def join(
         files = [_merge(pairs, shard, columns, folder) for shard in range(len(pairs.names))]
         for column in columns:
             shutil.rmtree(column)
-        write_json(folder / MANIFEST, {"references": references, "files": files})
+        manifest = {"pairs": pairs.digest, "references": references, "files": files}
+        write_json(folder / MANIFEST, manifest)
     return JoinedScores(out)
 
 

@@ -63,7 +63,7 @@ def prepare(config: PrepareConfig) -> PairShards:
     sources = open_sources(config.source)
     held_out = open_sources(config.validation_source) if config.validation_source else []
     out = Path(config.out)
-    with replaced_shards(out, (DROPPED, SETTINGS)) as folder:
+    with replaced_shards(out, (DROPPED, SETTINGS), overwrite=config.overwrite) as folder:
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
             with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
@@ -77,7 +77,7 @@ def prepare(config: PrepareConfig) -> PairShards:
                     for rows in preparation.read(source, held):
                         progress.update(rows)
         preparation.finish()
-        write_resolved(config, folder / SETTINGS)
+        write_resolved(replace(config, overwrite=False), folder / SETTINGS)
     shards = PairShards(out)
     print(_summary(shards))
     return shards
@@ -186,7 +186,7 @@ class _Preparation:
         for reason in left_out:
             self._reasons.pop(reason, None)
         options = asdict(self._config)
-        del options["source"], options["out"]
+        del options["source"], options["out"], options["overwrite"]
         self._writer.finish(
             {
                 "splits": {name: self._splits[name] for name in ("train", "validation")},

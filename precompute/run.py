@@ -179,7 +179,8 @@ class _Run:
 
     def carry_out(self) -> ScoreResult:
         """Score every reference."""
-        result = ScoreResult()
+        result, root = ScoreResult(), self.store.root
+        self.selection.pairs.note_use("store", Path(root) if self.store.files.is_local else root)
         for plan in self.plans:
             alias, missing, outcome = plan.reference.alias, plan.missing, ReferenceOutcome()
             record = self.store.record(plan.reference.record())

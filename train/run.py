@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -172,6 +173,7 @@ def finish(run: Run) -> dict[str, float]:
         for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
         print(folder.model)
+        shutil.rmtree(folder.pairs, ignore_errors=True)  # no step needs them any more
     ranks.barrier()
     return figures
 

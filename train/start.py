@@ -66,6 +66,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
         source = PolicySource(**checkpoint.settings[POLICY])
         tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
         scores = JoinedScores(folder.scores)
+        pairs = PairShards(folder.pairs) if folder.pairs.is_dir() else pairs
         return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
 
     store, specs = open_store(config.store), load_refs(config.refs_config)
@@ -96,6 +97,8 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
             folder.path.rmdir()
         raise
     refuse_missing(scores, config.max_missing)
+    pairs.note_use("run", folder.path)
+    pairs = pairs.linked(folder.pairs)
     tolerance = None
     if is_base and records[0].identity == base.identity:
         tolerance = EXACT if not bf16 and base.inputs["dtype"] == "float32" else ROUNDED

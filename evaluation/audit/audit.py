@@ -78,7 +78,8 @@ def audit(config: AuditConfig) -> Path:
     write_resolved(config, Path(f"{out}.yaml"))
     _print_summary(figures, len(suspects))
     prepare = ["mrpo", "prepare", "--config", str(pairs.path / SETTINGS)]
-    review = shlex.join([*prepare, "--exclude", str(out), "--flip", str(out)])
+    reviewed = ["--exclude", str(out), "--flip", str(out), "--out", f"{pairs.path}-reviewed"]
+    review = shlex.join([*prepare, *reviewed])
     print(f"review     fill in the column {DECISION}, then run: {review}")
     print(out)
     return out

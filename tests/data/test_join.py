@@ -19,7 +19,7 @@ class FakeShards:
     """Ids in shards, as `PairShards` gives them."""
 
     def __init__(self, ids: IdArray, rows: int) -> None:
-        self.path = Path("pairs")
+        self.path, self.digest = Path("pairs"), "0" * 32
         self._shards = [ids[start : start + rows] for start in range(0, len(ids), rows)]
         self.names = [f"part-{number:05d}.parquet" for number in range(len(self._shards))]
         self.rows = [len(shard) for shard in self._shards]
