@@ -19,6 +19,7 @@ without its manifest, which readers refuse and a rerun replaces.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -88,6 +89,18 @@ def open_pairs(folder: str | None, source: str | None) -> PairShards:
     if source is not None:
         return prepare(PrepareConfig(source=source, out=folder or PAIRS))
     return PairShards(folder or PAIRS)
+
+
+def prepare_line(pairs: PairShards, suffix: str, **tables: str) -> str:
+    """The command that prepares pairs again with further tables, into a folder beside them.
+
+    `tables` are by their option, exclude or flip; those that the pairs were prepared with stay.
+    """
+    options = ["--config", str(pairs.path / SETTINGS)]
+    for name, table in tables.items():
+        earlier = pairs.manifest.get("options", {}).get(name)
+        options += [f"--{name}", f"{earlier},{table}" if earlier else table]
+    return shlex.join(["mrpo", "prepare", *options, "--out", f"{pairs.path}-{suffix}"])
 
 
 Numbered = tuple[int, Mapping[str, Any], RawPair | str]  # the row's number, the row, its example

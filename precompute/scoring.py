@@ -5,8 +5,8 @@ at most the shard in progress. Several processes share a reference through lease
 shards that no other holds, then waits for those, in case a holder dies.
 
 A row of the store is a score, or the permanent reason why there is none. A pair that only a limit
-of this run leaves out gets no row, so the next run tries it again; a score that is not finite is
-never stored.
+of this run leaves out is listed, but gets no row, so that the next run tries it again; a score that
+is not finite is never stored.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ShardWork:
     ids: IdArray  # [n] of the pairs that can be scored
     pairs: list[RenderedPair]
     refused: list[dict[str, Any]]  # rows with a permanent reason
-    over_limit: int  # pairs that only a limit of this run leaves out
+    left_out: IdArray  # [n] of the pairs that only a limit of this run leaves out
 
     @property
     def tokens(self) -> int:
@@ -180,6 +180,7 @@ class ReferenceScorer:
         )
         if len(result.table):
             self._scores.add(result.table)
+        self._scores.leave_out(shard.left_out)
         self._report(
             {
                 "event": "shard",
@@ -187,7 +188,7 @@ class ReferenceScorer:
                 "pairs": len(shard.pairs) - len(result.not_finite),
                 "tokens": shard.tokens,
                 "refused": len(shard.refused),
-                "over_limit": shard.over_limit,
+                "over_limit": len(shard.left_out),
             }
         )
         if result.not_finite:
@@ -231,7 +232,7 @@ def sort_out(
     kept: list[int] = []
     pairs: list[RenderedPair] = []
     refused: list[dict[str, Any]] = []
-    over_limit = 0
+    left_out: list[int] = []
     for row, pair in enumerate(rendered):
         pair_id = ids[row].tobytes()
         if isinstance(pair, Refusal):
@@ -239,11 +240,11 @@ def sort_out(
         elif context is not None and padded_tokens(pair) > context:
             refused.append({"pair_id": pair_id, "reason": "beyond_context", **_token_counts(pair)})
         elif limit is not None and padded_tokens(pair) > limit:
-            over_limit += 1
+            left_out.append(row)
         else:
             kept.append(row)
             pairs.append(pair)
-    return ShardWork(ids[kept], pairs, refused, over_limit)
+    return ShardWork(ids[kept], pairs, refused, ids[left_out])
 
 
 def score_rows(

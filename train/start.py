@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.join import JoinedScores, join, precompute_line
-from ..data.prepare import open_pairs
+from ..data.join import MISSING, JoinedScores, join, precompute_line
+from ..data.prepare import open_pairs, prepare_line
 from ..data.references import load_refs
 from ..data.shards import PairShards
-from ..data.store import NotScored, open_store
+from ..data.store import OVER_LIMIT, NotScored, open_store
 from ..errors import UserError
 from ..method.grammar import aliases_of
 from ..method.objective import ReferenceLogps
@@ -96,7 +96,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
         if not any(folder.path.iterdir()):
             folder.path.rmdir()
         raise
-    refuse_missing(scores, config.max_missing)
+    refuse_missing(scores, config.max_missing, pairs)
     pairs.note_use("run", folder.path)
     pairs = pairs.linked(folder.pairs)
     tolerance = None
@@ -142,16 +142,20 @@ def compare_with_base(
     )
 
 
-def refuse_missing(scores: JoinedScores, max_missing: float) -> None:
-    """Raise `UserError` where a reference lacks more than this share of the scores for good."""
+def refuse_missing(scores: JoinedScores, max_missing: float, pairs: PairShards) -> None:
+    """Raise `UserError` where a reference lacks more than this share of the scores."""
     for reference in scores.references:
         count = sum(reference.missing.values())
         if count > max_missing * scores.num_pairs:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in reference.missing.items())
+            line = prepare_line(pairs, "scored", exclude=str(scores.path / MISSING))
+            ways = f"leave those pairs out ({line}), leave it out of --refs, or raise --max-missing"
+            if OVER_LIMIT in reference.missing:
+                ways = f"score them with a larger --max-model-len or more memory, {ways}"
             raise UserError(
                 f"reference {reference.alias} has no score for {count:,} of "
                 f"{scores.num_pairs:,} pairs ({reasons}), above --max-missing {max_missing}; "
-                "leave it out of --refs, prepare shorter pairs, or raise --max-missing"
+                f"{ways}"
             )
 
 

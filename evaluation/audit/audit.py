@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...data.pairs import Pair
-from ...data.prepare import DECISION, ID, SETTINGS
+from ...data.prepare import DECISION, ID, prepare_line
 from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError
@@ -77,9 +76,7 @@ def audit(config: AuditConfig) -> Path:
     write_json(Path(f"{out}.json"), figures)
     write_resolved(config, Path(f"{out}.yaml"))
     _print_summary(figures, len(suspects))
-    prepare = ["mrpo", "prepare", "--config", str(pairs.path / SETTINGS)]
-    reviewed = ["--exclude", str(out), "--flip", str(out), "--out", f"{pairs.path}-reviewed"]
-    review = shlex.join([*prepare, *reviewed])
+    review = prepare_line(pairs, "reviewed", exclude=str(out), flip=str(out))
     print(f"review     fill in the column {DECISION}, then run: {review}")
     print(out)
     return out
