@@ -150,6 +150,11 @@ class PrepareConfig(ColumnSettings):
         str | None,
         "Reviewed tables likewise: swap chosen and rejected of the pairs whose decision is flip.",
     ] = None
+    decontaminate: Annotated[
+        str | None,
+        "Files of evaluation texts, as for SOURCE: leave out the pairs whose prompt contains one, "
+        "as 13 words in a row.",
+    ] = None
     strict: Annotated[bool, "Stop at the first row that cannot be used."] = False
     allow_dropped: Annotated[bool, "Continue when more than 5 % of the rows are unusable."] = False
     shard_pairs: Annotated[int, "Pairs in a shard."] = 8192

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ...data.ids import DECISION, ID
 from ...data.pairs import Pair
-from ...data.prepare import DECISION, ID, prepare_line
+from ...data.prepare import prepare_line
 from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError
