@@ -252,7 +252,7 @@ def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
         combined += f" Weights: {', '.join(f'{alias} {weight:.3f}' for alias, weight in weights)}."
     trained = {
         "optimizer steps": step,
-        "pairs trained on": run.state.pairs,
+        "pairs trained on, over all epochs": run.state.pairs,
         "pairs that the policy could not take": sum(run.state.dropped.values()),
     }
     parts = [

@@ -9,6 +9,7 @@ step that it computes the log-probs that the store has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -112,14 +113,17 @@ def compare_with_base(
     """One line on how far the policy, which is the base reference, is from its stored scores.
 
     Args:
-        stream: training pairs; the first 64 are scored by the policy and compared with column 0.
+        stream: training pairs; up to 64, each once, are scored by the policy and compared with
+            column 0.
         max_tokens: of a micro-batch.
         tolerance: nats per token that are expected.
     """
     # Sums over responses: absolute and signed difference, whether tokens differ, 1.
     sums, remaining = torch.zeros(4, dtype=torch.float64), FIRST_PAIRS
+    first_epoch = copy(stream)
+    first_epoch.total_rows = min(stream.total_rows, stream.epoch_rows)
     forward.policy.eval()
-    for batch in islice(stream.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
+    for batch in islice(first_epoch.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
         pairs = batch.pairs[:remaining]
         remaining -= len(pairs)
         for rows, weight in forward.shares(pairs, max_tokens):

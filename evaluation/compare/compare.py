@@ -140,8 +140,8 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
         [
             f"methods     {', '.join(plan.references)}",
             f"base        {plan.base}: the policies start from it and rewards are measured from it",
-            f"pairs       {splits['train']:,} to train on, of these {fractions}; "
-            f"{splits['validation']:,} held out to compare on",
+            f"pairs       {splits['train']:,} for training, of these {fractions}; "
+            f"{splits['validation']:,} held out to compare on; less those without a score",
             f"runs        {len(cells):,}, of which {finished:,} are finished; {at_once} at once",
         ]
     )

@@ -35,7 +35,7 @@ def test_pairs_missing_for_good(inputs: Any, tmp_path: Path, scored: Any) -> Non
     card = (tmp_path / "run/model/README.md").read_text()
     split = [s for shard in range(2) for s in pairs.table(shard)["split"].to_pylist()]
     lost = sum(s == "train" for s in (*split[:2], *split[30:32]))
-    assert f"| pairs trained on | {split.count('train') - lost} |" in card
+    assert f"| pairs trained on, over all epochs | {split.count('train') - lost} |" in card
 
 
 def test_pairs_that_a_limit_left_out_are_no_dead_end(
@@ -105,7 +105,11 @@ def test_base_that_differs_from_its_scores_is_said_loudly(
     inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(inputs.config(tmp_path / "same", max_steps=1))
-    assert "guard       +0.0e+00 nats" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "guard       +0.0e+00 nats" in printed
+    training = PairShards(inputs.root / "pairs").manifest["splits"]["train"]
+    assert training < 64
+    assert f"from the base's stored scores on {training} pairs" in printed
     train(inputs.config(tmp_path / "other", max_steps=1, policy=str(inputs.references["qwen"])))
     assert "guard" not in capsys.readouterr().out
     entries = yaml.safe_load((inputs.root / "refs.yaml").read_text())
