@@ -170,7 +170,7 @@ class EvaluationTexts:
 
     A prompt contains one where 13 words in a row are equal, whatever their case and what stands
     between words. Of a text of 8 to 12 words all have to be there; one of 3 to 7 counts where it is
-    all that a prompt says. In memory are about 12 bytes a word, and batches of the files.
+    all that a prompt says. Memory is about 12 bytes a word, and 70 while the files are read.
     """
 
     def __init__(self, files: str) -> None:

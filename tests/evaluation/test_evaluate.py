@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def test_policies_are_scored_once_and_apart_from_the_references(
     files = score_files(store)
     assert evaluated(tmp_path / "again.json", runs=run) == content
     assert score_files(store) == files
+
+
+def test_pairs_prepared_again_are_not_taken_for_held_out_ones(
+    trained: dict[str, Any], tmp_path: Path
+) -> None:
+    """With another share held out, training pairs of the run would count as held out."""
+    run, pairs = tmp_path / "run", tmp_path / "pairs"
+    shutil.copytree(trained["folder"] / "runs" / "full", run)
+    prepare(source=trained["folder"] / "rows.jsonl", out=pairs, validation_fraction=0.6)
+    settings = yaml.safe_load((run / "train.yaml").read_text())
+    (run / "train.yaml").write_text(yaml.safe_dump(settings | {"pairs": str(pairs)}))
+    with pytest.raises(UserError, match=f"{pairs} was prepared again since {run} was trained"):
+        evaluate(runs=str(run), out=str(tmp_path / "e.json"))
+    evaluate(runs=str(run), pairs=str(pairs), out=str(tmp_path / "e.json"))
 
 
 def test_evaluation_leaves_what_training_wrote(trained: dict[str, Any]) -> None:
