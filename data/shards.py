@@ -96,6 +96,8 @@ class PairShards:
             with pa.OSFile(str(path)) as file:
                 self._check(shard, file)
                 with pq.ParquetFile(file) as parquet:
+                    if parquet.metadata.num_rows != self.rows[shard]:
+                        raise self._fault(shard, "has another number of rows")
                     return parquet.read(columns=None if columns is None else list(columns))
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
@@ -303,9 +305,10 @@ def _users(out: Path) -> list[str]:
     users = []
     for line in _lines(out / USERS):
         kind, _, user = line.partition(" ")
-        if kind == "run" and (Path(user) / "pairs").is_dir():  # until the run is finished
+        folder = Path(user)
+        if kind == "run" and (folder / "pairs").is_dir() and not (folder / "model").is_dir():
             users.append(f"the unfinished run {user}")
-        elif kind == "store" and ("://" in user or Path(user).is_dir()):
+        elif kind == "store" and ("://" in user or folder.is_dir()):
             users.append(f"the store {user}")
     return users
 

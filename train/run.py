@@ -173,7 +173,8 @@ def finish(run: Run) -> dict[str, float]:
         for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
         print(folder.model)
-        shutil.rmtree(folder.pairs, ignore_errors=True)  # no step needs them any more
+        if Path(run.config.pairs or "pairs").resolve() != folder.pairs.resolve():
+            shutil.rmtree(folder.pairs, ignore_errors=True)  # no step needs them any more
     ranks.barrier()
     return figures
 

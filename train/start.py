@@ -67,7 +67,8 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
         source = PolicySource(**checkpoint.settings[POLICY])
         tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
         scores = JoinedScores(folder.scores)
-        pairs = PairShards(folder.pairs) if folder.pairs.is_dir() else pairs
+        if folder.pairs.is_dir() and (kept := PairShards(folder.pairs)).digest == pairs.digest:
+            pairs = kept
         return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
 
     store, specs = open_store(config.store), load_refs(config.refs_config)

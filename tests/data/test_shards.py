@@ -157,6 +157,10 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path) -
     last.unlink()
     with pytest.raises(UserError, match="is missing"):
         shards.table(2)
+    shards.manifest["shards"][1]["rows"] = 9
+    (shards.path / "manifest.json").write_text(json.dumps(shards.manifest))
+    with pytest.raises(UserError, match="has another number of rows"):
+        PairShards(shards.path).table(1)
 
 
 def test_a_shard_of_other_pairs_is_never_read(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_names_the_pairs_to_resume_with(
             train(config)
     with pytest.raises(UserError, match=f"the unfinished run {tmp_path}/run uses them"):
         prepare(source=inputs.root / "pairs.jsonl", out=pairs)
-    prepare_others(inputs, pairs)
+    changed = prepare_others(inputs, pairs).digest
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
     config.resume = True
     kept = tmp_path / "run" / "pairs"
@@ -80,6 +80,9 @@ def test_a_run_that_was_stopped_names_the_pairs_to_resume_with(
         train(config)
     config.pairs = str(kept)
     train(config)
+    assert train(config).status == "finished"
+    assert PairShards(pairs).digest == changed
+    prepare(source=inputs.root / "pairs.jsonl", out=pairs)  # the run is no longer in the way
     weights = "model/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
 

@@ -245,9 +245,10 @@ def run_by_hand(mrpo: Run, flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def figures_of(run: Path) -> dict[str, Any]:
-    """What evaluation.json holds, but for the policy's name."""
+    """What evaluation.json holds, but for the policy's name and the folder of the pairs."""
     content = json.loads((run / "evaluation.json").read_text())
     content["policies"][0].pop("name")
+    content.pop("pairs")
     return content
 
 
