@@ -105,7 +105,10 @@ class PrepareConfig(ColumnSettings):
             "org/name/config:split."
         ),
     ]
-    out: Annotated[str, "Folder to write; one that holds pairs is replaced."]
+    out: Annotated[
+        str,
+        "Folder to write. Pairs in it are replaced, unless a store or an unfinished run uses them.",
+    ]
     source_column: Annotated[
         str | None,
         "Column that names where a pair comes from. By default `source` where the data has it, "
@@ -147,9 +150,17 @@ class PrepareConfig(ColumnSettings):
         str | None,
         "Reviewed tables likewise: swap chosen and rejected of the pairs whose decision is flip.",
     ] = None
+    decontaminate: Annotated[
+        str | None,
+        "Files of evaluation texts, as for SOURCE: leave out the pairs whose prompt contains one, "
+        "as 13 words in a row.",
+    ] = None
     strict: Annotated[bool, "Stop at the first row that cannot be used."] = False
     allow_dropped: Annotated[bool, "Continue when more than 5 % of the rows are unusable."] = False
     shard_pairs: Annotated[int, "Pairs in a shard."] = 8192
+    overwrite: Annotated[
+        bool, "Replace other pairs in --out even where a store or an unfinished run uses them."
+    ] = False
 
     def __post_init__(self) -> None:
         ColumnSettings.__post_init__(self)

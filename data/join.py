@@ -7,6 +7,8 @@ time. A joined file has these columns besides `pair_id`:
     ref_chosen_logps, ref_rejected_logps    [K] float64 nats, NaN where permanently missing
     ref_chosen_tokens, ref_rejected_tokens  [K] int32, null where unknown
     reasons                                 [K] text, null where there is a score
+
+Pairs without a score are listed in missing.csv, by which `mrpo prepare --exclude` leaves them out.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import new_folder, write_json
-from .ids import IdIndex, digest_of, ids_to_arrow, ids_to_numpy
+from .ids import IdArray, IdIndex, digest_of, ids_to_arrow, ids_to_numpy
 from .references import load_refs
-from .store import SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
+from .store import OVER_LIMIT, SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
 
 if TYPE_CHECKING:
     from .shards import PairShards
 
 MANIFEST = "joined.json"
+MISSING = "missing.csv"  # the pairs without a score under a reference, where there are any
 ROW_GROUP = 8192  # rows that a reader of part of a file holds in memory
 JOINED = {
     "ref_chosen_logps": "chosen_logp",
@@ -71,6 +74,7 @@ class JoinedScores:
         self._digests: list[str] = [entry["digest"] for entry in manifest["files"]]
         self.aliases = [reference.alias for reference in self.references]
         self.num_pairs = sum(self.rows)
+        self.pairs_digest: str | None = manifest.get("pairs")  # None: of an earlier version
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's rows. Raises `UserError` where its bytes have changed."""
@@ -139,7 +143,8 @@ def join(
         files = [_merge(pairs, shard, columns, folder) for shard in range(len(pairs.names))]
         for column in columns:
             shutil.rmtree(column)
-        write_json(folder / MANIFEST, {"references": references, "files": files})
+        manifest = {"pairs": pairs.digest, "references": references, "files": files}
+        write_json(folder / MANIFEST, manifest)
     return JoinedScores(out)
 
 
@@ -155,17 +160,34 @@ def _gather(
     # The index finds the first of equal ids, and the tables come in the order that decides.
     index = IdIndex(ids_to_numpy(_columns(scores, names, ["pair_id"])["pair_id"]))
     values = pa.table(_columns(scores, names, VALUES))
+    last = {name: [OVER_LIMIT if name == "reason" else None] for name in VALUES}
+    values = pa.concat_tables([values, pa.table(last, schema=values.schema)]).combine_chunks()
+    left_out = scores.left_out()
     unscored, missing = 0, Counter[str]()
     for shard in range(len(pairs.names)):
-        places = index.find(pairs.pair_ids(shard))
+        ids = pairs.pair_ids(shard)
+        places = index.find(ids)
+        places[(places < 0) & left_out.contains(ids)] = len(values) - 1
         unscored += int((places < 0).sum())
         if unscored:
             continue  # the join will fail; only the count is still needed
         rows = values.take(pa.array(places))
         missing.update(rows["reason"].drop_null().to_pylist())
+        _list_missing(folder.parent / MISSING, record.alias, ids, rows["reason"])
         pq.write_table(rows, folder / f"{shard}.parquet", compression="none")
     entry = dict(record.entry)
     return JoinedReference(record.alias, record.identity, entry, dict(missing)), unscored
+
+
+def _list_missing(path: Path, alias: str, ids: IdArray, reasons: pa.ChunkedArray) -> None:
+    """Append the pairs that have a reason to a table that `mrpo prepare --exclude` takes."""
+    rows = np.flatnonzero(reasons.is_valid().to_numpy())
+    if len(rows):
+        new = not path.exists()
+        with path.open("a", encoding="utf-8") as file:
+            file.write("pair_id,reference,reason\n" if new else "")
+            for row in rows.tolist():
+                file.write(f"{ids[row].tobytes().hex()},{alias},{reasons[row].as_py()}\n")
 
 
 def _columns(

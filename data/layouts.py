@@ -49,6 +49,7 @@ LEFT_OUT = {
     "no_score": "a response without a score",
     "single_response": "a row with fewer than two scored responses",
     IN_VALIDATION: "a training pair whose prompt or group is in the held-out data",
+    "contaminated": "a pair whose prompt contains a text of --decontaminate",
     "unpaired": "a labelled response without one of the other label for its prompt",
 }
 

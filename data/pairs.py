@@ -5,22 +5,39 @@ lists of chat messages. The id is a digest of the content alone, so the same pai
 in any file format, data set, order or shard, and its scores are found again everywhere.
 
 The held-out split (by first user turn), a training fraction, folds and bootstraps (all by prompt)
-must keep equal prompts together, and
-a prompt must not change sides when data is added, shuffled or mixed. Each uses its own bits of a
-digest of the prompt, so that they are independent of each other.
+must keep equal prompts together, and a prompt must not change sides when data is added, shuffled or
+mixed. Each uses its own bits of a digest of the prompt, so that they are independent of each other.
+
+`EvaluationTexts` finds the prompts that contain a text which models will be evaluated on.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .sources import Source, open_sources
 
 Message = dict[str, Any]  # {"role": …, "content": …, further fields of the chat template}
 Turns = str | list[Message]
 
 ID_BYTES = 16
+# Chinese and Japanese have no spaces between words: a character counts as one.
+WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
+APOSTROPHES = str.maketrans("", "", "'\u2019")
+RUN = 13  # words in a row that two texts share because both come from one
+SHORT_RUN = 8  # words of a shorter text that counts wherever all of it stands
+SHORTEST_TEXT = 3  # words of a text that counts where it is all that a prompt says
+TEXTS_AT_ONCE = 4096
 
 _ENCODER = json.JSONEncoder(
     ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
@@ -143,3 +160,105 @@ def in_fraction(prompt: Turns, fraction: float) -> bool:
 
 def _digest(prompt: Turns) -> bytes:
     return sha256(canonical_json(prompt).encode()).digest()
+
+
+# Contamination
+
+
+class EvaluationTexts:
+    """Texts that models will be evaluated on: every text in the rows of some files.
+
+    A prompt contains one where 13 words in a row are equal, whatever their case and what stands
+    between words. Of a text of 8 to 12 words all have to be there; one of 3 to 7 counts where it is
+    all that a prompt says. Memory is about 12 bytes a word, and 70 while the files are read.
+    """
+
+    def __init__(self, files: str) -> None:
+        """Comma-separated files or data sets. Raises `UserError` where they hold no such text."""
+        self._factors = np.random.default_rng(0).integers(2**64, size=RUN, dtype=np.uint64) | 1
+        self._sources: list[tuple[int, Source]] = []  # behind the number of its first text
+        self._rows: list[int] = []  # by the text's number, in its source
+        parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by length: hash, number
+        for source in open_sources(files):
+            self._sources.append((len(self._rows), source))
+            texts = ((n, text) for n, row in source.rows(_AllColumns()) for text in _texts(row))
+            while batch := list(islice(texts, TEXTS_AT_ONCE)):
+                words, text_of = _words([text for _, text in batch])
+                lengths = np.minimum(np.bincount(text_of, minlength=len(batch)), RUN)
+                for length in np.unique(lengths[lengths >= SHORTEST_TEXT]).tolist():
+                    chosen = lengths[text_of] == length
+                    hashes, texts_of = self._hashes(words[chosen], text_of[chosen], length)
+                    numbers = (texts_of + len(self._rows)).astype(np.int32)
+                    parts.setdefault(length, []).append((hashes, numbers))
+                self._rows += [row for row, _ in batch]
+        if not parts:
+            raise UserError(f"--decontaminate {files}: no text of {SHORTEST_TEXT} or more words")
+        self._runs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # the same, sorted by hash
+        for length in sorted(parts):
+            hashes, numbers = map(np.concatenate, zip(*parts.pop(length)))
+            hashes, firsts = np.unique(hashes, return_index=True)
+            self._runs[length] = hashes, numbers[firsts]
+
+    def find(self, prompts: Sequence[Turns]) -> list[str | None]:
+        """For each prompt the file and row of a text that it contains, None where it has none."""
+        turns: list[str] = []
+        prompt_of: list[int] = []
+        alone: list[bool] = []  # whether nothing else is said in the prompt
+        for number, prompt in enumerate(prompts):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            said = sum(message["role"] != "system" for message in messages)
+            turns += [message.get("content") or "" for message in messages]
+            alone += [said == 1 and message["role"] != "system" for message in messages]
+            prompt_of += [number] * len(messages)
+        words, turn_of = _words(turns)
+        sizes = np.bincount(turn_of, minlength=len(turns))
+        places: list[str | None] = [None] * len(prompts)
+        for length, (known, numbers) in self._runs.items():
+            chosen = (
+                (sizes >= length) if length >= SHORT_RUN else np.array(alone) & (sizes == length)
+            )
+            rows = chosen[turn_of]
+            hashes, turns_of = self._hashes(words[rows], turn_of[rows], length)
+            at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            for match in np.flatnonzero(known[at] == hashes).tolist():
+                places[prompt_of[turns_of[match]]] = self._place(int(numbers[at[match]]))
+        return places
+
+    def _hashes(
+        self, words: np.ndarray, text_of: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A hash of every run of `length` words in each text, and the text that it is in."""
+        count = max(len(words) - length + 1, 0)
+        hashes = np.zeros(count, np.uint64)
+        for place in range(length if count else 0):
+            hashes += words[place : place + count] * self._factors[place]
+        within = text_of[:count] == text_of[length - 1 :] if count else np.zeros(0, bool)
+        return hashes[within], text_of[:count][within]
+
+    def _place(self, number: int) -> str:
+        index = bisect_right(self._sources, number, key=lambda entry: entry[0]) - 1
+        source = self._sources[index][1]
+        return f"{source.given}, {source.unit} {self._rows[number]}"
+
+
+class _AllColumns:
+    def choose(self, place: str, existing: Sequence[str]) -> list[str]:
+        return list(existing)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of each word of the texts, and the number of its text, [words] each."""
+    split = [WORD.findall(text.translate(APOSTROPHES).casefold()) for text in texts]
+    # Python's hashes differ between processes, but nothing is compared between two.
+    hashes = np.array([hash(word) for words in split for word in words], np.int64)
+    counts = np.array([len(words) for words in split], np.int64)
+    return hashes.view(np.uint64), np.repeat(np.arange(len(split)), counts)

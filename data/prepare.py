@@ -7,10 +7,6 @@ Rows stream through in batches: read (`sources.py`), made examples (`layouts.py`
 What is held out comes first: sources of its own, and before any pair is written the groups of the
 rows that a split column holds out, so that no training pair of such a group is kept.
 
-A reviewed table holds a reviewer's decisions about single pairs: `mrpo audit` writes one with an
-empty `decision` column, to be filled in with keep, exclude or flip. Any table of pair ids works: in
-one without that column, all rows are meant.
-
 The output is all or nothing: its files are written to a hidden folder and moved into place once all
 are complete. An error leaves what was there before; a run killed during the move leaves a folder
 without its manifest, which readers refuse and a rerun replaces.
@@ -19,6 +15,7 @@ without its manifest, which readers refuse and a rerun replaces.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -33,24 +30,21 @@ from ..settings import command, write_resolved
 from .config import PrepareConfig
 from .fields import split_of
 from .formats import REASONS, Broken, PairReader, RawPair, Unusable, by_reason
-from .ids import IdSet, ids_from_bytes
+from .ids import IdSet, Review, ids_from_bytes
 from .layouts import IN_VALIDATION, LEFT_OUT, RowReader
-from .pairs import ID_BYTES, Pair, Turns, first_turn, group_id, is_validation, parse_id
+from .pairs import EvaluationTexts, Pair, Turns, first_turn, group_id, is_validation
 from .shards import MANIFEST, PairShards, ShardWriter, replaced_shards
-from .sources import Source, SourceColumns, open_sources, unread_files
+from .sources import Source, open_sources, unread_files
 
 PAIRS = "pairs"  # the default folder
 DROPPED = "dropped.jsonl"
 SETTINGS = "prepare.yaml"
+HELD_OUT = 0.05  # of what --data names
 MAX_DROPPED_SHARE = 0.05
 BATCH_ROWS = 4096
 DUPLICATE = "duplicate"
 EXCLUDED = "excluded"  # by a reviewed table
-ID, DECISION = "pair_id", "decision"  # columns of a reviewed table
-DECISIONS = ("keep", "exclude", "flip")
-REVIEW_COLUMNS = SourceColumns(
-    [ID], [DECISION], f"a reviewed table has {ID!r}, and {DECISION!r} where not all rows are meant"
-)
+CONTAMINATED = "contaminated"
 UNKNOWN_SHOWN = 5  # ids of a reviewed table that are not in the data; the manifest lists all
 
 
@@ -60,15 +54,33 @@ def prepare(config: PrepareConfig) -> PairShards:
 
     Raises `UserError` for data or settings that cannot be used, and then writes nothing.
     """
+    return _prepared(config)
+
+
+def open_pairs(folder: str | None, source: str | None) -> PairShards:
+    """The pairs in a folder (by default `pairs`), prepared there first where a source is given.
+
+    Then 5 % are held out, unless a split column says which pairs are.
+    """
+    if source is None:
+        return PairShards(folder or PAIRS)
+    return _prepared(PrepareConfig(source=source, out=folder or PAIRS), HELD_OUT)
+
+
+def _prepared(config: PrepareConfig, otherwise: float = 0.0) -> PairShards:
+    """`otherwise` is the share to hold out where no row and no setting says what is held out."""
     sources = open_sources(config.source)
     held_out = open_sources(config.validation_source) if config.validation_source else []
     out = Path(config.out)
-    with replaced_shards(out, (DROPPED, SETTINGS)) as folder:
+    with replaced_shards(out, (DROPPED, SETTINGS), overwrite=config.overwrite) as folder:
         with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
             preparation = _Preparation(config, ShardWriter(folder, config.shard_pairs), dropped)
             with tqdm(unit=" rows", unit_scale=True, disable=None) as progress:
                 for source in sources:
                     preparation.find_held_out(source)
+                if otherwise and not preparation.has_split:
+                    config = replace(config, validation_fraction=otherwise)
+                    preparation.config = config
                 # What is held out comes first, so that its groups are known.
                 for held, source in [
                     *((True, s) for s in held_out),
@@ -77,17 +89,22 @@ def prepare(config: PrepareConfig) -> PairShards:
                     for rows in preparation.read(source, held):
                         progress.update(rows)
         preparation.finish()
-        write_resolved(config, folder / SETTINGS)
+        write_resolved(replace(config, overwrite=False), folder / SETTINGS)
     shards = PairShards(out)
     print(_summary(shards))
     return shards
 
 
-def open_pairs(folder: str | None, source: str | None) -> PairShards:
-    """The pairs in a folder (by default `pairs`), prepared there first where a source is given."""
-    if source is not None:
-        return prepare(PrepareConfig(source=source, out=folder or PAIRS))
-    return PairShards(folder or PAIRS)
+def prepare_line(pairs: PairShards, suffix: str, **tables: str) -> str:
+    """The command that prepares pairs again with further tables, into a folder beside them.
+
+    `tables` are by their option, exclude or flip; those that the pairs were prepared with stay.
+    """
+    options = ["--config", str(pairs.path / SETTINGS)]
+    for name, table in tables.items():
+        earlier = pairs.manifest.get("options", {}).get(name)
+        options += [f"--{name}", f"{earlier},{table}" if earlier else table]
+    return shlex.join(["mrpo", "prepare", *options, "--out", f"{pairs.path}-{suffix}"])
 
 
 Numbered = tuple[int, Mapping[str, Any], RawPair | str]  # the row's number, the row, its example
@@ -98,11 +115,13 @@ class _Preparation:
     """Reads sources one after the other, writes their pairs and counts what was dropped."""
 
     def __init__(self, config: PrepareConfig, writer: ShardWriter, dropped: IO[str]) -> None:
-        self._config = config
+        self.config = config
         self._writer = writer
         self._dropped = dropped
         self._known = IdSet()
         self._review = Review(config.exclude, config.flip)
+        texts = config.decontaminate
+        self._evaluation = None if texts is None else EvaluationTexts(texts)
         self._held_out = IdSet()  # groups that a split column or a source of their own holds out
         self._with_split: set[Source] = set()
         self._sources: list[dict[str, Any]] = []
@@ -115,9 +134,14 @@ class _Preparation:
         self._first_pair = ""  # where its row is, for messages
         self._first_unusable = ""
 
+    @property
+    def has_split(self) -> bool:
+        """Whether a source has a split column, as far as `find_held_out` has read it."""
+        return bool(self._with_split)
+
     def find_held_out(self, source: Source) -> None:
         """Remember the groups of the rows that the split column of a source holds out."""
-        reader, pairs = RowReader(self._config), PairReader(source.name)
+        reader, pairs = RowReader(self.config), PairReader(source.name)
         groups: list[bytes] = []
         for number, _, example in reader.examples(source):
             if not reader.has_split:
@@ -136,16 +160,16 @@ class _Preparation:
                 self._held_out.add(ids_from_bytes(groups))
                 groups.clear()
         self._held_out.add(ids_from_bytes(groups))
-        if source in self._with_split and self._config.validation_fraction:
+        if source in self._with_split and self.config.validation_fraction:
             raise UserError(
                 f"{source.given} has a split column, so --validation-fraction "
-                f"{self._config.validation_fraction} holds out nothing; leave one of them out "
+                f"{self.config.validation_fraction} holds out nothing; leave one of them out "
                 "(--ignore-columns split)"
             )
 
     def read(self, source: Source, held_out: bool) -> Iterator[int]:
         """Read a source; yields the number of rows of each batch once they are written."""
-        reader, pairs = RowReader(self._config), PairReader(source.name)
+        reader, pairs = RowReader(self.config), PairReader(source.name)
         examples = reader.examples(source)
         total = 0
         while batch := list(islice(examples, BATCH_ROWS)):
@@ -171,12 +195,12 @@ class _Preparation:
         if self._writer.num_pairs == 0:
             left = f"no pair is left of {rows:,} rows (dropped: {by_reason(self._reasons)})"
             raise UserError(
-                f"{self._config.source}: {left if rows else 'there are no rows'}; "
+                f"{self.config.source}: {left if rows else 'there are no rows'}; "
                 "at least one pair is needed"
             )
-        if unusable > MAX_DROPPED_SHARE * self._examples and not self._config.allow_dropped:
+        if unusable > MAX_DROPPED_SHARE * self._examples and not self.config.allow_dropped:
             raise UserError(
-                f"{self._config.source}: {unusable:,} of {self._examples:,} "
+                f"{self.config.source}: {unusable:,} of {self._examples:,} "
                 f"{'rows' if rows == self._examples else 'pairs of responses'} "
                 f"({unusable / self._examples:.1%}) "
                 f"cannot be used ({by_reason(self._reasons)}; the first: {self._first_unusable}); "
@@ -185,8 +209,8 @@ class _Preparation:
         excluded = self._reasons.pop(EXCLUDED, 0)
         for reason in left_out:
             self._reasons.pop(reason, None)
-        options = asdict(self._config)
-        del options["source"], options["out"]
+        options = asdict(self.config)
+        del options["source"], options["out"], options["overwrite"]
         self._writer.finish(
             {
                 "splits": {name: self._splits[name] for name in ("train", "validation")},
@@ -196,7 +220,7 @@ class _Preparation:
                 "unused_columns": list(self._unused),
                 "ignored_nowhere": sorted(self._ignored_nowhere),
                 "unread_files": unread_files(
-                    f"{self._config.source},{self._config.validation_source or ''}"
+                    f"{self.config.source},{self.config.validation_source or ''}"
                 ),
                 "split_values": dict(sorted(self._split_values.items())),
                 "reviewed": {
@@ -215,10 +239,10 @@ class _Preparation:
     ) -> None:
         """Write the new pairs of a batch in order and list what gave none."""
         read: list[Read] = []
-        without: list[tuple[int, str]] = []
+        without: list[tuple[int, str, str]] = []  # row, reason, the text that the prompt contains
         for number, _, example in batch:
             if isinstance(example, str):
-                without.append((number, example))
+                without.append((number, example, ""))
                 continue
             place = f"{source.given}, {source.unit} {number}"
             split = "validation" if held_out else self._split(source, number, example)
@@ -230,30 +254,34 @@ class _Preparation:
             except Broken as error:
                 raise UserError(f"{place}, {error}") from None
             except Unusable as error:
-                if self._config.strict:
+                if self.config.strict:
                     raise UserError(
                         f"{place} cannot be used: {error.reason} ({REASONS[error.reason]}); "
                         "without --strict such rows are dropped and listed"
                     ) from None
                 self._first_unusable = self._first_unusable or place
-                without.append((number, error.reason))
+                without.append((number, error.reason, ""))
             else:
                 if reviewed is None:
-                    without.append((number, EXCLUDED))
+                    without.append((number, EXCLUDED, ""))
                     continue
                 pair, identity = reviewed
                 group = self._group(pair, example)
                 held_out_pair = split == "validation" or (
-                    split is None and is_validation(group, self._config.validation_fraction)
+                    split is None and is_validation(group, self.config.validation_fraction)
                 )
                 pair = replace(pair, split="validation") if held_out_pair else pair
                 read.append((number, pair, identity, group))
+        if self._evaluation is not None:
+            texts = self._evaluation.find([pair.prompt for _, pair, *_ in read])
+            without += [(row[0], CONTAMINATED, text) for row, text in zip(read, texts) if text]
+            read = [row for row, text in zip(read, texts) if not text]
         kept = []
         for (number, pair, identity, _), is_held_out in zip(
             read, self._in_held_out(read, held_out)
         ):
             if is_held_out and pair.split == "train":
-                without.append((number, IN_VALIDATION))
+                without.append((number, IN_VALIDATION, ""))
             else:
                 kept.append((number, pair, identity))
         new = self._known.add(ids_from_bytes([identity for _, _, identity in kept]))
@@ -261,15 +289,16 @@ class _Preparation:
             if is_new:
                 self._write(f"{source.given}, {source.unit} {number}", pair, identity)
             else:
-                without.append((number, DUPLICATE))
-        for number, reason in sorted(without):
+                without.append((number, DUPLICATE, ""))
+        for number, reason, text in sorted(without):
             self._reasons[reason] += 1
             line = {"source": source.given, "row": number, "reason": reason}
+            line |= {"contains": text} if text else {}
             self._dropped.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _in_held_out(self, read: list[Read], held_out: bool) -> list[bool]:
         """Whether the group of each pair is held out; those of a held-out source join them."""
-        if not (self._with_split or self._config.validation_source):
+        if not (self._with_split or self.config.validation_source):
             return [False] * len(read)  # drawn by group, so that none stands on both sides
         groups = ids_from_bytes([group_id(group) for *_, group in read])
         if held_out:
@@ -288,7 +317,7 @@ class _Preparation:
         group = example.values.get("group")
         if group is not None:
             return json.dumps(group, sort_keys=True)
-        return first_turn(pair.prompt) if self._config.group_by == "first-turn" else pair.prompt
+        return first_turn(pair.prompt) if self.config.group_by == "first-turn" else pair.prompt
 
     def _write(self, place: str, pair: Pair, identity: bytes) -> None:
         kind = "messages" if pair.is_chat else "text"
@@ -321,6 +350,8 @@ def _summary(shards: PairShards) -> str:
         values = ", ".join(f"{name} {rows:,}" for name, rows in manifest["split_values"].items())
         lines.append(f"split   {values} (train is for training, the rest is held out)")
     lines.append(f"kept    {kept}: {splits['train']:,} train, {splits['validation']:,} validation")
+    if not splits["validation"]:
+        lines.append("held    nothing: no run can validate; see --validation-fraction")
     lines.append(f"dropped {gone}; see {shards.path / DROPPED}")
     for reason, count in left_out.items():
         lines.append(f"left    {count:,} {reason}: {LEFT_OUT[reason]}")
@@ -344,74 +375,3 @@ def _reviewed(manifest: dict[str, Any]) -> list[str]:
             f"all are in {MANIFEST}"
         )
     return lines
-
-
-# Reviewed tables
-
-
-class Review:
-    """Decisions by pair id, and which of these pairs were in the data so far."""
-
-    def __init__(self, exclude: str | None, flip: str | None) -> None:
-        """Comma-separated files or None. Raises `UserError` for an invalid or contradicting row."""
-        self._decided: dict[bytes, tuple[str, str]] = {}  # exclude or flip; the file
-        self._in_data: set[bytes] = set()
-        for pair_id, _, file in _read_decisions("exclude", exclude):
-            self._decided.setdefault(pair_id, ("exclude", file))
-        for pair_id, place, file in _read_decisions("flip", flip):
-            if self._decided.setdefault(pair_id, ("flip", file))[0] == "exclude":
-                raise UserError(
-                    f"{place}: pair {pair_id.hex()} is to be flipped and is in --exclude too; "
-                    "keep one of the two decisions"
-                )
-
-    def apply(self, pair: Pair, pair_id: bytes) -> tuple[Pair, bytes] | None:
-        """The pair with its id, flipped where that was decided; None where it is excluded.
-
-        A flipped pair has a new id, and by that one it can be excluded.
-        """
-        if self._decision(pair_id) == "flip":
-            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-            pair_id = pair.id
-        return None if self._decision(pair_id) == "exclude" else (pair, pair_id)
-
-    @property
-    def flipped(self) -> int:
-        """Pairs flipped so far; one that the data holds twice counts once."""
-        return sum(self._decided[pair_id][0] == "flip" for pair_id in self._in_data)
-
-    def unknown(self) -> dict[str, list[str]]:
-        """For each file the ids, as hex, whose pair was not in the data."""
-        ids: dict[str, list[str]] = {}
-        for pair_id, (_, file) in self._decided.items():
-            if pair_id not in self._in_data:
-                ids.setdefault(file, []).append(pair_id.hex())
-        return ids
-
-    def _decision(self, pair_id: bytes) -> str | None:
-        if pair_id not in self._decided:
-            return None
-        self._in_data.add(pair_id)
-        return self._decided[pair_id][0]
-
-
-def _read_decisions(decision: str, files: str | None) -> Iterator[tuple[bytes, str, str]]:
-    """(pair id, place for messages, file) of every row that asks for the decision."""
-    for source in open_sources(files) if files else ():
-        for number, row in source.rows(REVIEW_COLUMNS):
-            place = f"{source.given}, {source.unit} {number}"
-            given = str(row.get(DECISION, decision) or "").strip().lower()
-            if given not in ("", *DECISIONS):
-                raise UserError(
-                    f"{place}: {DECISION} is {given!r}; it must be {', '.join(DECISIONS)}, "
-                    "or empty, which keeps the pair"
-                )
-            if given != decision:
-                continue
-            pair_id = parse_id(row[ID])
-            if pair_id is None:
-                raise UserError(
-                    f"{place}: {ID} is {row[ID]!r}; it must be {2 * ID_BYTES} hexadecimal digits, "
-                    "as `mrpo audit` writes them"
-                )
-            yield pair_id, place, source.given

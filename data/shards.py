@@ -3,7 +3,9 @@
 `PairShards` opens a finished folder. `ShardWriter` fills shards of a fixed number of pairs in the
 order they come, so that more rows at the end never change a full shard; it writes the manifest
 last, so a folder that has one is complete. `replaced_shards` puts a folder's new files in place of
-the old ones once all are written.
+the old ones once all are written, unless somebody who uses the old ones still needs them. A shard
+is read only if its bytes are those that the manifest says, so nobody meets other pairs than those
+that he opened.
 
 Messages are a list of structs `role`, `content`, `extra`; `extra` is canonical JSON of the other
 fields of a message, so that any template's fields survive in a fixed schema that DuckDB, Polars and
@@ -15,26 +17,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import sync, write_json
-from .ids import IdArray, ids_to_numpy
+from ..files import new_folder, sync, write_json
+from .ids import IdArray, identity_of, ids_to_numpy
 from .pairs import ID_BYTES, Message, Pair, Turns, canonical_json, response_bytes
 
 MANIFEST = "manifest.json"
 SHARDS = "part-*.parquet"
+USERS = "used-by.txt"  # the stores and runs that these pairs were used for, a line each
 STAGE = ".preparing-"  # begins the name of a hidden folder whose files are not complete
 SCHEMA_VERSION = 1
 
@@ -72,26 +76,32 @@ class PairShards:
         self.names: list[str] = [shard["name"] for shard in shards]
         self.rows: list[int] = [shard["rows"] for shard in shards]
         self.num_pairs = sum(self.rows)
+        self._checked: dict[int, tuple[int, ...]] = {}  # by shard: the file whose digest was right
 
     def __repr__(self) -> str:
         return f"PairShards({str(self.path)!r}: {self.num_pairs} pairs, {self.kind})"
 
+    @property
+    def digest(self) -> str:
+        """A name of the content: that of every shard, in order."""
+        return identity_of(self.manifest["shards"])
+
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One shard as an Arrow table, all columns or the named ones."""
+        """One shard as an Arrow table, all columns or the named ones.
+
+        Raises `UserError` where the file is not the one that the manifest was written with.
+        """
         path = self.path / self.names[shard]
         try:
-            table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
-            raise UserError(
-                f"{path} {reason}, but {MANIFEST} lists it; run `mrpo prepare` again"
-            ) from None
-        if table.num_rows != self.rows[shard]:
-            raise UserError(
-                f"{path} has {table.num_rows} rows, {MANIFEST} says {self.rows[shard]}; "
-                "run `mrpo prepare` again"
-            )
-        return table
+            with pa.OSFile(str(path)) as file:
+                self._check(shard, file)
+                with pq.ParquetFile(file) as parquet:
+                    if parquet.metadata.num_rows != self.rows[shard]:
+                        raise self._fault(shard, "has another number of rows")
+                    return parquet.read(columns=None if columns is None else list(columns))
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise self._fault(shard, "is missing" if missing else "cannot be read") from None
 
     def pairs(self, shard: int, rows: Sequence[int] | None = None) -> list[Pair]:
         """The pairs of a shard, all in order or the given rows (numbers within the shard)."""
@@ -101,6 +111,61 @@ class PairShards:
     def pair_ids(self, shard: int) -> IdArray:
         """The ids of a shard's pairs, [rows] of 16 raw bytes."""
         return ids_to_numpy(self.table(shard, ["pair_id"]).column("pair_id"))
+
+    def linked(self, folder: Path) -> PairShards:
+        """The same pairs in a folder of their own, which no later `mrpo prepare` changes.
+
+        Its files are hard links where the disk has such, else copies.
+        """
+        with suppress(UserError):
+            if (earlier := PairShards(folder)).digest == self.digest:
+                return earlier
+        with new_folder(folder) as links:
+            for shard, name in enumerate(self.names):
+                self.table(shard, [])  # checked while the message can say what happened to it
+                path = (self.path / name).resolve()
+                try:
+                    os.link(path, links / name)
+                except OSError:
+                    shutil.copyfile(path, links / name)
+            write_json(links / MANIFEST, self.manifest)
+        return PairShards(folder)
+
+    def note_use(self, kind: Literal["store", "run"], user: str | Path) -> None:
+        """Remember a store or a run that uses these pairs, so that `mrpo prepare` keeps them."""
+        line = f"{kind} {user.resolve() if isinstance(user, Path) else user}"
+        if line not in _lines(self.path / USERS):
+            path = self.path / USERS
+            with suppress(OSError), path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")  # where nobody may write, nobody prepares again
+
+    def _check(self, shard: int, file: pa.OSFile) -> None:
+        """Raise `UserError` unless the open file has the manifest's digest; reads it once."""
+        about = os.fstat(file.fileno())
+        state = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        if self._checked.get(shard) == state:
+            return
+        with open(file.fileno(), "rb", closefd=False) as data:
+            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        if digest != self.manifest["shards"][shard]["sha256"]:
+            raise self._fault(shard, "has not the digest that it was written with")
+        file.seek(0)
+        self._checked[shard] = state
+
+    def _fault(self, shard: int, fault: str) -> UserError:
+        try:
+            listed = _read_manifest(self.path)["shards"]
+        except UserError:
+            listed = None
+        if listed != self.manifest["shards"]:
+            return UserError(
+                f"{self.path} was prepared again meanwhile and holds other pairs now; "
+                "run the same command again"
+            )
+        return UserError(
+            f"{self.path / self.names[shard]} {fault}, but {MANIFEST} lists it; "
+            "run `mrpo prepare` again"
+        )
 
 
 class ShardWriter:
@@ -158,11 +223,12 @@ class ShardWriter:
 
 
 @contextmanager
-def replaced_shards(out: Path, beside: Sequence[str]) -> Iterator[Path]:
+def replaced_shards(out: Path, beside: Sequence[str], *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder whose files replace those of `out` when the block ends without error.
 
     `beside` names the files that may stand beside the shards and their manifest.
-    Raises `UserError` where `out` cannot be a folder or holds something other than pairs.
+    Raises `UserError` where `out` cannot be a folder or holds something other than pairs, and
+    unless `overwrite` where it holds other pairs that a store or an unfinished run uses.
     """
     missing: list[Path] = []
     try:
@@ -179,7 +245,7 @@ def replaced_shards(out: Path, beside: Sequence[str]) -> Iterator[Path]:
         yield stage
         for path in stage.iterdir():
             sync(path)
-        _replace(stage, out)
+        _replace(stage, out, overwrite)
     except BaseException:
         shutil.rmtree(stage)
         _remove_empty(missing)
@@ -192,7 +258,7 @@ def _refuse_foreign(out: Path, beside: Sequence[str]) -> None:
     first = next(folder for folder in (out, *out.parents) if folder.exists())
     if not first.is_dir():
         raise UserError(f"--out {out}: {first} is a file; name a folder that is not below one")
-    ours = (MANIFEST, *beside, SHARDS, f"{STAGE}*")
+    ours = (MANIFEST, USERS, *beside, SHARDS, f"{STAGE}*")
     if first is not out or all(
         any(fnmatch(entry.name, pattern) for pattern in ours) for entry in out.iterdir()
     ):
@@ -205,8 +271,18 @@ def _refuse_foreign(out: Path, beside: Sequence[str]) -> None:
         ) from None
 
 
-def _replace(stage: Path, out: Path) -> None:
+def _replace(stage: Path, out: Path, overwrite: bool) -> None:
     """Move all files, the manifest last: a folder with a manifest is complete."""
+    if (out / MANIFEST).exists() and not _same_pairs(stage, out):
+        users = [] if overwrite else _users(out)
+        if users:
+            more = f" and {len(users) - 1} more" if len(users) > 1 else ""
+            raise UserError(
+                f"{out} holds other pairs than these, and {users[0]}{more} uses them; name another "
+                "folder (--out, or --pairs with --data), or replace them with "
+                "`mrpo prepare --overwrite`"
+            )
+        (out / USERS).unlink(missing_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
     names = {path.name for path in stage.iterdir()}
     for name in sorted(names - {MANIFEST}):
@@ -215,6 +291,33 @@ def _replace(stage: Path, out: Path) -> None:
         if shard.name not in names:
             shard.unlink()
     (stage / MANIFEST).replace(out / MANIFEST)
+
+
+def _same_pairs(folder: Path, out: Path) -> bool:
+    try:
+        return PairShards(folder).digest == PairShards(out).digest
+    except UserError:  # damaged
+        return False
+
+
+def _users(out: Path) -> list[str]:
+    """The stores and the unfinished runs that use the pairs of a folder."""
+    users = []
+    for line in _lines(out / USERS):
+        kind, _, user = line.partition(" ")
+        folder = Path(user)
+        if kind == "run" and (folder / "pairs").is_dir() and not (folder / "model").is_dir():
+            users.append(f"the unfinished run {user}")
+        elif kind == "store" and ("://" in user or folder.is_dir()):
+            users.append(f"the store {user}")
+    return users
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -237,7 +340,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not {"kind", "shards"} <= manifest.keys():
+    if not _is_manifest(manifest):
         raise UserError(f"{path / MANIFEST} is damaged; run `mrpo prepare` again")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
@@ -245,6 +348,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"reads {SCHEMA_VERSION}; run `mrpo prepare` again"
         )
     return manifest
+
+
+def _is_manifest(manifest: Any) -> bool:
+    try:
+        return manifest["kind"] in get_args(Kind) and all(
+            fnmatch(shard["name"], SHARDS)
+            and "/" not in shard["name"]
+            and isinstance(shard["rows"], int)
+            and isinstance(shard["sha256"], str)
+            for shard in manifest["shards"]
+        )
+    except (TypeError, KeyError):
+        return False
 
 
 def pair_schema(kind: Kind) -> pa.Schema:

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ..data.join import JoinedScores
 from ..data.shards import PairShards
 from ..data.store import open_store
 from ..errors import UserError
@@ -28,7 +29,7 @@ from ..precompute.run import score
 from ..settings import comma_separated, command, write_resolved
 from ..terminal import table_lines
 from ..train.config import TrainConfig
-from ..train.run_folder import update_evaluation
+from ..train.run_folder import RunFolder, update_evaluation
 from .config import EvaluateConfig, Metric
 from .figures import preferred
 from .intervals import Interval, mean_intervals
@@ -82,7 +83,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     settings = [run_settings(run) for run in runs]
     policies = [policy_at(path) for path in comma_separated(config.policies)]
     policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
-    evaluation = measure(policies, _completed(config, settings))
+    completed = _completed(config, settings)
+    if config.pairs is None:
+        _refuse_changed_pairs(str(completed.pairs), runs)
+    evaluation = measure(policies, completed)
     print("\n".join(evaluation_lines(evaluation)))
     write_resolved(config, out.with_suffix(".yaml"))
     update_evaluation(out, to_json(evaluation))
@@ -200,6 +204,19 @@ def _rows(evaluation: Evaluation, source: str | None = None) -> list[list[str]]:
             name, cells[0], rewards = f"base {name}", "–", "–"
         rows.append([name, f"{judgement.pairs:,}", *cells, str(judgement.margin), rewards])
     return rows
+
+
+def _refuse_changed_pairs(pairs: str, runs: Sequence[str]) -> None:
+    """Raise `UserError` where a run was trained on other pairs than its folder of pairs has now."""
+    for run in runs:
+        scores = RunFolder(run).scores
+        digest = JoinedScores(scores).pairs_digest if scores.is_dir() else None
+        if digest is not None and digest != PairShards(pairs).digest:
+            raise UserError(
+                f"{pairs} was prepared again since {run} was trained, so pairs that are held out "
+                "now may be among its training pairs; give --pairs to evaluate on these all the "
+                "same, or on others"
+            )
 
 
 def _completed(config: EvaluateConfig, runs: Sequence[TrainConfig]) -> EvaluateConfig:

@@ -22,7 +22,7 @@ from ..data.join import precompute_line
 from ..data.pairs import Pair, prompt_number, response_bytes
 from ..data.references import load_refs
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
-from ..data.store import SCORE_SCHEMA, NotScored, ReferenceRecord, Store
+from ..data.store import OVER_LIMIT, SCORE_SCHEMA, NotScored, ReferenceRecord, Store
 from ..errors import UserError
 from ..method.objective import ReferenceLogps
 from ..settings import comma_separated
@@ -163,9 +163,10 @@ def scored_records(
             continue
         records.append(record)
         scores = store.scores(record.identity)
+        left_out = scores.left_out()
         for shard in range(len(pairs.names)):
             ids = pairs.pair_ids(shard)[_rows_of(pairs, shard, split)]
-            if scores.missing(ids, refresh=shard == 0).any():
+            if (scores.missing(ids, refresh=shard == 0) & ~left_out.contains(ids)).any():
                 incomplete.append(alias)
                 break
     if incomplete:
@@ -231,6 +232,7 @@ def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> Referen
     source = IdIndex(ids_to_numpy(rows["pair_id"])).find(ids)
     scores = rows.take(pa.array(source, mask=source < 0))
     reasons = pc.fill_null(scores["reason"], "").to_numpy(zero_copy_only=False)
+    left_out = store.scores(record.identity).left_out().contains(ids)
     return ReferenceColumns(
         record=record,
         logps=_branches(scores, "logp"),
@@ -238,7 +240,7 @@ def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> Referen
         tokens=_branches(scores, "tokens"),
         prompt_tokens=_numbers(scores, "prompt_tokens"),
         boundary=_branches(scores, "boundary"),
-        reasons=np.where(source < 0, NOT_SCORED, reasons),
+        reasons=np.where(source < 0, np.where(left_out, OVER_LIMIT, NOT_SCORED), reasons),
     )
 
 

@@ -35,7 +35,9 @@ class PrecomputeConfig(ScoredPairSettings):
 
     refs: References
     data: Annotated[
-        str | None, "A source to prepare into --pairs first, as `mrpo prepare` takes it."
+        str | None,
+        "A source to prepare into --pairs first, as `mrpo prepare` takes it; 5 % are held out "
+        "unless it has a split column.",
     ] = None
     engine: Annotated[
         EngineChoice,

@@ -18,6 +18,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..data.ids import IdArray
 from ..data.references import from_pretrained
 from ..data.store import Store
 from ..errors import UserError
@@ -38,7 +39,7 @@ class MissingPairs:
     tokens: int = 0  # to compute, a prompt once for both responses
     scored_tokens: int = 0  # of the responses
     longest: int = 0  # tokens of the longest sequence to score
-    over_limit: int = 0  # pairs that --max-model-len leaves out
+    left_out: list[IdArray] = field(default_factory=list)  # pairs beyond --max-model-len
     refused: Counter[str] = field(default_factory=Counter)  # permanent reasons
 
     def add(self, other: MissingPairs) -> None:
@@ -46,8 +47,12 @@ class MissingPairs:
         self.tokens += other.tokens
         self.scored_tokens += other.scored_tokens
         self.longest = max(self.longest, other.longest)
-        self.over_limit += other.over_limit
+        self.left_out += other.left_out
         self.refused.update(other.refused)
+
+    @property
+    def over_limit(self) -> int:
+        return sum(map(len, self.left_out))
 
     @property
     def num_pairs(self) -> int:
@@ -187,7 +192,7 @@ def _survey_shard(task: tuple[Job, PairSelection, int, list[int]]) -> MissingPai
         tokens=work.tokens,
         scored_tokens=sum(branch.num_scored for branch in branches),
         longest=max(map(padded_tokens, work.pairs), default=0),
-        over_limit=work.over_limit,
+        left_out=[work.left_out],
         refused=Counter(row["reason"] for row in work.refused),
     )
 

@@ -24,6 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.prepare import open_pairs
 from ..data.references import ReferenceSpec, load_refs, select_refs
@@ -179,13 +181,17 @@ class _Run:
 
     def carry_out(self) -> ScoreResult:
         """Score every reference."""
-        result = ScoreResult()
+        result, root = ScoreResult(), self.store.root
+        self.selection.pairs.note_use("store", Path(root) if self.store.files.is_local else root)
         for plan in self.plans:
             alias, missing, outcome = plan.reference.alias, plan.missing, ReferenceOutcome()
             record = self.store.record(plan.reference.record())
             if missing.todo or missing.refused:
                 outcome = self._score(plan)
                 print(f"{alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
+            elif missing.over_limit:
+                left_out = np.concatenate(missing.left_out)
+                self.store.scores(plan.job.identity).leave_out(left_out)
             if outcome.pairs:
                 record = self.store.record(plan.reference.record(self._facts(outcome)))
             lacking = self._lacking(plan.job.identity)
@@ -210,7 +216,10 @@ class _Run:
             for reason, count in self._reasons(plan.job.identity).most_common():
                 parts.append(f"{count:,} {reason}")
             if outcome.left_out:
-                parts.append(f"{outcome.left_out:,} left out as too long for this run")
+                parts.append(
+                    f"{outcome.left_out:,} left out as too long for this run, which training "
+                    "lists and counts under --max-missing"
+                )
             if outcome.unscored:
                 parts.append(f"{outcome.unscored:,} NOT SCORED")
             print(f"{plan.reference.alias}: " + "; ".join(parts))

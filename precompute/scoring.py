@@ -6,8 +6,8 @@ shards that no other holds, then waits for those, in case a holder dies. Object 
 leases: there each worker of a run has shards of its own.
 
 A row of the store is a score, or the permanent reason why there is none. A pair that only a limit
-of this run leaves out gets no row, so the next run tries it again; a score that is not finite is
-never stored.
+of this run leaves out is listed, but gets no row, so that the next run tries it again; a score that
+is not finite is never stored.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ShardWork:
     ids: IdArray  # [n] of the pairs that can be scored
     pairs: list[RenderedPair]
     refused: list[dict[str, Any]]  # rows with a permanent reason
-    over_limit: int  # pairs that only a limit of this run leaves out
+    left_out: IdArray  # [n] of the pairs that only a limit of this run leaves out
 
     @property
     def tokens(self) -> int:
@@ -183,6 +183,7 @@ class ReferenceScorer:
         )
         if len(result.table):
             self._scores.add(result.table)
+        self._scores.leave_out(shard.left_out)
         self._report(
             {
                 "event": "shard",
@@ -190,7 +191,7 @@ class ReferenceScorer:
                 "pairs": len(shard.pairs) - len(result.not_finite),
                 "tokens": shard.tokens,
                 "refused": len(shard.refused),
-                "over_limit": shard.over_limit,
+                "over_limit": len(shard.left_out),
             }
         )
         if result.not_finite:
@@ -234,7 +235,7 @@ def sort_out(
     kept: list[int] = []
     pairs: list[RenderedPair] = []
     refused: list[dict[str, Any]] = []
-    over_limit = 0
+    left_out: list[int] = []
     for row, pair in enumerate(rendered):
         pair_id = ids[row].tobytes()
         if isinstance(pair, Refusal):
@@ -242,11 +243,11 @@ def sort_out(
         elif context is not None and padded_tokens(pair) > context:
             refused.append({"pair_id": pair_id, "reason": "beyond_context", **_token_counts(pair)})
         elif limit is not None and padded_tokens(pair) > limit:
-            over_limit += 1
+            left_out.append(row)
         else:
             kept.append(row)
             pairs.append(pair)
-    return ShardWork(ids[kept], pairs, refused, over_limit)
+    return ShardWork(ids[kept], pairs, refused, ids[left_out])
 
 
 def score_rows(

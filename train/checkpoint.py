@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from ..data.ids import identity_of
 from ..data.shards import PairShards
 from ..errors import UserError
 from ..files import new_folder, to_json, write_json
@@ -42,6 +41,7 @@ from .stream import START, Position
 
 STATE_FILE = "state.json"
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+DIGEST = "pairs digest"  # its key among a checkpoint's settings
 MAY_CHANGE = {
     "data", "device", "eval_pairs", "eval_steps", "gradient_checkpointing",
     "load_best_model_at_end", "logging_steps", "max_missing", "max_tokens", "output_dir", "pairs",
@@ -136,7 +136,7 @@ def numeric_settings(config: TrainConfig, pairs: PairShards) -> dict[str, Any]:
     """The settings that determine a run's numbers, as JSON, with a digest of the pairs."""
     names = [field.name for field in fields(config) if field.name not in MAY_CHANGE]
     settings = {name: getattr(config, name) for name in names}
-    return settings | {"pairs digest": identity_of(pairs.manifest["shards"])}
+    return settings | {DIGEST: pairs.digest}
 
 
 def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Checkpoint | None:
@@ -158,8 +158,17 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
         return None
     earlier = saved[-1].settings
     for name, value in settings.items():
+        if earlier.get(name) != value and name == DIGEST:
+            way_out = (
+                f"add --pairs {folder.pairs}, which has those" if folder.pairs.is_dir() else ""
+            )
+            raise UserError(
+                f"--pairs {config.pairs} holds other pairs than those that the run in "
+                f"{folder.path} was started with (digest {value}, then {earlier.get(name)}); "
+                f"{way_out or 'prepare those again'}, or name another --output-dir"
+            )
         if earlier.get(name) != value:
-            flag = name if " " in name else f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{flag} is {value}, and the run in {folder.path} was started with "
                 f"{earlier.get(name)}; resume with that, or name another --output-dir"

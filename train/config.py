@@ -59,7 +59,8 @@ class TrainConfig(MethodConfig):
     output_dir: Annotated[str, "Folder of the run: settings, log, scores, checkpoints, model/."]
     data: Annotated[
         str | None,
-        "A source to prepare into --pairs first, as `mrpo prepare` takes it.",
+        "A source to prepare into --pairs first, as `mrpo prepare` takes it; 5 % are held out "
+        "unless it has a split column.",
         Also("dataset_name"),
     ] = None
     policy: Annotated[

@@ -107,25 +107,24 @@ class TrainingPairs:
             fraction: share of the training prompts to use.
         """
         if (pairs.names, pairs.rows) != (scores.names, scores.rows):
-            raise UserError(
-                f"{scores.path} was joined to other pairs than those in {pairs.path}; "
-                "use another --output-dir"
-            )
+            raise _other_pairs(pairs, scores)
         self.pairs, self.joined, self.num_shards = pairs, scores, len(pairs.names)
         self.prompt_numbers, self.fraction = prompt_numbers, fraction
 
     def scores(self, shard: int) -> tuple[ReferenceLogps, np.ndarray]:
         """The scores of a whole shard, and [rows] bool: which are held out."""
-        columns = [*SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
+        columns = ["pair_id", *SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
         table = self.pairs.table(shard, list(dict.fromkeys(columns)))
         held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
-        return self._scores(table, self.joined.table(shard)), held_out
+        return self._scores(table, self._joined(shard, table)), held_out
 
     def chunk(self, shard: int, rows: Rows) -> Chunk:
         """The given rows of a shard, in the given order."""
         indices = pa.array(rows, pa.int64())
-        table = self.pairs.table(shard).take(indices)
-        return Chunk(table, self._scores(table, self.joined.table(shard).take(indices)))
+        table = self.pairs.table(shard)
+        joined = self._joined(shard, table).take(indices)
+        table = table.take(indices)
+        return Chunk(table, self._scores(table, joined))
 
     def prepared(self, method: Method) -> Method:
         """The method with the weights that it learns from the data, if it learns any."""
@@ -167,6 +166,13 @@ class TrainingPairs:
         pairs = self.pairs.pairs(shard)
         return np.array([not in_fraction(pair.prompt, self.fraction) for pair in pairs])
 
+    def _joined(self, shard: int, table: pa.Table) -> pa.Table:
+        """The scores of a shard's pairs; raises `UserError` where they are of other pairs."""
+        joined = self.joined.table(shard)
+        if not np.array_equal(ids_to_numpy(table["pair_id"]), ids_to_numpy(joined["pair_id"])):
+            raise _other_pairs(self.pairs, self.joined)
+        return joined
+
     def _scores(self, table: pa.Table, joined: pa.Table) -> ReferenceLogps:
         prompts = np.zeros(len(table), np.int64)
         if self.prompt_numbers:
@@ -180,6 +186,13 @@ class TrainingPairs:
             rejected_bytes=table["rejected_bytes"].to_numpy(),
             prompts=prompts,
         )
+
+
+def _other_pairs(pairs: PairShards, scores: JoinedScores) -> UserError:
+    return UserError(
+        f"{scores.path} was joined to other pairs than those in {pairs.path}; "
+        "use another --output-dir"
+    )
 
 
 def stacked(parts: Sequence[tuple[ReferenceLogps, Rows]]) -> ReferenceLogps:

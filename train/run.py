@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -172,6 +173,8 @@ def finish(run: Run) -> dict[str, float]:
         for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
         print(folder.model)
+        if Path(run.config.pairs or "pairs").resolve() != folder.pairs.resolve():
+            shutil.rmtree(folder.pairs, ignore_errors=True)  # no step needs them any more
     ranks.barrier()
     return figures
 
@@ -250,7 +253,7 @@ def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
         combined += f" Weights: {', '.join(f'{alias} {weight:.3f}' for alias, weight in weights)}."
     trained = {
         "optimizer steps": step,
-        "pairs trained on": run.state.pairs,
+        "pairs trained on, over all epochs": run.state.pairs,
         "pairs that the policy could not take": sum(run.state.dropped.values()),
     }
     parts = [

@@ -1,6 +1,7 @@
 """The folder of a run: the one owner of its file names.
 
 runs/name/train.yaml        the settings in force
+runs/name/pairs/            the pairs it was started with, as links, until it is finished
 runs/name/scores/           the references' scores, joined once; training reads nothing else
 runs/name/log.jsonl         a line a step, held-out evaluations between them
 runs/name/checkpoints/      the latest ones and the best
@@ -25,6 +26,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.settings = self.path / "train.yaml"
+        self.pairs = self.path / "pairs"
         self.scores = self.path / "scores"
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"

@@ -9,6 +9,7 @@ step that it computes the log-probs that the store has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -17,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.join import JoinedScores, join, resolve_references
-from ..data.prepare import open_pairs
+from ..data.join import MISSING, JoinedScores, join, resolve_references
+from ..data.prepare import open_pairs, prepare_line
 from ..data.references import load_refs
 from ..data.shards import PairShards
-from ..data.store import open_store
+from ..data.store import OVER_LIMIT, open_store
 from ..errors import UserError
 from ..method.grammar import aliases_of
 from ..method.objective import ReferenceLogps
@@ -66,6 +67,8 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
         source = PolicySource(**checkpoint.settings[POLICY])
         tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
         scores = JoinedScores(folder.scores)
+        if folder.pairs.is_dir() and (kept := PairShards(folder.pairs)).digest == pairs.digest:
+            pairs = kept
         return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
 
     store, specs = open_store(config.store), load_refs(config.refs_config)
@@ -91,7 +94,9 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
         if not any(folder.path.iterdir()):
             folder.path.rmdir()
         raise
-    refuse_missing(scores, config.max_missing)
+    refuse_missing(scores, config.max_missing, pairs)
+    pairs.note_use("run", folder.path)
+    pairs = pairs.linked(folder.pairs)
     tolerance = None
     if is_base and records[0].identity == base.identity:
         tolerance = EXACT if not bf16 and base.inputs["dtype"] == "float32" else ROUNDED
@@ -105,14 +110,17 @@ def compare_with_base(
     """One line on how far the policy, which is the base reference, is from its stored scores.
 
     Args:
-        stream: training pairs; the first 64 are scored by the policy and compared with column 0.
+        stream: training pairs; up to 64, each once, are scored by the policy and compared with
+            column 0.
         max_tokens: of a micro-batch.
         tolerance: nats per token that are expected.
     """
     # Sums over responses: absolute and signed difference, whether tokens differ, 1.
     sums, remaining = torch.zeros(4, dtype=torch.float64), FIRST_PAIRS
+    first_epoch = copy(stream)
+    first_epoch.total_rows = min(stream.total_rows, stream.epoch_rows)
     forward.policy.eval()
-    for batch in islice(stream.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
+    for batch in islice(first_epoch.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
         pairs = batch.pairs[:remaining]
         remaining -= len(pairs)
         for rows, weight in forward.shares(pairs, max_tokens):
@@ -135,16 +143,20 @@ def compare_with_base(
     )
 
 
-def refuse_missing(scores: JoinedScores, max_missing: float) -> None:
-    """Raise `UserError` where a reference lacks more than this share of the scores for good."""
+def refuse_missing(scores: JoinedScores, max_missing: float, pairs: PairShards) -> None:
+    """Raise `UserError` where a reference lacks more than this share of the scores."""
     for reference in scores.references:
         count = sum(reference.missing.values())
         if count > max_missing * scores.num_pairs:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in reference.missing.items())
+            line = prepare_line(pairs, "scored", exclude=str(scores.path / MISSING))
+            ways = f"leave those pairs out ({line}), leave it out of --refs, or raise --max-missing"
+            if OVER_LIMIT in reference.missing:
+                ways = f"score them with a larger --max-model-len or more memory, {ways}"
             raise UserError(
                 f"reference {reference.alias} has no score for {count:,} of "
                 f"{scores.num_pairs:,} pairs ({reasons}), above --max-missing {max_missing}; "
-                "leave it out of --refs, prepare shorter pairs, or raise --max-missing"
+                f"{ways}"
             )
 
 

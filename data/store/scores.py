@@ -4,6 +4,9 @@
 of the file's bytes. A file that exists is complete. Where two files have a row for the same pair,
 the one that sorts first by name counts, for every reader. A row has a finite score, or the reason
 why there is none. docs/store.md describes the columns for readers outside this package.
+
+`<store>/<identity>/left-out/<unit>.json` has the pairs that only a limit of a run left out. They
+have no row, so a later run tries them again; until then training counts them as missing.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import UserError
-from ..ids import ID_DTYPE, ID_TYPE, IdArray, IdIndex, IdSet, digest_of, ids_to_numpy, unit_of
+from ...files import TEMPORARY
+from ..ids import (
+    ID_DTYPE,
+    ID_TYPE,
+    IdArray,
+    IdIndex,
+    IdSet,
+    digest_of,
+    ids_from_bytes,
+    ids_to_numpy,
+    unit_of,
+)
 from .files import Files
 
 SCHEMA_VERSION = b"1"
@@ -47,6 +62,8 @@ TOKEN_TYPE = pa.list_(pa.float32())
 _LOGPS = ("chosen_logp", "rejected_logp", "chosen_end_logp", "rejected_end_logp")
 
 SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
+LEFT_OUT = "left-out"
+OVER_LIMIT = "over_limit"  # the reason of a pair that only a limit of a run left out
 BAD = ".bad"  # ends the name of a damaged file that was set aside
 READERS = 8  # files read at a time
 
@@ -105,6 +122,22 @@ class ScoreFiles:
                 self._known.add(np.concatenate(_parallel(self.ids_of, names)))
                 self._read_names.update(names)
         return ~self._known.contains(ids)
+
+    def leave_out(self, ids: IdArray) -> None:
+        """Remember pairs that only a limit of a run left without a score."""
+        if len(ids):
+            content = {"reason": OVER_LIMIT, "pairs": [pair_id.tobytes().hex() for pair_id in ids]}
+            name = f"{self._identity}/{LEFT_OUT}/{unit_of(ids)}.json"
+            self._files.write(name, json.dumps(content).encode())
+
+    def left_out(self) -> IdSet:
+        """The pairs that runs so far have left out for a limit; some may be scored since."""
+        known, folder = IdSet(), f"{self._identity}/{LEFT_OUT}"
+        for name in self._files.names(folder):
+            if name.endswith(".json") and not name.startswith(TEMPORARY):
+                pairs = json.loads(self._files.read(f"{folder}/{name}"))["pairs"]
+                known.add(ids_from_bytes([bytes.fromhex(pair_id) for pair_id in pairs]))
+        return known
 
     def add(self, table: pa.Table) -> str:
         """Store rows of `SCORE_SCHEMA` permanently; returns the file's name.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ...data.ids import DECISION, ID
 from ...data.pairs import Pair
-from ...data.prepare import DECISION, ID, SETTINGS
+from ...data.prepare import prepare_line
 from ...data.shards import PairShards
 from ...data.store import open_store
 from ...errors import UserError
@@ -77,8 +77,7 @@ def audit(config: AuditConfig) -> Path:
     write_json(Path(f"{out}.json"), figures)
     write_resolved(config, Path(f"{out}.yaml"))
     _print_summary(figures, len(suspects))
-    prepare = ["mrpo", "prepare", "--config", str(pairs.path / SETTINGS)]
-    review = shlex.join([*prepare, "--exclude", str(out), "--flip", str(out)])
+    review = prepare_line(pairs, "reviewed", exclude=str(out), flip=str(out))
     print(f"review     fill in the column {DECISION}, then run: {review}")
     print(out)
     return out

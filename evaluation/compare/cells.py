@@ -21,11 +21,12 @@ from ...data.shards import PairShards
 from ...errors import UserError
 from ...files import write_json
 from ...settings import comma_separated, write_resolved
+from ...train.checkpoint import DIGEST
 from ...train.config import TrainConfig
 from ...train.run_folder import RunFolder
 from ..config import CompareConfig
 
-CELLS, SETTINGS, INPUTS = "cells", "cell.yaml", "cell.json"
+CELLS, PAIRS, SETTINGS, INPUTS = "cells", "pairs", "cell.yaml", "cell.json"
 SCORED = "identities of the references"  # by alias, in a cell's inputs
 
 
@@ -125,9 +126,12 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
     for name, value in inputs.items():
         if earlier.get(name) != value:
             flag = name if " " in name else f"--{name.replace('_', '-')}"
+            way_out = "compare with that"
+            if name == DIGEST:
+                way_out = f"compare with --pairs {cell.folder.parents[3] / PAIRS}"
             raise UserError(
                 f"{flag}: {cell.folder} was made with {earlier.get(name)}, now it is {value}; "
-                "compare with that, or name another --output-dir"
+                f"{way_out}, or name another --output-dir"
             )
 
 

@@ -6,6 +6,7 @@ Run again, the command goes on where it was: finished cells are kept, failed one
 and further methods, seeds and fractions only add cells.
 
     <output-dir>/compare.yaml   the settings in force
+    <output-dir>/pairs/         the pairs that all runs use, as links
     <output-dir>/cells/         a folder of `mrpo train` for each run
     <output-dir>/compare.json   accuracies, gains, curves, cost, and the sentences
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...data.prepare import open_pairs
@@ -29,6 +31,7 @@ from ...train.dataset import method_of
 from ..config import CompareConfig
 from ..score_table import scored_records
 from .cells import (
+    PAIRS,
     SCORED,
     Cell,
     cells_of,
@@ -57,7 +60,8 @@ def compare(config: CompareConfig) -> Comparison:
     store = open_store(config.store)
     plan = _plan(config, pairs, store)
     cells = cells_of(config)
-    settings = {cell: settings_for(config, cell, ",".join(plan.aliases), pairs) for cell in cells}
+    refs = ",".join(plan.aliases)
+    settings = {cell: settings_for(config, cell, refs, pairs) for cell in cells}
     scored = {SCORED: {r.alias: r.identity for r in plan.records}}
     inputs = {cell: numeric_settings(settings[cell], pairs) | scored for cell in cells}
     for cell in cells:
@@ -67,10 +71,14 @@ def compare(config: CompareConfig) -> Comparison:
             cell.result.unlink()  # `mrpo store gc` took the policy's scores: score it again
     devices = _devices(config)
     print(_summary(plan, cells, len(devices)), flush=True)
+    out = Path(config.output_dir)
+    try:  # all cells read these, whatever the folder of pairs holds later
+        plan = replace(plan, pairs=pairs.linked(out / PAIRS))
+    except OSError as error:
+        raise UserError(f"--output-dir {out}: {error.strerror}; name another folder") from None
     for cell in cells:
         if not cell.finished:
-            write_inputs(cell, settings[cell], inputs[cell])
-    out = Path(config.output_dir)
+            write_inputs(cell, settings_for(config, cell, refs, plan.pairs), inputs[cell])
     write_resolved(config, out / SETTINGS)
     failures = CellRunner(plan.base, devices, config.keep_models).run(cells)
     for failure in failures:
@@ -141,8 +149,8 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
         [
             f"methods     {', '.join(plan.references)}",
             f"base        {plan.base}: the policies start from it and rewards are measured from it",
-            f"pairs       {splits['train']:,} to train on, of these {fractions}; "
-            f"{splits['validation']:,} held out to compare on",
+            f"pairs       {splits['train']:,} for training, of these {fractions}; "
+            f"{splits['validation']:,} held out to compare on; less those without a score",
             f"runs        {len(cells):,}, of which {finished:,} are finished; {at_once} at once",
         ]
     )

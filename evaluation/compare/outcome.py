@@ -69,10 +69,11 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
             values[:, *place, seeds.index(cell.seed)] = answer[metric]
         draws[metric] = resample(values, table.prompts)
     deciding = draws[plan.metric]
+    counted = ~np.isnan([answer["reward"] for answer in answers.values()]).any(axis=0)
     comparison = Comparison(
         base=plan.base,
-        pairs=len(table),
-        prompts=len(np.unique(table.prompts)),
+        pairs=int(counted.sum()),
+        prompts=len(np.unique(table.prompts[counted])),
         metric=plan.metric,
         metrics=METRIC_WORDS,
         methods=methods,

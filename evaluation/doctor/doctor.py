@@ -164,7 +164,10 @@ def _notes(
     if ends := sorted({end for end in found if end}):
         share = sum(end is not None for end in found) / len(found)
         texts = " or ".join(map(repr, ends))
-        yield f"{record.alias}: {share:.0%} of the texts bring their own {texts}; none is added"
+        yield (
+            f"{record.alias}: {share:.0%} of the first {len(found):,} responses bring their own "
+            f"{texts}; none is added"
+        )
 
 
 def _vocabulary(spec: ReferenceSpec | None) -> int | None:

@@ -19,7 +19,7 @@ class FakeShards:
     """Ids in shards, as `PairShards` gives them."""
 
     def __init__(self, ids: IdArray, rows: int) -> None:
-        self.path = Path("pairs")
+        self.path, self.digest = Path("pairs"), "0" * 32
         self._shards = [ids[start : start + rows] for start in range(0, len(ids), rows)]
         self.names = [f"part-{number:05d}.parquet" for number in range(len(self._shards))]
         self.rows = [len(shard) for shard in self._shards]
@@ -158,3 +158,31 @@ def test_the_manifest_names_the_references_and_no_machine(
     manifest = (tmp_path / "scores" / "joined.json").read_text()
     assert json.loads(manifest)["references"][0]["identity"] == record.identity
     assert str(tmp_path) not in manifest
+
+
+def test_pairs_that_a_limit_left_out_are_missing_and_listed(
+    store: Store, make: Any, tmp_path: Path
+) -> None:
+    ids = make.ids(40)
+    pairs = FakeShards(ids, 17)
+    first, second = (stored(store, make, ids[:35], number) for number in range(2))
+    for record in (first, second):
+        store.scores(record.identity).leave_out(ids[33:38])  # two of them scored since
+    with pytest.raises(UserError, match=r"not yet scored in .*: 2 for a, 2 for b; run: mrpo"):
+        join(pairs, store, [first, second], tmp_path / "scores")
+    store.scores(first.identity).leave_out(ids[38:])
+    store.scores(second.identity).add(make.scores(ids[35:39]))
+    store.scores(second.identity).leave_out(ids[39:])
+    joined = join(pairs, store, [first, second], tmp_path / "scores")
+    assert [reference.missing for reference in joined.references] == [
+        {"over_limit": 5},
+        {"over_limit": 1},
+    ]
+    table = joined.table(2)
+    missing = np.isnan(matrix(table, "ref_chosen_logps"))
+    assert missing[:, 0].tolist() == [row >= 1 for row in range(6)]
+    assert missing[:, 1].tolist() == [row == 5 for row in range(6)]
+    lines = (tmp_path / "scores" / "missing.csv").read_text().splitlines()
+    assert lines[0] == "pair_id,reference,reason"
+    listed = [f"{ids[row].tobytes().hex()},a,over_limit" for row in range(35, 40)]
+    assert lines[1:] == [*listed, f"{ids[39].tobytes().hex()},b,over_limit"]

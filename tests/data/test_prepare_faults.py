@@ -11,7 +11,7 @@ import pytest
 from mrpo.data import prepare as prepare_module
 from mrpo.data.shards import PairShards
 from mrpo.errors import UserError
-from mrpo.tests.data.raw_rows import chat_row, contents, run, text_rows, to_csv, write
+from mrpo.tests.data.raw_rows import all_pairs, chat_row, contents, run, text_rows, to_csv, write
 
 
 def broken_line(folder: Path) -> dict[str, Any]:
@@ -172,3 +172,43 @@ def test_a_folder_half_replaced_is_never_taken_for_a_complete_one(
     again = contents(run(source, out, shard_pairs=10).path)
     assert again.pop("prepare.yaml") != expected.pop("prepare.yaml")  # another --out
     assert again == expected
+
+
+# Pairs that somebody uses
+
+
+def test_pairs_that_a_store_or_an_unfinished_run_uses_are_not_overwritten(
+    tmp_path: Path, mrpo: Callable[..., Any]
+) -> None:
+    out, store, unfinished = tmp_path / "pairs", tmp_path / "store", tmp_path / "run"
+    run(write(tmp_path / "rows.jsonl", text_rows(30)), out)
+    changed = write(tmp_path / "changed.jsonl", text_rows(30, 1))
+    for folder in (store, unfinished / "pairs"):
+        folder.mkdir(parents=True)
+    PairShards(out).note_use("run", unfinished)
+    PairShards(out).note_use("store", store)
+    before = contents(out)
+    refused = mrpo("prepare", changed, "--out", out)
+    assert refused.code == 2
+    assert f"holds other pairs than these, and the unfinished run {unfinished}" in refused.err
+    assert "and 1 more uses them; name another folder (--out" in refused.err
+    assert contents(out) == before
+
+    (unfinished / "pairs").rmdir()  # finished
+    with pytest.raises(UserError, match=f"and the store {store} uses them"):
+        run(changed, out)
+    assert run(tmp_path / "rows.jsonl", out).num_pairs == 30  # the same pairs again
+    overwritten = run(changed, out, overwrite=True)
+    assert all_pairs(overwritten)[0].prompt == "1 + 1 = "
+    assert "overwrite: false" in (out / "prepare.yaml").read_text()
+    assert run(tmp_path / "rows.jsonl", out).num_pairs == 30  # nobody uses the new ones yet
+
+
+def test_users_that_are_gone_hold_nothing(tmp_path: Path) -> None:
+    shards = run(write(tmp_path / "rows.jsonl", text_rows(30)), tmp_path / "pairs")
+    shards.note_use("run", tmp_path / "deleted")
+    shards.note_use("store", tmp_path / "deleted")
+    assert run(write(tmp_path / "rows.jsonl", text_rows(9)), shards.path).num_pairs == 9
+    PairShards(shards.path).note_use("store", "s3://team/store")
+    with pytest.raises(UserError, match="the store s3://team/store uses them"):
+        run(write(tmp_path / "rows.jsonl", text_rows(8)), shards.path)

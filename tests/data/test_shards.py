@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -123,7 +124,16 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
             PairShards(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "text"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '{"kind": "text"}', "\udcff", '{"kind": "text", "shards": 3}'),
+        '{"kind": "tables", "shards": []}',
+        '{"kind": "text", "shards": [{"name": "part-0.parquet", "rows": 1}]}',
+        '{"kind": "text", "shards": [{"name": "part-/../x.parquet", "rows": 1, "sha256": "0"}]}',
+        '{"kind": "text", "shards": [{"name": "part-0.parquet", "rows": "1", "sha256": "0"}]}',
+    ],
+)
 def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match="damaged"):
@@ -142,11 +152,52 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused(tmp_path: Path) -
     shards = write(tmp_path / "pairs", number_pairs(25), 10)
     first, last = (shards.path / name for name in (shards.names[0], shards.names[2]))
     shutil.copy(last, first)
-    with pytest.raises(UserError, match=r"has 5 rows, manifest\.json says 10"):
+    with pytest.raises(UserError, match="has not the digest that it was written with"):
         shards.pair_ids(0)
-    first.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="cannot be read"):
-        shards.pairs(0)
     last.unlink()
     with pytest.raises(UserError, match="is missing"):
         shards.table(2)
+    shards.manifest["shards"][1]["rows"] = 9
+    (shards.path / "manifest.json").write_text(json.dumps(shards.manifest))
+    with pytest.raises(UserError, match="has another number of rows"):
+        PairShards(shards.path).table(1)
+
+
+def test_a_shard_of_other_pairs_is_never_read(tmp_path: Path) -> None:
+    """Also where its rows are as many, and where the shard has been read before."""
+    shards = write(tmp_path / "pairs", number_pairs(20), 10)
+    shards.pairs(0)
+    (shards.path / shards.names[1]).replace(shards.path / shards.names[0])
+    for columns in (None, ["pair_id"], ["split"]):
+        with pytest.raises(UserError, match=r"part-00000\.parquet has not the digest"):
+            shards.table(0, columns)
+
+
+def test_pairs_prepared_again_are_not_taken_for_those_that_were_opened(tmp_path: Path) -> None:
+    shards = write(tmp_path / "pairs", number_pairs(20), 10)
+    shards.pairs(0)
+    write(tmp_path / "pairs", number_pairs(40)[20:], 10)
+    with pytest.raises(UserError, match="was prepared again meanwhile and holds other pairs now"):
+        shards.pairs(0)
+    assert write(tmp_path / "pairs", number_pairs(20), 10).digest == shards.digest
+    assert shards.pairs(1) == number_pairs(20)[10:]
+
+
+def test_links_keep_the_pairs_whatever_the_folder_holds_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write(tmp_path / "pairs", number_pairs(20), 10)
+    links = shards.linked(tmp_path / "links")
+    assert (links.path / links.names[0]).samefile(shards.path / shards.names[0])
+
+    def refuse(*paths: Any) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    copies = shards.linked(tmp_path / "copies")
+    for name in shards.names:
+        (shards.path / name).unlink()
+    write(tmp_path / "pairs", number_pairs(7), 10)
+    for kept in (links, copies):
+        assert [pair for n in (0, 1) for pair in kept.pairs(n)] == number_pairs(20)
+        assert kept.digest == shards.digest

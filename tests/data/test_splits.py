@@ -191,3 +191,33 @@ def test_labelled_responses_of_a_prompt_meet_across_splits_and_are_held_out(tmp_
     ]
     shards = run(write(tmp_path / "rows.jsonl", rows), tmp_path / "pairs")
     assert splits(shards) == {"p": "validation"}
+
+
+def test_of_a_source_that_a_command_prepares_first_a_part_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(write(tmp_path / "rows.jsonl", text_rows(400)))
+    shards = prepare_module.open_pairs(str(tmp_path / "pairs"), source)
+    expected = run(source, tmp_path / "expected", validation_fraction=0.05)
+    assert splits(shards) == splits(expected)
+    held_out = shards.manifest["splits"]["validation"]
+    assert 5 < held_out < 40
+    assert f"{400 - held_out} train, {held_out} validation" in capsys.readouterr().out
+    assert "validation_fraction: 0.05" in (shards.path / "prepare.yaml").read_text()
+    assert prepare_module.open_pairs(str(tmp_path / "pairs"), None).digest == shards.digest
+
+
+@pytest.mark.parametrize("validation", [3, 0])
+def test_where_a_column_says_what_is_held_out_nothing_else_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], validation: int
+) -> None:
+    rows = [row | {"split": "train"} for row in text_rows(100)]
+    rows += [row | {"split": "test"} for row in text_rows(validation, 100)]
+    shards = prepare_module.open_pairs(
+        str(tmp_path / "pairs"), str(write(tmp_path / "rows.jsonl", rows))
+    )
+    assert shards.manifest["splits"] == {"train": 100, "validation": validation}
+    out = capsys.readouterr().out
+    assert ("held    nothing: no run can validate; see --validation-fraction" in out) == (
+        validation == 0
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from mrpo.errors import UserError
 from mrpo.evaluation.config import EvaluateConfig
 from mrpo.evaluation.evaluate import evaluate, policy_figures, right
 from mrpo.evaluation.policies import run_names
-from mrpo.evaluation.score_table import ReferenceColumns, ScoreTable, pairs_at
+from mrpo.evaluation.score_table import (
+    ReferenceColumns,
+    ScoreTable,
+    load_complete_score_table,
+    pairs_at,
+)
 from mrpo.files import to_json
 from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.run import precompute
-from mrpo.tests.evaluation.scored_pairs import chat, prepared
+from mrpo.tests.evaluation.scored_pairs import add_scores, chat, prepared
 from mrpo.train.config import TrainConfig
 from mrpo.train.run import train
 from mrpo.train.run_folder import read_evaluation
@@ -107,6 +113,20 @@ def test_policies_are_scored_once_and_apart_from_the_references(
     assert score_files(store) == files
 
 
+def test_pairs_prepared_again_are_not_taken_for_held_out_ones(
+    trained: dict[str, Any], tmp_path: Path
+) -> None:
+    """With another share held out, training pairs of the run would count as held out."""
+    run, pairs = tmp_path / "run", tmp_path / "pairs"
+    shutil.copytree(trained["folder"] / "runs" / "full", run)
+    prepare(source=trained["folder"] / "rows.jsonl", out=pairs, validation_fraction=0.6)
+    settings = yaml.safe_load((run / "train.yaml").read_text())
+    (run / "train.yaml").write_text(yaml.safe_dump(settings | {"pairs": str(pairs)}))
+    with pytest.raises(UserError, match=f"{pairs} was prepared again since {run} was trained"):
+        evaluate(runs=str(run), out=str(tmp_path / "e.json"))
+    evaluate(runs=str(run), pairs=str(pairs), out=str(tmp_path / "e.json"))
+
+
 def test_evaluation_leaves_what_training_wrote(trained: dict[str, Any]) -> None:
     run = trained["folder"] / "runs" / "full"
     before = read_evaluation(run / "evaluation.json")
@@ -182,6 +202,25 @@ def test_pairs_come_in_the_order_of_their_places(tmp_path: Path) -> None:
     questions = [pair.prompt[0]["content"] for pair in pairs_at(pairs, places)]
     assert questions == [f"Question {n}?" for n in (6, 1, 6, 5)]
     assert pairs_at(pairs, places[:0]) == []
+
+
+def test_pairs_that_a_limit_left_out_are_missing_and_others_are_asked_for(tmp_path: Path) -> None:
+    rows = [chat(f"Question {n}?", f"Yes {n}.", f"No {n}.") for n in range(9)]
+    (tmp_path / "more").mkdir()
+    larger = prepared(tmp_path / "more", rows).pairs
+    scored = prepared(tmp_path, rows[:7])
+    add_scores(scored, {"llama": np.full((7, 2), -5.0)})
+    refs, store = str(tmp_path / "refs.yaml"), scored.store
+    with pytest.raises(UserError, match=r"pairs not yet scored in .* by llama; run: mrpo"):
+        load_complete_score_table(larger, store, "llama", refs)
+    scores = store.scores(store.references()[0].identity)
+    scores.leave_out(larger.pair_ids(0)[6:8])  # the first of them scored since
+    with pytest.raises(UserError, match=r"pairs not yet scored in .* by llama; run: mrpo"):
+        load_complete_score_table(larger, store, "llama", refs)
+    scores.leave_out(larger.pair_ids(0)[8:])
+    table = load_complete_score_table(larger, store, "llama", refs)
+    assert table.references[0].missing == {"over_limit": 2}
+    assert table.references[0].scored.tolist() == [True] * 7 + [False] * 2
 
 
 @pytest.mark.parametrize(

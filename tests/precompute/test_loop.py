@@ -90,6 +90,8 @@ def test_beyond_the_models_context_is_stored_and_a_users_limit_is_not(
     assert refused["reason"] == "beyond_context"
     assert refused["chosen_logp"] is refused["rejected_logp"] is None
     assert refused["chosen_tokens"] > 1024
+    left_out = workspace.scores("llama").left_out().contains(pairs.pair_ids(0))
+    assert left_out.tolist() == [False, True, False]
     (event,) = workspace.score("llama", pairs)
     assert (event["pairs"], event["refused"], event["over_limit"]) == (1, 0, 0)
     assert not workspace.scores("llama").missing(pairs.pair_ids(0)).any()

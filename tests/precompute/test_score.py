@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mrpo.data.config import PrepareConfig
+from mrpo.data.join import join
 from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs
 from mrpo.data.shards import PairShards
@@ -182,3 +184,26 @@ def test_settings_have_the_names_and_defaults_of_the_command() -> None:
 
 def test_the_command_lists_every_engine() -> None:
     assert get_args(EngineChoice) == ("auto", *ENGINES)
+
+
+def test_pairs_beyond_a_limit_are_listed_though_nothing_else_is_left_to_score(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a list, training would ask for this very run again, and in vain."""
+    data = rows(12)
+    data[3]["chosen"][0]["content"] = "word " * 120
+    pairs, store = workspace.prepare(data), tmp_path / "limited"
+    spec = load_refs(workspace.refs_config)["llama"]
+    for scored in (11, 0):
+        result = score([spec], pairs, store, engine="hf", in_process=True, max_model_len=120)
+        assert (result.scored, result.unscored) == ({"llama": scored}, {"llama": 0})
+        scores = Store(store).scores(result.records[0].identity)
+        left_out = [
+            pairs.pair_ids(n)[scores.left_out().contains(pairs.pair_ids(n))] for n in (0, 1)
+        ]
+        assert [len(ids) for ids in left_out] == [1, 0]
+        joined = join(pairs, Store(store), result.records, tmp_path / "joined")
+        assert joined.references[0].missing == {"over_limit": 1}
+        rmtree(Path(store) / result.records[0].identity / "left-out")
+        with pytest.raises(UserError, match=r"pairs not yet scored in .*: 1 for llama"):
+            join(pairs, Store(store), result.records, tmp_path / "joined")

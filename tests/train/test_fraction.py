@@ -78,7 +78,7 @@ def test_a_run_trains_on_the_fraction_and_says_so(
     assert f"pairs       {taken} to train on" in capsys.readouterr().out
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "| train_fraction | 0.6 |" in card
-    assert f"| pairs trained on | {taken} |" in card
+    assert f"| pairs trained on, over all epochs | {taken} |" in card
 
 
 def scores_of(config: Any) -> tuple[PairShards, JoinedScores]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
+from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.train.run import train
 
@@ -35,7 +36,40 @@ def test_pairs_missing_for_good(inputs: Any, tmp_path: Path, scored: Any) -> Non
     card = (tmp_path / "run/model/README.md").read_text()
     split = [s for shard in range(2) for s in pairs.table(shard)["split"].to_pylist()]
     lost = sum(s == "train" for s in (*split[:2], *split[30:32]))
-    assert f"| pairs trained on | {split.count('train') - lost} |" in card
+    assert f"| pairs trained on, over all epochs | {split.count('train') - lost} |" in card
+
+
+def test_pairs_that_a_limit_left_out_are_no_dead_end(
+    inputs: Any, tmp_path: Path, scored: Any, mrpo: Any
+) -> None:
+    """They are counted under --max-missing, and the line in the message leaves them out."""
+    prepare(PrepareConfig(source=str(inputs.root / "pairs.jsonl"), out=str(tmp_path / "pairs")))
+    pairs = PairShards(tmp_path / "pairs")
+    scored(tmp_path, pairs, ["llama", "qwen"])
+    store = Store(tmp_path / "store")
+    for record in store.references():  # scored again without the first pairs
+        scores, ids = store.scores(record.identity), pairs.pair_ids(0)
+        table = scores.read()
+        shutil.rmtree(tmp_path / "store" / record.identity / "scores")
+        scores.add(table.slice(3))
+        scores.leave_out(ids[:3])
+    changes = {"store": store.root, "refs": "llama,qwen", "pairs": str(pairs.path)}
+    with pytest.raises(
+        UserError, match=r"llama has no score for 3 of 48 pairs \(3 over_lim"
+    ) as raised:
+        train(inputs.config(tmp_path / "run", **changes))
+    message = str(raised.value)
+    assert "score them with a larger --max-model-len" in message
+    assert "or raise --max-missing" in message
+    train(inputs.config(tmp_path / "some", **changes, max_missing=0.1))
+
+    line = message.partition("leave those pairs out (mrpo ")[2].partition(")")[0]
+    ran = mrpo(*line.split())
+    assert ran.code == 0, ran.err
+    assert "review  3 excluded" in ran.out
+    changes["pairs"] = f"{pairs.path}-scored"
+    assert PairShards(changes["pairs"]).num_pairs == 45
+    train(inputs.config(tmp_path / "run", **changes))
 
 
 def test_pairs_not_yet_scored_are_named_with_the_line_to_run(inputs: Any, tmp_path: Path) -> None:
@@ -75,6 +109,9 @@ def test_base_that_differs_from_its_scores_is_said_loudly(
     printed = capsys.readouterr().out
     assert "guard       +0.0e+00 nats" in printed
     [scored] = re.findall(r"^scores +(llama@[0-9a-f]{12}) \(float32\)$", printed, re.MULTILINE)
+    training = PairShards(inputs.root / "pairs").manifest["splits"]["train"]
+    assert training < 64
+    assert f"from the base's stored scores on {training} pairs" in printed
     train(inputs.config(tmp_path / "other", max_steps=1, policy=str(inputs.references["qwen"])))
     assert "guard" not in capsys.readouterr().out
     entries = yaml.safe_load((inputs.root / "refs.yaml").read_text())

@@ -248,7 +248,10 @@ def test_data_is_prepared_first(
         Path("run"), pairs=None, data=str(inputs.root / "pairs.jsonl"), max_steps=1
     )
     train(config)
-    assert PairShards(tmp_path / "pairs").num_pairs == 48
+    pairs = PairShards(tmp_path / "pairs")
+    assert pairs.num_pairs == 48
+    assert pairs.manifest["options"]["validation_fraction"] == 0.05
+    assert pairs.manifest["splits"]["validation"] == 1
 
 
 def test_trackers_get_what_the_log_gets(inputs: Any, run: Path, tmp_path: Path) -> None:

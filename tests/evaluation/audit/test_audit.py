@@ -96,21 +96,25 @@ def test_no_cell_is_a_formula(mrpo: Run, audited: Scored, tmp_path: Path) -> Non
 
 
 def test_a_reviewed_table_enters_the_next_run(mrpo: Run, audited: Scored, tmp_path: Path) -> None:
-    table = audit(mrpo, audited, tmp_path / "audit.csv", "--top", 5)
+    ran = mrpo(
+        *("audit", "--refs", "llama,qwen,noise", *audited.flags),
+        *("--out", tmp_path / "audit.csv", "--top", 5),
+    )
+    suggested = ran.out.partition("then run: mrpo ")[2].splitlines()[0].split()
+    with (tmp_path / "audit.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
     for line, decision in zip(table, ["flip", "exclude", "keep"]):
         line["decision"] = decision
     with (tmp_path / "audit.csv").open("w", newline="", encoding="utf-8") as file:
         lines = csv.DictWriter(file, list(table[0]))
         lines.writeheader()
         lines.writerows(table)
-    settings = audited.folder / "pairs" / "prepare.yaml"
-    ran = mrpo(
-        *("prepare", "--config", settings, "--out", tmp_path / "pairs"),
-        *("--exclude", tmp_path / "audit.csv", "--flip", tmp_path / "audit.csv"),
-    )
+    before = PairShards(audited.folder / "pairs").digest
+    ran = mrpo(*suggested)
     assert ran.code == 0, ran.err
     assert "review  1 excluded, 1 flipped" in ran.out
-    after = PairShards(tmp_path / "pairs")
+    assert PairShards(audited.folder / "pairs").digest == before  # and what was scored stays
+    after = PairShards(audited.folder / "pairs-reviewed")
     ids = {bytes(pair_id).hex() for pair_id in after.pair_ids(0)}
     gone = [line["pair_id"] in ids for line in table]
     assert gone == [False, False] + [True] * (len(table) - 2)

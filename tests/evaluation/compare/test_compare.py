@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from mrpo import cli
+from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.evaluation.compare import workers
@@ -247,9 +248,10 @@ def run_by_hand(mrpo: Run, flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def figures_of(run: Path) -> dict[str, Any]:
-    """What evaluation.json holds, but for the policy's name."""
+    """What evaluation.json holds, but for the policy's name and the folder of the pairs."""
     content = json.loads((run / "evaluation.json").read_text())
     content["policies"][0].pop("name")
+    content.pop("pairs")
     return content
 
 
@@ -297,6 +299,22 @@ def test_finished_cells_are_not_repeated_and_new_ones_are_added(
     before, after = compared.comparison, read_comparison(out / "compare.json")
     assert after.verdict == before.verdict
     assert [run.accuracy for run in after.runs] == [run.accuracy for run in before.runs]
+
+
+def test_all_cells_use_the_pairs_that_the_comparison_began_with(
+    mrpo: Run, compared: Compared, tmp_path: Path
+) -> None:
+    kept = PairShards(compared.out / "pairs")
+    assert kept.digest == PairShards(compared.scored.folder / "pairs").digest
+    for path in compared.out.glob("cells/*/*/*/cell.yaml"):
+        assert yaml.safe_load(path.read_text())["pairs"] == str(kept.path)
+    others = prepared(tmp_path, rows(), validation_fraction=0.4)
+    add_scores(others, {alias: np.full((75, 2), -5.0) for alias in ("llama", "qwen")})
+    flags = [*others.flags, *TRAINING, *REFS, *compared.flags[-2:]]
+    ran = mrpo("compare", *flags, "--methods", "mrpo", "--seeds", 1, "--output-dir", compared.out)
+    assert ran.code == 2
+    assert f"compare with --pairs {kept.path}, or name another --output-dir" in ran.err
+    assert PairShards(compared.out / "pairs").digest == kept.digest
 
 
 def test_other_settings_are_refused_by_name(mrpo: Run, compared: Compared) -> None:

@@ -164,7 +164,7 @@ def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: P
     said = "\n".join(diagnosis_lines(diagnose(config)))
     assert "rendering  llama: the response begins where a sentinel in its place does" in said
     assert "rendering  llama: system messages go in front of the first user turn" in said
-    assert "of the texts bring" not in said
+    assert "responses bring their own" not in said
     said = "\n".join(diagnosis_lines(diagnose(replace(config, pairs=str(texts.path)))))
-    assert f"llama: 25% of the texts bring their own {end!r}; none is added" in said
+    assert f"llama: 25% of the first 16 responses bring their own {end!r}; none is added" in said
     assert "probe  llama: 8 of 8 responses score the same again" in said
