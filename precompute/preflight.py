@@ -160,7 +160,13 @@ def model_context(reference: ResolvedReference) -> int | None:
     """Tokens of the longest sequence that the model's configuration allows; None: no limit."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, reference.model, reference.revision)
+    try:
+        config = from_pretrained(AutoConfig, reference.model, reference.revision)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"reference {reference.alias}: {reference.model}: {reason}") from None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -240,7 +246,11 @@ def _num_parameters(model_name: str, revision: str | None) -> int:
 
     config = from_pretrained(AutoConfig, model_name, revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"model {model_name}: not a causal language model ({reason})") from None
     return sum(parameter.numel() for parameter in model.parameters())
 
 
