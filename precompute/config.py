@@ -23,6 +23,19 @@ else:
     EngineChoice = Literal[("auto", *ENGINES)]
 
 
+# Settings that not every engine heeds, and the engines that do.
+HEEDED_BY = {
+    "server": ("server",),
+    "concurrency": ("server",),
+    "bf16": ("hf",),
+    "max_tokens": ("hf", "vllm"),
+    "data_parallel_size": ("hf", "vllm"),
+    "gpu_memory_utilization": ("vllm",),
+    "tensor_parallel_size": ("vllm",),
+    "pipeline_parallel_size": ("vllm",),
+}
+
+
 @dataclass(kw_only=True, slots=True)
 class PrecomputeConfig(ScoredPairSettings):
     """Score every pair under every reference, once for all training runs.

@@ -30,7 +30,7 @@ from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
 from ..data.store import ReferenceRecord, Store, open_store
 from ..errors import UserError
-from ..settings import command, write_resolved
+from ..settings import command, no_effect, write_resolved
 from .config import EngineChoice, PrecomputeConfig
 from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
@@ -168,6 +168,8 @@ class _Run:
                 "prepare them with --validation-fraction, or take all pairs"
             )
         references = [self._resolve(spec) for spec in self.specs]
+        if not any("autocast" in reference.inputs for reference in references):
+            no_effect(self.config, "on weights that are bfloat16 already", "bf16")
         plans = [ReferencePlan(reference, self._job(reference)) for reference in references]
         survey(
             plans,

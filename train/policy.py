@@ -28,7 +28,7 @@ from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
 from ..model.load import load_model
 from ..model.logps import SequenceLogps
-from ..settings import comma_separated
+from ..settings import comma_separated, no_effect
 from .config import TrainConfig
 from .distributed import Ranks
 
@@ -84,6 +84,8 @@ def policy_source(
     assert config.policy is not None
     folder = Path(config.policy).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else config.policy
+    if folder.is_dir():
+        no_effect(config, "on a policy in a folder", "policy_revision")
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
         below = json.loads(adapter_config.read_text())["base_model_name_or_path"]
