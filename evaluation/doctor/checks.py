@@ -53,8 +53,7 @@ def check_scores(
                 _run(group, subject)
     for subject in subjects:  # those with too few scores for the rest, too
         _run((check_missing,), subject)
-        if not subject.findings:
-            _run((check_unverified,), subject)
+        _run((check_unverified,), subject)
     return {subject.reference.alias: subject.findings for subject in subjects}
 
 

@@ -19,6 +19,7 @@ from mrpo.precompute import preflight, process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 
+SERVED = {"engine": "server", "server": "http://a:1", "refs": "llama"}
 FORBIDDEN = (sys.executable, "-c", "raise SystemExit('no worker was to be started')")
 
 
@@ -136,7 +137,10 @@ def test_text_pairs_for_a_model_with_a_chat_template_are_warned_of(
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2, which has no effect"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
         ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization is 0.5"),
-        ({**SERVED, "max_tokens": 512}, "--max-tokens is 512, which has no effect on engine server"),
+        (
+            {**SERVED, "max_tokens": 512},
+            "--max-tokens is 512, which has no effect on engine server",
+        ),
         ({**SERVED, "data_parallel_size": 2}, "--data-parallel-size is 2"),
         ({**SERVED, "bf16": True}, "--bf16 is True"),
         ({"max_tokens": 0}, "--max-tokens is 0; it must be above 0"),
