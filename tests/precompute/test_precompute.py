@@ -164,6 +164,32 @@ def test_vllm_that_is_not_there_is_a_users_mistake(
         precompute(workspace.config(engine="vllm"))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_type": "llama9"}, "architecture 'llama9' is unknown to transformers"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+            "needs code of its own, and code that comes with a model is not run here",
+        ),
+    ],
+    ids=["newer", "own code"],
+)
+def test_a_model_that_transformers_does_not_have_stops_before_any_work(
+    workspace: Workspace, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    entry = yaml.safe_load(workspace.refs_config.read_text())["llama"]
+    folder = shutil.copytree(entry["model"], tmp_path / "new")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    (folder / "own.py").write_text("raise SystemExit('it was run')")
+    workspace.refs_config.write_text(yaml.safe_dump({"new": {"model": str(folder)}}))
+    workspace.prepare(rows(2))
+    with pytest.raises(UserError, match=message):
+        precompute(workspace.config())
+    assert not Path(workspace.store.root).exists()
+
+
 def test_a_model_folder_without_tokenizer_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     source = Path(yaml.safe_load(workspace.refs_config.read_text())["llama"]["model"])
     bare = tmp_path / "bare"
