@@ -57,7 +57,8 @@ class PrecomputeConfig(ScoredPairSettings):
     ] = "auto"
     server: Annotated[
         str | None,
-        "URL of the vLLM server for --engine server; for several references alias=URL,alias=URL.",
+        "URL of the vLLM server for --engine server; for several references alias=URL,alias=URL. "
+        "A sample of its scores is compared with stored ones or engine hf's first.",
     ] = None
     dry_run: Annotated[
         bool, "Check access, render every pair, say what would be scored at what cost, and stop."
@@ -72,7 +73,8 @@ class PrecomputeConfig(ScoredPairSettings):
     ] = None
     max_tokens: Annotated[
         int | None,
-        "Tokens computed at once. By default chosen by device, halved when out of memory.",
+        "Engines hf and vllm: tokens computed at once. By default chosen by device, halved when out "
+        "of memory.",
     ] = None
     bf16: Annotated[
         bool,
@@ -88,7 +90,9 @@ class PrecomputeConfig(ScoredPairSettings):
         int, "Engine vllm: GPUs that each hold a part of the layers."
     ] = 1
     data_parallel_size: Annotated[
-        int, "Copies of a reference, each in a process with its own GPUs; they share the shards."
+        int,
+        "Engines hf and vllm: copies of a reference, each in a process with its own GPUs; they "
+        "share the shards.",
     ] = 1
     concurrency: Annotated[int, "Engine server: pairs in flight at once."] = 32
 

@@ -49,6 +49,7 @@ SERVER_PAIRS = 16  # compared before a server's scores are stored
 # from float32 by 0.046 and from itself in other batches by 0.016, float16 from float32 by 0.006,
 # weights in fp8 from bfloat16 by 0.23.
 SPREAD = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+QUANTIZED = 3  # times the spread: quantized activations depend on what else is computed
 # How far a server may be from float32, in 16 bits, times as far as engine hf is in that precision.
 # Of SmolLM2-135M: float16 in place of bfloat16 0.13, weights in fp8 5.
 LEAST_ERROR, MOST_ERROR = 1 / 3, 2.0
@@ -342,7 +343,10 @@ def _compared_with_store(
             continue
         if sample := write_sample(PairShards(pairs), SERVER_PAIRS, folder / "pairs", ids):
             error = spread(_scored_by("server", job, sample, folder), stored)
-            return _judged(job, error, (0.0, SPREAD[job.settings.dtype]), "stored scores")
+            most = SPREAD[job.settings.dtype]
+            if job.settings.quantization is not None:
+                most *= QUANTIZED
+            return _judged(job, error, (0.0, most), "stored scores")
     return None
 
 
