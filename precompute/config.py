@@ -73,8 +73,8 @@ class PrecomputeConfig(ScoredPairSettings):
     ] = None
     max_tokens: Annotated[
         int | None,
-        "Engines hf and vllm: tokens computed at once. By default chosen by device, halved when out "
-        "of memory.",
+        "Engines hf and vllm: tokens computed at once. By default chosen by device, halved when "
+        "out of memory.",
     ] = None
     bf16: Annotated[
         bool,
