@@ -329,8 +329,8 @@ def _compared_with_store(
 ) -> str | None:
     names = store.names_of(job.identity)
     runs = names[0].runs if names else ()
-    unverified = [run for run in runs if run.get("engine") == "server" and "verified" not in run]
-    if unverified and not trust_all:
+    known = [run.get("engine") != "server" or "verified" in run for run in runs]
+    if not trust_all and not (known and all(known)):
         return None
     try:
         stored = _scored(store, job.identity)
