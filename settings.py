@@ -179,6 +179,15 @@ def share(config: Any, *names: str) -> None:
     _check(config, names, lambda value: 0 <= value <= 1, "in [0, 1]")
 
 
+def no_effect(config: Any, why: str, *names: str) -> None:
+    """Raise `UserError` where one of these settings is not its default: `why` it has no effect."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise UserError(f"{_flag(name)} is {value}, which has no effect {why}; leave it out")
+
+
 def file_type(out: str | None, suffix: str, content: str) -> None:
     """Raise `UserError` where the file that --out names does not end in `suffix`."""
     if out is not None and not out.endswith(suffix):

@@ -14,6 +14,7 @@ from ..settings import (
     StoreSettings,
     at_least_zero,
     comma_separated,
+    no_effect,
     share,
 )
 
@@ -213,6 +214,8 @@ class InspectConfig(PairSettings):
             raise UserError("name a reference with --ref, or a folder with --templates")
         if self.tokenizer is not None and self.templates is None:
             raise UserError("--tokenizer goes with --templates; a reference has its own")
+        if self.templates is not None:
+            no_effect(self, "with --templates", "row", "tokens", "color", "pairs", "refs_config")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -252,6 +255,8 @@ class VerifyConfig(StoreSettings):
 
     def __post_init__(self) -> None:
         at_least_zero(self, "rescore")
+        if not self.rescore:
+            no_effect(self, "without --rescore", "pairs", "refs_config")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -332,3 +337,9 @@ class ImportConfig(ColumnSettings):
         "Where scores differ from the stored ones: a new identity with these in their place, which "
         "the alias means from then on.",
     ] = False
+
+    def __post_init__(self) -> None:
+        ColumnSettings.__post_init__(self)
+        if self.by_id:
+            columns = ("prompt_column", "chosen_column", "rejected_column")
+            no_effect(self, "with --by-id", *columns, "chat", "map", "ignore_columns")

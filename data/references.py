@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version as package_version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -185,11 +186,30 @@ def from_pretrained(
 ) -> Any:
     """What an Auto class of transformers loads for a Hub id, a model folder or a GGUF file.
 
-    Raises `UserError` for a GGUF file that can't be read, besides what `auto` raises.
+    Code that comes with a model is never run, and nobody is asked whether it may be. Raises
+    `UserError` for a model that needs it, for an architecture that transformers does not have and
+    for a GGUF file that can't be read, besides what `auto` raises.
     """
     path = Path(model)
+    options["trust_remote_code"] = False
     if path.suffix != GGUF:
-        return auto.from_pretrained(str(model), revision=revision, **options)
+        try:
+            return auto.from_pretrained(str(model), revision=revision, **options)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            if "trust_remote_code" in reason:
+                raise UserError(
+                    f"model {model} needs code of its own, and code that comes with a model is not "
+                    "run here; name a model whose architecture transformers has"
+                ) from None
+            if "does not recognize this architecture" in reason:
+                kind = re.search(r"model type `([^`]*)`", reason)
+                raise UserError(
+                    f"model {model}: its architecture {kind[1] if kind else ''!r} is unknown to "
+                    f"transformers {package_version('transformers')}; install a newer transformers "
+                    "(`pip install -U transformers`), or name another model"
+                ) from None
+            raise
     if find_spec("gguf") is None:
         raise UserError(f"{model}: GGUF files need the package gguf; `pip install 'mrpo[gguf]'`")
     try:

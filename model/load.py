@@ -6,6 +6,7 @@ transformers' own forward. Any other architecture runs one response a row.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +40,15 @@ def load_model(
     device: torch.device | str = "cpu",
     attn: Attention | None = None,
     adapter: str | Path | None = None,
+    adapter_revision: str | None = None,
 ) -> nn.Module:
     """The causal LM in eval mode without dropout, with an attention that supports packed rows.
 
     `path` may be a GGUF file, whose weights are dequantized.
     `attn` is by default FlexAttention on a GPU and sdpa elsewhere; `adapter` is a PEFT adapter to
-    put on top, and then a `PeftModel` is returned. Raises `UserError` for a dtype that torch does
-    not have and for a model that does not exist or is no causal LM.
+    put on top (a folder, or a Hub id with its revision), and then a `PeftModel` is returned. Raises
+    `UserError` for a dtype that torch does not have, for a model that does not exist or is no
+    causal LM, and for an adapter that does not fit.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
@@ -60,13 +63,37 @@ def load_model(
         remove_dropout(model)
         set_attention(model, attn or default_attention(device))
         if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter)
+            model = _with_adapter(model, str(adapter), adapter_revision)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model {path} could not be loaded: {reason}") from error
     return model.to(device).eval()
+
+
+def _with_adapter(model: Any, adapter: str, revision: str | None) -> nn.Module:
+    """The model with a PEFT adapter in its layers; `UserError` where that is not all of it."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # PEFT warns of weights that the adapter lacks, and leaves these layers as they are.
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            adapted: Any = PeftModel.from_pretrained(model, adapter, revision=revision)
+        except UserWarning as warning:
+            reason = " ".join(str(warning).split())[:300]
+            raise UserError(
+                f"adapter {adapter} does not fit its model ({reason}); check the adapter and the "
+                "model it is for"
+            ) from None
+    config = adapted.peft_config["default"]
+    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        raise UserError(
+            f"adapter {adapter}: of kind {config.peft_type.value}, part of which is not in the "
+            "model's layers; only adapters of layers, such as LoRA, are supported"
+        )
+    return adapted
 
 
 def _forget_file(model: Any, path: Path) -> None:

@@ -23,6 +23,19 @@ else:
     EngineChoice = Literal[("auto", *ENGINES)]
 
 
+# Settings that not every engine heeds, and the engines that do.
+HEEDED_BY = {
+    "server": ("server",),
+    "concurrency": ("server",),
+    "bf16": ("hf",),
+    "max_tokens": ("hf", "vllm"),
+    "data_parallel_size": ("hf", "vllm"),
+    "gpu_memory_utilization": ("vllm",),
+    "tensor_parallel_size": ("vllm",),
+    "pipeline_parallel_size": ("vllm",),
+}
+
+
 @dataclass(kw_only=True, slots=True)
 class PrecomputeConfig(ScoredPairSettings):
     """Score every pair under every reference, once for all training runs.
@@ -46,7 +59,8 @@ class PrecomputeConfig(ScoredPairSettings):
     ] = "auto"
     server: Annotated[
         str | None,
-        "URL of the vLLM server for --engine server; for several references alias=URL,alias=URL.",
+        "URL of the vLLM server for --engine server; for several references alias=URL,alias=URL. "
+        "A sample of its scores is compared with stored ones or engine hf's first.",
     ] = None
     dry_run: Annotated[
         bool, "Check access, render every pair, say what would be scored at what cost, and stop."
@@ -61,7 +75,8 @@ class PrecomputeConfig(ScoredPairSettings):
     ] = None
     max_tokens: Annotated[
         int | None,
-        "Tokens computed at once. By default chosen by device, halved when out of memory.",
+        "Engines hf and vllm: tokens computed at once. By default chosen by device, halved when "
+        "out of memory.",
     ] = None
     bf16: Annotated[
         bool,
@@ -77,7 +92,9 @@ class PrecomputeConfig(ScoredPairSettings):
         int, "Engine vllm: GPUs that each hold a part of the layers."
     ] = 1
     data_parallel_size: Annotated[
-        int, "Copies of a reference, each in a process with its own GPUs; they share the shards."
+        int,
+        "Engines hf and vllm: copies of a reference, each in a process with its own GPUs; they "
+        "share the shards.",
     ] = 1
     concurrency: Annotated[int, "Engine server: pairs in flight at once."] = 32
 

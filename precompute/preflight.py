@@ -1,34 +1,58 @@
-"""What scoring will take, before any weights are loaded.
+"""What scoring will take, and whether a server gives the scores of its reference.
 
 Every missing pair is rendered for every reference: refusals are counted, tokens and disk space
 added up, time estimated. `survey` completes the references' plans, `print_plans` shows them.
+A server does not say with which weights and in which precision it computes, so `verify_server`
+compares a sample of its scores with stored ones or with engine hf's before any is stored.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cache
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..data.ids import IdArray
+import numpy as np
+import pyarrow as pa
+
+from ..data.ids import IdArray, IdIndex, ids_to_numpy
 from ..data.references import from_pretrained
+from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store
 from ..errors import UserError
 from ..model.packing import padded_tokens
 from .identity import ResolvedReference
-from .scoring import Job, PairSelection, renderer_for, sort_out
+from .reference_run import ReferenceRun
+from .scoring import Job, PairSelection, renderer_for, sort_out, write_sample
 
 POOL_PAIRS = 20_000  # renderings from which starting further processes pays
 ROW_BYTES = 120  # of a pair in a score file, measured; token log-probs come on top
 EFFICIENCY = 0.4  # of the device's matrix rate that scoring reaches
+
+# The key of an identity's inputs, and its value, for scores that nothing could be compared with.
+SERVER, UNVERIFIED = "server", "unverified server"
+LOGP_COLUMNS = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
+SERVER_PAIRS = 16  # compared before a server's scores are stored
+# `spread` up to which two ways to compute in a precision agree. Of SmolLM2-135M: bfloat16 differs
+# from float32 by 0.046 and from itself in other batches by 0.016, float16 from float32 by 0.006,
+# weights in fp8 from bfloat16 by 0.23.
+SPREAD = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+QUANTIZED = 3  # times the spread: quantized activations depend on what else is computed
+# How far a server may be from float32, in 16 bits, times as far as engine hf is in that precision.
+# Of SmolLM2-135M: float16 in place of bfloat16 0.13, weights in fp8 5.
+LEAST_ERROR, MOST_ERROR = 1 / 3, 2.0
 
 
 @dataclass(slots=True)
@@ -141,7 +165,13 @@ def model_context(reference: ResolvedReference) -> int | None:
     """Tokens of the longest sequence that the model's configuration allows; None: no limit."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, reference.model, reference.revision)
+    try:
+        config = from_pretrained(AutoConfig, reference.model, reference.revision)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"reference {reference.alias}: {reference.model}: {reason}") from None
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -221,7 +251,11 @@ def _num_parameters(model_name: str, revision: str | None) -> int:
 
     config = from_pretrained(AutoConfig, model_name, revision)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"model {model_name}: not a causal language model ({reason})") from None
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -250,3 +284,155 @@ def _measured_rate(device: str, size: int) -> float:
         (matrix @ matrix)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
+
+
+def verify_server(
+    job: Job, selection: PairSelection, store: Store, *, stored_only: bool = False
+) -> str | None:
+    """What a sample of a server's scores agrees with; None where there is nothing to compare with.
+
+    That is stored scores, where their pairs are on this machine, or those of engine hf, where the
+    weights are. In 16 bits engine hf comes first, which also shows how far the precision itself is
+    off. With `stored_only` only stored scores count, and these even from an unverified server.
+
+    Raises `UserError` where the scores differ, and as the server's engine does.
+    """
+    ways: list[Callable[[Job, PairSelection, Store, Path], str | None]]
+    ways = [_compared_with_weights, _compared_with_store]
+    if stored_only:
+        ways = [partial(_compared_with_store, trust_all=True)]
+    elif job.settings.dtype == "float32":
+        ways.reverse()
+    for way in ways:
+        with tempfile.TemporaryDirectory(prefix="mrpo-server-") as folder:
+            compared = way(job, selection, store, Path(folder))
+        if compared is not None:
+            return compared
+    return None
+
+
+def spread(scores: pa.Table, expected: pa.Table) -> float:
+    """How far the responses' log-probs of pairs in both tables differ, a number of any length.
+
+    The root mean square of difference / sqrt(tokens), in nats; infinite where the numbers of
+    tokens differ, NaN where no pair is in both.
+    """
+    places = IdIndex(ids_to_numpy(expected["pair_id"])).find(ids_to_numpy(scores["pair_id"]))
+    scores, expected = scores.filter(pa.array(places >= 0)), expected.take(places[places >= 0])
+    columns = [[table[name].to_numpy() for name in LOGP_COLUMNS] for table in (scores, expected)]
+    (*logps, chosen, rejected), (*other_logps, other_chosen, other_rejected) = columns
+    if (chosen != other_chosen).any() or (rejected != other_rejected).any():
+        return float("inf")
+    change = np.concatenate(logps) - np.concatenate(other_logps)
+    squares = change**2 / np.concatenate([chosen, rejected])
+    return float(np.sqrt(squares.mean())) if len(squares) else float("nan")
+
+
+def _compared_with_store(
+    job: Job, selection: PairSelection, store: Store, folder: Path, *, trust_all: bool = False
+) -> str | None:
+    names = store.names_of(job.identity)
+    runs = names[0].runs if names else ()
+    known = [run.get("engine") != "server" or "verified" in run for run in runs]
+    if not trust_all and not (known and all(known)):
+        return None
+    try:
+        stored = _scored(store, job.identity)
+    except UserError:  # a damaged file, which `survey` sets aside
+        return None
+    ids = ids_to_numpy(stored["pair_id"])
+    folders = [Path(run["pairs_folder"]) for run in reversed(runs) if "pairs_folder" in run]
+    for pairs in (selection.pairs.path, *folders):
+        if not (pairs / MANIFEST).is_file():
+            continue
+        if sample := write_sample(PairShards(pairs), SERVER_PAIRS, folder / "pairs", ids):
+            error = spread(_scored_by("server", job, sample, folder), stored)
+            most = SPREAD[job.settings.dtype]
+            if job.settings.quantization is not None:
+                most *= QUANTIZED
+            return _judged(job, error, (0.0, most), "stored scores")
+    return None
+
+
+def _compared_with_weights(
+    job: Job, selection: PairSelection, store: Store, folder: Path
+) -> str | None:
+    settings = job.settings
+    if settings.quantization is not None or not _weights_here(settings.model, settings.revision):
+        return None
+    if 4 * _num_parameters(settings.model, settings.revision) > _free_memory():
+        return None
+    sample = write_sample(selection.pairs, SERVER_PAIRS, folder / "pairs")
+    assert sample is not None
+    served = _scored_by("server", job, sample, folder)
+    try:
+        exact = _scored_by("hf", job, sample, folder, "float32")
+        allowed = (0.0, SPREAD["float32"])
+        if settings.dtype != "float32":
+            own = spread(_scored_by("hf", job, sample, folder, settings.dtype), exact)
+            allowed = (LEAST_ERROR * own, MOST_ERROR * own)
+    except UserError as error:
+        print(
+            f"{settings.alias}: the server is not compared with engine hf: {error}", file=sys.stderr
+        )
+        return None
+    return _judged(job, spread(served, exact), allowed, "engine hf")
+
+
+def _judged(job: Job, error: float, allowed: tuple[float, float], with_what: str) -> str | None:
+    """`with_what` where a server's error is allowed, None where nothing could be compared."""
+    if np.isnan(error):
+        return None
+    if allowed[0] <= error <= allowed[1]:
+        return with_what
+    raise UserError(
+        f"reference {job.settings.alias}: the scores of {job.settings.server} are {error:.2g} nats "
+        f"per square root of a token off {with_what}, where {job.settings.dtype} is "
+        f"{allowed[0]:.2g} to {allowed[1]:.2g} off; serve the weights that refs.yaml names, in "
+        "that dtype and without other quantization, or correct refs.yaml"
+    )
+
+
+def _scored_by(
+    engine: str, job: Job, sample: PairShards, folder: Path, dtype: str | None = None
+) -> pa.Table:
+    """The scores of a sample; raises `UserError` where there are none."""
+    settings = replace(job.settings, longest=1, dtype=dtype or job.settings.dtype)
+    root = folder / f"{engine}-{dtype}"
+    job = replace(
+        job, engine=engine, settings=settings, pairs=str(sample.path), split=None, store=str(root)
+    )
+    run = ReferenceRun(job, sample.num_pairs)
+    # Engine hf on the CPU: the GPU may be the server's.
+    outcome = run.run_here() if engine == "server" else run.run([""], folder)
+    if problems := outcome.mistakes + outcome.crashes:
+        raise UserError(" ".join(problems[0].split()))
+    return _scored(Store(root), job.identity)
+
+
+def _scored(store: Store, identity: str) -> pa.Table:
+    table = store.scores(identity).read(["pair_id", "reason", *LOGP_COLUMNS])
+    return table.filter(table["reason"].is_null())
+
+
+def _weights_here(model: str, revision: str | None) -> bool:
+    """Whether a model is a folder or a file, or whole in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_absolute():
+        return True
+    weights = {"model.safetensors"}
+    index = try_to_load_from_cache(model, "model.safetensors.index.json", revision=revision)
+    if isinstance(index, str):
+        weights = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    files = (try_to_load_from_cache(model, name, revision=revision) for name in weights)
+    return all(isinstance(file, str) for file in files)
+
+
+def _free_memory() -> float:
+    """Bytes of this machine's memory that are free; infinite where nothing says."""
+    with suppress(OSError, AttributeError):
+        text = Path("/proc/meminfo").read_text()
+        free = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.M)
+        return 1024 * int(free[1]) if free else float("inf")
+    return float("inf")

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ..data.references import GGUF, ReferenceSpec
 from ..data.store import Store
 from ..errors import UserError
-from ..settings import comma_separated
-from .config import PrecomputeConfig
+from ..settings import comma_separated, no_effect
+from .config import HEEDED_BY, PrecomputeConfig
 from .engines import EngineName
 from .process import Event, WorkerProcess
 from .scoring import Job
@@ -58,17 +58,18 @@ def place(
     if in_process:
         if engine not in ("auto", "hf") or config.data_parallel_size > 1:
             raise UserError("in_process scores with engine hf and one copy of each reference")
-        return Placement("hf")
+        engine = "hf"
     if engine == "auto":
         import torch
 
         has_vllm = torch.cuda.device_count() and find_spec("vllm")
         engine = "vllm" if has_vllm and not in_files else "hf"
-    if config.bf16 and engine != "hf":
-        raise UserError(
-            f"--bf16 is for --engine hf, not {engine}; add --engine hf, or set `dtype: bfloat16` "
-            "in refs.yaml"
-        )
+    for name, engines in HEEDED_BY.items():
+        if engine not in engines:
+            choice = " or ".join(f"--engine {other}" for other in engines)
+            no_effect(config, f"on engine {engine}, only with {choice}", name)
+    if in_process:
+        return Placement("hf")
     if engine == "vllm" and find_spec("vllm") is None:
         raise UserError(
             "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "

@@ -32,11 +32,20 @@ from ..data.references import ReferenceSpec, load_refs, select_refs
 from ..data.shards import PairShards
 from ..data.store import ReferenceRecord, Store, open_store
 from ..errors import UserError
-from ..settings import command, write_resolved
+from ..settings import command, no_effect, write_resolved
 from .config import EngineChoice, PrecomputeConfig
 from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
-from .preflight import ReferencePlan, duration, model_context, print_plans, survey
+from .preflight import (
+    SERVER,
+    UNVERIFIED,
+    ReferencePlan,
+    duration,
+    model_context,
+    print_plans,
+    survey,
+    verify_server,
+)
 from .reference_run import Placement, ReferenceOutcome, ReferenceRun, place
 from .scoring import Job, PairSelection
 
@@ -151,6 +160,7 @@ class _Run:
     store: Store
     in_process: bool = False
     outcomes: list[ReferenceOutcome] = field(default_factory=list)  # one per plan, in the end
+    verified: dict[str, str] = field(default_factory=dict)  # by alias, what its server agrees with
 
     @cached_property
     def plans(self) -> list[ReferencePlan]:
@@ -160,6 +170,8 @@ class _Run:
                 "prepare them with --validation-fraction, or take all pairs"
             )
         references = [self._resolve(spec) for spec in self.specs]
+        if not any("autocast" in reference.inputs for reference in references):
+            no_effect(self.config, "on weights that are bfloat16 already", "bf16")
         plans = [ReferencePlan(reference, self._job(reference)) for reference in references]
         survey(
             plans,
@@ -193,7 +205,7 @@ class _Run:
                 left_out = np.concatenate(missing.left_out)
                 self.store.scores(plan.job.identity).leave_out(left_out)
             if outcome.pairs:
-                record = self.store.record(plan.reference.record(self._facts(outcome)))
+                record = self.store.record(plan.reference.record(self._facts(alias, outcome)))
             lacking = self._lacking(plan.job.identity)
             outcome.left_out = min(lacking, max(missing.over_limit, outcome.over_limit))
             outcome.unscored = lacking - outcome.left_out
@@ -252,6 +264,28 @@ class _Run:
         if self.config.bf16 and self.placement.engine == "hf" and reference.dtype != "bfloat16":
             # Other numbers than the weights' own precision gives, so another identity.
             return replace(reference, inputs={**reference.inputs, "autocast": "bfloat16"})
+        if self.placement.engine == "server" and not self.config.dry_run:
+            return self._behind_server(reference)
+        return reference
+
+    def _behind_server(self, reference: ResolvedReference) -> ResolvedReference:
+        """The reference whose scores its server gives: itself, as far as that can be shown."""
+        alias = reference.alias
+        if not self._lacking(reference.identity):
+            return reference
+        verified = verify_server(self._job(reference), self.selection, self.store)
+        if verified is not None:
+            self.verified[alias] = verified
+            print(f"{alias}: the server's scores agree with {verified}", file=sys.stderr)
+            return reference
+        print(
+            f"{alias}: neither stored scores nor weights are here to compare the server's scores "
+            f"with; they are kept apart as those of an {UNVERIFIED}",
+            file=sys.stderr,
+        )
+        reference = replace(reference, inputs={**reference.inputs, SERVER: UNVERIFIED})
+        if self._lacking(reference.identity):
+            verify_server(self._job(reference), self.selection, self.store, stored_only=True)
         return reference
 
     def _job(self, reference: ResolvedReference) -> Job:
@@ -288,10 +322,12 @@ class _Run:
             keep_token_logps=config.keep_token_logps,
         )
 
-    def _facts(self, outcome: ReferenceOutcome) -> dict[str, Any]:
+    def _facts(self, alias: str, outcome: ReferenceOutcome) -> dict[str, Any]:
         """How the scores were made, and of which pairs, for `mrpo store verify --rescore`."""
+        verified = self.verified.get(alias)
         return {
             **outcome.facts,
+            **({"verified": verified} if verified else {}),
             "python": platform.python_version(),
             "machine": platform.machine(),
             "pairs": outcome.pairs,

@@ -12,19 +12,21 @@ is not finite is never stored.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..data.ids import IdArray, unit_of
+from ..data.ids import IdArray, IdIndex, unit_of
 from ..data.rendering import Refusal, RenderedPair, Renderer
-from ..data.shards import PairShards
+from ..data.shards import PairShards, ShardWriter
 from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles, Store
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
@@ -202,6 +204,34 @@ class ReferenceScorer:
                 "shard); nothing is stored for them; set dtype to bfloat16 or float32 in "
                 "refs.yaml, or check the weights"
             )
+
+
+def write_sample(
+    pairs: PairShards, count: int, folder: Path, among: IdArray | None = None
+) -> PairShards | None:
+    """Up to `count` random pairs, of those whose ids are `among`; None where there are none.
+
+    They are written as a folder of pairs, because a worker process reads its pairs from one.
+    """
+    index = None if among is None else IdIndex(among)
+    places = [
+        (shard, int(row))
+        for shard in range(len(pairs.names))
+        for row in (
+            range(pairs.rows[shard])
+            if index is None
+            else np.flatnonzero(index.find(pairs.pair_ids(shard)) >= 0)
+        )
+    ]
+    if not places:
+        return None
+    folder.mkdir()
+    writer = ShardWriter(folder, count)
+    for shard, row in sorted(random.sample(places, min(count, len(places)))):
+        (pair,) = pairs.pairs(shard, [row])
+        writer.add(pair, pair.id)
+    writer.finish({})
+    return PairShards(folder)
 
 
 _renderers: dict[str, Renderer] = {}  # by identity

@@ -7,7 +7,6 @@ difference.
 
 from __future__ import annotations
 
-import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.config import VerifyConfig
-from ..data.ids import IdIndex, ids_to_numpy
+from ..data.ids import IdIndex, identity_of, ids_to_numpy
 from ..data.references import ReferenceSpec, inputs_here, load_refs
-from ..data.shards import PairShards, ShardWriter
+from ..data.shards import PairShards
 from ..data.store import ReferenceRecord, Store, open_store
 from ..data.store.commands import selected, verify_digests
 from ..errors import UserError
 from ..settings import command
+from .preflight import SERVER
 from .run import score
+from .scoring import write_sample
 
 COLUMNS = ["pair_id", "reason", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
 # Nats per token that two runs in a precision may differ by: in 16 bits another batch size alone
@@ -96,7 +97,13 @@ def _scored_again(
     stored = stored.filter(stored["reason"].is_null())
     engine = record.runs[-1].get("engine") if record.runs else None
     with tempfile.TemporaryDirectory(prefix="mrpo-verify-") as folder:
-        sample = _write_sample(record, pairs, stored, config.rescore, Path(folder) / "pairs")
+        ids = ids_to_numpy(stored["pair_id"])
+        sample = write_sample(pairs, config.rescore, Path(folder) / "pairs", ids)
+        if sample is None:
+            raise UserError(
+                f"--rescore: {pairs.path} has no pair with a score of {_title(record)}; name "
+                "others with --pairs"
+            )
         again = Store(Path(folder) / "store")
         again.merge([record])  # so that the alias keeps the Hub commit it has in the store
         score(
@@ -106,7 +113,9 @@ def _scored_again(
             engine=engine if engine in ("hf", "vllm") else "auto",
             bf16="autocast" in record.inputs,
         )
-        rows = again.scores(record.identity)
+        # An unverified server's scores are compared with those of its reference.
+        inputs = {key: value for key, value in record.inputs.items() if key != SERVER}
+        rows = again.scores(identity_of(inputs))
         if rows.names():
             return _compare(record, stored, rows.read(COLUMNS))
     print(f"differs {_title(record)}: is another reference now (weights, tokenizer or template)")
@@ -122,33 +131,6 @@ def _last_folder(record: ReferenceRecord) -> str:
         f"--rescore: the pairs that {record.alias} scored are not where they were; name a folder "
         "of pairs with --pairs"
     )
-
-
-def _write_sample(
-    record: ReferenceRecord, pairs: PairShards, stored: pa.Table, count: int, folder: Path
-) -> PairShards:
-    """Up to `count` random pairs that have a score; raises `UserError` where there are none.
-
-    They are written as a folder of pairs, because a worker process reads its pairs from one.
-    """
-    index = IdIndex(ids_to_numpy(stored["pair_id"]))
-    places = [
-        (shard, int(row))
-        for shard in range(len(pairs.names))
-        for row in np.flatnonzero(index.find(pairs.pair_ids(shard)) >= 0)
-    ]
-    if not places:
-        raise UserError(
-            f"--rescore: {pairs.path} has no pair with a score of {_title(record)}; name others "
-            "with --pairs"
-        )
-    folder.mkdir()
-    writer = ShardWriter(folder, count)
-    for shard, row in sorted(random.sample(places, min(count, len(places)))):
-        (pair,) = pairs.pairs(shard, [row])
-        writer.add(pair, pair.id)
-    writer.finish({})
-    return PairShards(folder)
 
 
 def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool:

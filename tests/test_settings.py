@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
+from mrpo.data.config import ImportConfig, InspectConfig, VerifyConfig
 from mrpo.errors import UserError
 from mrpo.settings import Also, Arg, build, settings_of, write_resolved
+from mrpo.train.config import TrainConfig
+
+IMPORTED = {"source": "s", "alias": "a", "model": "m", "by_id": True}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +73,39 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, text: str, words: l
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (VerifyConfig, {"pairs": "pairs"}, "--pairs is pairs, which has no effect without --resc"),
+        (
+            InspectConfig,
+            {"templates": "t", "row": 2},
+            "--row is 2, which has no effect with --temp",
+        ),
+        (InspectConfig, {"templates": "t", "tokens": True}, "--tokens is True"),
+        (ImportConfig, {**IMPORTED, "chat": True}, "--chat is True, which has no effect with --by"),
+        (ImportConfig, {**IMPORTED, "map": ("prompt={q}",)}, "--map is"),
+        (
+            TrainConfig,
+            {"output_dir": "r", "lora_alpha": 8},
+            "--lora-alpha is 8, which has no effec",
+        ),
+        (TrainConfig, {"output_dir": "r", "lora_dropout": 0.1}, "no effect without --lora-rank"),
+        (
+            TrainConfig,
+            {"output_dir": "r", "lora_target_modules": "q"},
+            "--lora-target-modules is q",
+        ),
+    ],
+    ids=str,
+)
+def test_a_flag_that_has_no_effect_is_refused_by_name(
+    config: type, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        config(**settings)
 
 
 def test_every_field_knows_its_help_and_default() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..settings import Also, ScoredPairSettings, above_zero, at_least_zero, share
+from ..settings import Also, ScoredPairSettings, above_zero, at_least_zero, no_effect, share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,6 +150,9 @@ class TrainConfig(MethodConfig):
         at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
         share(self, "train_fraction")
+        if self.lora_rank is None:
+            lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
+            no_effect(self, "without --lora-rank", *lora)
 
 
 @dataclass(kw_only=True, slots=True)

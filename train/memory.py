@@ -78,7 +78,7 @@ class Sizes:
     def of(cls, config: PretrainedConfig) -> Sizes:
         """From the architecture's modules, created without memory."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
         text = config.get_text_config()
         return cls(

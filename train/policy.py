@@ -28,7 +28,7 @@ from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
 from ..model.load import load_model
 from ..model.logps import SequenceLogps
-from ..settings import comma_separated
+from ..settings import comma_separated, no_effect
 from .config import TrainConfig
 from .distributed import Ranks
 
@@ -40,6 +40,7 @@ class PolicySource:
     model: str  # Hub id or folder
     revision: str | None = None
     adapter: str | None = None  # merged into the model before training
+    adapter_revision: str | None = None
     chat_template: str | None = None  # the text of one in place of the model's own
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     system_role: str | None = None
@@ -74,6 +75,7 @@ def policy_source(
             model=str(base.model_path or base.model),
             revision=commits.get("model", base.revision),
             adapter=base.adapter and str(base.adapter_folder or base.adapter),
+            adapter_revision=commits.get("adapter"),
             chat_template=template or base.chat_template,
             chat_template_kwargs=dict(base.chat_template_kwargs),
             system_role=base.system_role,
@@ -82,6 +84,8 @@ def policy_source(
     assert config.policy is not None
     folder = Path(config.policy).expanduser()
     model = str(folder.resolve()) if folder.is_dir() else config.policy
+    if folder.is_dir():
+        no_effect(config, "on a policy in a folder", "policy_revision")
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
         below = json.loads(adapter_config.read_text())["base_model_name_or_path"]
@@ -114,6 +118,7 @@ def load_policy(
         dtype="bfloat16" if rank and bf16 and alone else "float32",
         device=ranks.device if alone else "cpu",
         adapter=source.adapter,
+        adapter_revision=source.adapter_revision,
     )
     if source.adapter is not None:
         model = model.merge_and_unload().requires_grad_(True)  # peft froze it
@@ -174,7 +179,9 @@ def write_model(
     dtype = load_config(source).dtype or torch.float32
     # A model without memory of the same architecture takes the weights in the dtype to write.
     with torch.device("meta"):
-        written: Any = AutoModelForCausalLM.from_config(lm.config, dtype=dtype)
+        written: Any = AutoModelForCausalLM.from_config(
+            lm.config, dtype=dtype, trust_remote_code=False
+        )
     written.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
     written.tie_weights()
     written.generation_config = lm.generation_config

@@ -248,9 +248,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
     try:
         # With mistral-common installed, AutoTokenizer may return its tokenizer, without offsets.
-        loaded = from_pretrained(
-            AutoTokenizer, model, revision, mistral_format=False, trust_remote_code=False
-        )
+        loaded = from_pretrained(AutoTokenizer, model, revision, mistral_format=False)
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None

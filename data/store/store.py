@@ -333,7 +333,7 @@ def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
             }
             for record in records
         ],
-        "runs": first.runs,
+        "runs": list(first.runs),  # as it is read, for the digest
     }
     content["digest"] = identity_of(content)
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -14,6 +14,7 @@ from itertools import permutations
 
 import numpy as np
 
+from ...precompute.preflight import SERVER, UNVERIFIED
 from ..figures import ReferenceFigures
 from ..score_table import ReferenceColumns, ScoreTable
 from .length_checks import check_means, check_shuffled, check_swapped, check_truncated
@@ -52,7 +53,19 @@ def check_scores(
                 _run(group, subject)
     for subject in subjects:  # those with too few scores for the rest, too
         _run((check_missing,), subject)
+        _run((check_unverified,), subject)
     return {subject.reference.alias: subject.findings for subject in subjects}
+
+
+def check_unverified(subject: Subject) -> Finding | None:
+    """Scores of a server that was compared with nothing: its weights or precision may be others."""
+    record = subject.reference.record
+    runs = [run for run in record.runs if run.get("engine") == "server" and "verified" not in run]
+    if SERVER not in record.inputs and not runs:
+        return None
+    evidence = f"an {UNVERIFIED} gave its scores"
+    cause = "nothing shows that it served the weights and the precision that refs.yaml names"
+    return Finding("suspect", "unverified", evidence, cause)
 
 
 def check_sign(subject: Subject) -> Finding | None:

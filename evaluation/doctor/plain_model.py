@@ -68,7 +68,14 @@ class TokenLogps:
 class PlainModel:
     """A causal LM as transformers' Auto class loads it."""
 
-    def __init__(self, model: str, revision: str | None, dtype: str, adapter: str | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        revision: str | None,
+        dtype: str,
+        adapter: str | None,
+        adapter_revision: str | None = None,
+    ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded: Any = from_pretrained(
             AutoModelForCausalLM, model, revision, dtype=getattr(torch, dtype)
@@ -76,7 +83,7 @@ class PlainModel:
         if adapter is not None:
             from peft import PeftModel
 
-            loaded = PeftModel.from_pretrained(loaded, adapter)
+            loaded = PeftModel.from_pretrained(loaded, adapter, revision=adapter_revision)
         self.model = loaded.to(self.device).eval()
 
     @torch.inference_mode()
@@ -103,9 +110,7 @@ class PlainTokenizer:
         if Path(model).suffix == GGUF:  # which transformers alone does not read quite right
             self.tokenizer: Any = load_tokenizer(model)
         else:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                model, revision=revision, mistral_format=False
-            )
+            self.tokenizer = from_pretrained(AutoTokenizer, model, revision, mistral_format=False)
         self.template, self.kwargs = spec.chat_template, dict(spec.chat_template_kwargs or {})
         self._folds = spec.system_role == "fold"
         added = self.tokenizer.added_tokens_decoder

@@ -22,6 +22,7 @@ from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
 from ...errors import UserError
 from ...precompute.identity import ResolvedReference, resolve_reference
+from ...precompute.preflight import SERVER
 from ..score_table import ReferenceColumns, ScoreTable, pairs_at
 from .mistakes import REFUSED, ProbedResponse, mistaken_numbers, mistaken_rendering, unexplained
 from .plain_model import PlainModel, PlainTokenizer
@@ -29,7 +30,18 @@ from .verdicts import Finding
 
 LONGEST = 4096  # tokens of a sequence beyond which full logits take much memory
 # Findings that equal recomputed scores rule out, however much the numbers look like them.
-REFUTED = {"sign", "swapped", "means", "truncated", "shuffled", "tokens", "unlikely", "odd"}
+HOW_COMPUTED = ("autocast", SERVER)  # inputs of an identity that refs.yaml does not have
+REFUTED = {
+    "sign",
+    "swapped",
+    "means",
+    "truncated",
+    "shuffled",
+    "tokens",
+    "unlikely",
+    "odd",
+    "unverified",
+}
 AGREE = 0.95  # share of responses whose stored and recomputed scores must be the same
 OTHER_TOKENS = 0.25  # share whose counts may differ: the plain way splits some texts differently
 
@@ -72,7 +84,13 @@ def probe(
         return ProbeReport(reference.alias, skipped=resolved)
     rows = choose(reference, count)
     transformers_logging.disable_progress_bar()
-    model = PlainModel(resolved.model, resolved.revision, resolved.dtype, resolved.adapter)
+    model = PlainModel(
+        resolved.model,
+        resolved.revision,
+        resolved.dtype,
+        resolved.adapter,
+        resolved.adapter_revision,
+    )
     tokenizer = PlainTokenizer(resolved.model, resolved.revision, resolved.spec)
     exact = resolved.dtype == "float32" and "autocast" not in reference.record.inputs
     texts = pairs_at(pairs, table.places[rows])
@@ -178,7 +196,7 @@ def _resolve(
         resolved = resolve_reference(spec, store.kept_commits(spec))
     except UserError as error:
         return str(error)
-    stored = {key: value for key, value in record.inputs.items() if key != "autocast"}
+    stored = {key: value for key, value in record.inputs.items() if key not in HOW_COMPUTED}
     if stored != resolved.inputs:
         keys = sorted({*stored, *resolved.inputs})
         changed = [key for key in keys if stored.get(key) != resolved.inputs.get(key)]

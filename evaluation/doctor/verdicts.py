@@ -32,6 +32,7 @@ TO_DO = {
     "missing": "see the reasons; `mrpo precompute` scores what is not yet scored",
     "template": "correct chat_template in refs.yaml and rescore",
     "odd": "rescore if --probe 16 finds it wrong",
+    "unverified": "see that --probe 16 agrees, or score where its weights are, and so verify it",
     "unlikely": "rescore if --probe 16 finds it wrong, else drop it",
 }
 RESCORE = "rescore: remove {folder} and run `mrpo precompute`"

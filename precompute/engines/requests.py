@@ -73,6 +73,33 @@ def scored_pair(pair: RenderedPair, parts: Mapping[int, Logps]) -> PairTokenLogp
     return PairTokenLogps(pair.chosen.scored(chosen), pair.rejected.scored(rejected))
 
 
+def trial_pair(limit: int | None) -> RenderedPair:
+    """A short pair of any ids, to try a route with: responses that part behind a whole block."""
+    from ...data.rendering import RenderedPair, RenderedSequence
+
+    length = min(64, (limit or 64) - 2)
+    ids = [1 + place % 7 for place in range(length)]
+    start = max(length // 2, 1)
+    chosen, rejected = (
+        RenderedSequence([*ids, *end], start, length + 2, boundary=False)
+        for end in ([8, 9], [9, 8])
+    )
+    return RenderedPair(chosen, rejected, shared=start)
+
+
+def disagreement(logps: Logps, plain: Logps, dtype: str) -> str | None:
+    """How a trial's log-probs differ from those of plain prompt log-probs; None where they agree.
+
+    Rows that are wrong are off by nats. In 16 bits, the same sum in another order differs by tenths
+    of a nat for tokens as unlikely as the trial's.
+    """
+    allowed = 1e-2 if dtype == "float32" else 1.0
+    difference = float(np.abs(logps - plain).max())
+    if difference <= allowed:  # false for NaN
+        return None
+    return f"on a trial pair it is {difference:.2g} nats off plain prompt_logprobs"
+
+
 def common_tokens(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     """How many first tokens two sequences share."""
     differences = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)

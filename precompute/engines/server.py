@@ -11,7 +11,6 @@ it finds cached. A server that serves another model or tokenizer than refs.yaml 
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import os
 import secrets
@@ -28,7 +27,7 @@ import tenacity
 
 from ...errors import UserError
 from .protocol import EngineSettings, Logps, PairTokenLogps, Progress
-from .requests import CHOSEN, Request, plan_requests, scored_pair
+from .requests import Request, disagreement, plan_requests, scored_pair, trial_pair
 
 if TYPE_CHECKING:
     from ...data.rendering import RenderedPair
@@ -38,8 +37,13 @@ ATTEMPTS = 8
 FIRST_WAIT = 0.5  # seconds before the second attempt, doubled before each further one
 TIMEOUT = 600.0  # seconds for an answer, its time in the server's queue included
 CLAMPED = -9999.0  # JSON has no infinity: the server writes this for it
+ABSENT = {404, 405, 501}
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 SHARING, PLAIN = "/inference/v1/generate", "/v1/completions"
+
+
+class NoSuchPath(UserError):
+    """A path that a server does not have, or does not show."""
 
 
 class ServerEngine:
@@ -56,13 +60,15 @@ class ServerEngine:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=TIMEOUT,
+            follow_redirects=False,  # which would send texts, and maybe the key, elsewhere
             limits=httpx.Limits(max_connections=None),
         )
         self._served = self._find_model()
         # One token less than the server takes: it wants room for an answer.
-        self.limit: int | None = int(self._served["max_model_len"]) - 1
+        longest = self._served["max_model_len"]
+        self.limit: int | None = None if longest is None else int(longest) - 1
         self._check_tokenizer()
-        self._version = self._call("/version").get("version")
+        self._version = (self._optional("/version") or {}).get("version")
         self._route = SHARING if settings.share_prompts and self._scores_given_ids() else PLAIN
 
     @property
@@ -110,6 +116,10 @@ class ServerEngine:
                 logps = self._given_ids(replace(request, read_cache=False), salt)
             assert logps is not None
             return logps
+        return self._every_row(request, salt)
+
+    def _every_row(self, request: Request, salt: str) -> Logps:
+        """The log-probs by the plain route."""
         body = {"prompt": request.token_ids, "max_tokens": 1, "prompt_logprobs": 0}
         rows = self._call(PLAIN, self._addressed(body, salt))["choices"][0]["prompt_logprobs"]
         assert len(rows) == len(request.token_ids)
@@ -139,13 +149,31 @@ class ServerEngine:
         return {**body, "model": self._served["id"], "cache_salt": salt}
 
     def _scores_given_ids(self) -> bool:
-        """Whether the server has the sharing route and the runner that it needs."""
-        if SHARING not in self._call("/openapi.json").get("paths", {}):
+        """Whether the sharing route gives what the plain one does, cached rows included."""
+        if SHARING not in (self._optional("/openapi.json") or {}).get("paths", {}):
             return False
-        with contextlib.suppress(UserError):
-            trial = Request(0, CHOSEN, [1, 1], first=1, read_cache=False)
-            return self._given_ids(trial, secrets.token_hex(16)) is not None
-        return False
+        salt = secrets.token_hex(16)
+        try:
+            for request in plan_requests([trial_pair(self.limit)], BLOCK):
+                shared = self._given_ids(request, salt)
+                if shared is None:
+                    shared = self._given_ids(replace(request, read_cache=False), salt)
+                if shared is None:
+                    return False
+                plain = self._every_row(request, secrets.token_hex(16))
+                if (why := disagreement(shared, plain, self._settings.dtype)) is not None:
+                    print(f"{SHARING} of {self._url} is not used: {why}", file=sys.stderr)
+                    return False
+        except UserError:
+            return False
+        return True
+
+    def _optional(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """As `_call`; None where the server does not have that path."""
+        try:
+            return self._call(path, body)
+        except NoSuchPath:
+            return None
 
     def _find_model(self) -> dict[str, Any]:
         """The served model or adapter that refs.yaml names."""
@@ -154,7 +182,7 @@ class ServerEngine:
         for model in models:
             if any(_same(str(model.get(key)), named) for key in ("id", "root")):
                 base = next((m for m in models if m["id"] == model.get("parent")), model)
-                return {**model, "max_model_len": base["max_model_len"]}
+                return {**model, "max_model_len": base.get("max_model_len")}
         served = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
         raise UserError(
             f"reference {self._settings.alias}: {self._url} serves {served}, not {named}; start "
@@ -164,7 +192,8 @@ class ServerEngine:
     def _check_tokenizer(self) -> None:
         for text, token_ids in self._settings.probes.items():
             body = {"model": self._served["id"], "prompt": text, "add_special_tokens": False}
-            if self._call("/tokenize", body)["tokens"] != token_ids:
+            answer = self._optional("/tokenize", body)
+            if answer is not None and answer["tokens"] != token_ids:
                 raise UserError(
                     f"reference {self._settings.alias}: {self._url} tokenizes {text[:20]!r} unlike "
                     f"{self._settings.model}; start the server with that model's own tokenizer"
@@ -197,7 +226,10 @@ class ServerEngine:
         if answer.status_code in RETRIED:
             raise httpx.HTTPStatusError(reason, request=answer.request, response=answer)
         if not answer.is_success:
-            raise UserError(f"{self._url}{path} answers {' '.join(reason.split())}")
+            absent = answer.status_code in ABSENT
+            raise (NoSuchPath if absent else UserError)(
+                f"{self._url}{path} answers {' '.join(reason.split())}"
+            )
         try:
             content = answer.json()
         except ValueError:

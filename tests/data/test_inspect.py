@@ -51,7 +51,8 @@ def folder(tmp_path: Path, tiny_references: dict[str, Path], monkeypatch: Any) -
 
 def shown(capsys: pytest.CaptureFixture[str], **settings: Any) -> str:
     capsys.readouterr()
-    inspect(InspectConfig(**{"refs_config": "refs.yaml", **settings}))
+    given = {} if "templates" in settings else {"refs_config": "refs.yaml"}
+    inspect(InspectConfig(**{**given, **settings}))
     return capsys.readouterr().out
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from mrpo.data.references import from_pretrained
+from mrpo.data.rendering.renderer import load_tokenizer
 from mrpo.errors import UserError
 from mrpo.model.attention import FLEX, SDPA
 from mrpo.model.load import layer_windows, load_model, packs, rope_limit
@@ -26,6 +30,77 @@ def test_loaded_model_is_ready_to_score(tiny_references: dict[str, Path]) -> Non
         assert model.dtype == torch.bfloat16
         assert not model.training
     assert load_model(folder, attn="flex_attention").config._attn_implementation == FLEX
+
+
+def test_an_adapter_that_is_not_all_in_the_layers_is_refused(
+    tiny_references: dict[str, Path], tmp_path: Path
+) -> None:
+    """The layers alone are run, so virtual tokens in front of a prompt would be left out."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_references["llama"])
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(base, config).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="of kind PROMPT_TUNING, part of which is not in"):
+        load_model(tiny_references["llama"], adapter=tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_references: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT warns that its weights are not there, and leaves the model as it is."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_references["llama"])
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("v_proj", "k_proj"))
+    with pytest.raises(UserError, match=r"does not fit its model .*missing adapter keys"):
+        load_model(tiny_references["llama"], adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama9"}, "architecture 'llama9' is unknown to transformers"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+            "needs code of its own, and code that comes with a model is not run here",
+        ),
+    ],
+    ids=["newer", "own code"],
+)
+def test_a_model_that_transformers_does_not_have_is_one_line_and_no_question(
+    tmp_path: Path, config: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
+    for load in (load_model, partial(from_pretrained, AutoConfig)):
+        with pytest.raises(UserError, match=message) as raised:
+            load(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(UserError, match="needs code of its own"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_no_code_that_comes_with_a_model_is_ever_run() -> None:
+    """Everything is loaded by `from_pretrained`, or made with trust_remote_code=False."""
+    root = Path(__file__).resolve().parents[2]
+    for path in root.glob("*/**/*.py"):
+        if path.relative_to(root).parts[0] in ("tests", "benchmarks", "demo", "build", ".venv"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"Auto\w+\.from_pretrained\(", text), path
+        for call in re.findall(r"\.from_config\([^)]*\)", text):
+            assert "trust_remote_code=False" in call, path
+        assert "trust_remote_code=True" not in text, path
 
 
 def test_own_attention_leaves_no_trace_in_a_saved_model(

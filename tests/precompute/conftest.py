@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mrpo.data.rendering import RenderedPair, RenderedSequence
@@ -90,15 +91,33 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter_folder(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter for the reference, of random weights large enough to be seen in the scores."""
+    return write_adapter(reference_folder, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def uneven_adapter(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with ranks and scales of single modules, its weights pickled."""
+    folder = tmp_path_factory.mktemp("uneven")
+    ranks, alphas = {"q_proj": 2, "layers.1.mlp.down_proj": 6}, {"down_proj": 24}
+    write_adapter(reference_folder, folder, rank_pattern=ranks, alpha_pattern=alphas)
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    return folder
+
+
+def write_adapter(reference: Path, folder: Path, **options: Any) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("adapter")
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(reference_folder), config)
+    targets = options.pop("target_modules", ["q_proj", "down_proj"])
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(reference), config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if any(part in name for part in ("lora_B", "lora_embedding_B", "tokens_delta")):
             parameter.data.normal_(0, 0.3, generator=generator)
+        if "modules_to_save" in name or "magnitude" in name:
+            parameter.data.mul_(1.5)
     model.save_pretrained(str(folder))
     return folder
 
@@ -119,10 +138,13 @@ def _differ() -> Callable[..., float]:
     return largest_difference
 
 
-@torch.inference_mode()
 def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> list[PairTokenLogps]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return model_logps(model, pairs)
 
+
+@torch.inference_mode()
+def model_logps(model: Any, pairs: Sequence[RenderedPair]) -> list[PairTokenLogps]:
     def logps(sequence: RenderedSequence) -> np.ndarray:
         ids = torch.tensor([sequence.token_ids])
         table = model(ids).logits[0, sequence.start - 1 : -1].log_softmax(-1)

@@ -15,6 +15,7 @@ from mrpo.demo.models import FAMILIES, build_model
 from mrpo.errors import UserError
 from mrpo.precompute.engines.hf import HfEngine
 from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
+from mrpo.tests.precompute.conftest import model_logps, write_adapter
 
 CLOSE = 1e-3  # nats, of a whole sequence
 
@@ -95,6 +96,40 @@ def test_an_adapter_is_part_of_the_reference(
     adapted = engine(reference_folder, adapter=str(adapter_folder)).score(pairs)
     assert differ(adapted, engine(tmp_path).score(pairs)) < CLOSE
     assert differ(adapted, expected[::20]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 24}},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [21, 22, 23, 150]},
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        {"lora_bias": True},
+    ],
+    ids=str,
+)
+def test_every_kind_of_lora_is_computed_as_peft_does(
+    tmp_path: Path,
+    reference_folder: Path,
+    corner_pairs: list[RenderedPair],
+    expected: list[PairTokenLogps],
+    differ: Any,
+    options: dict[str, Any],
+) -> None:
+    """vLLM refuses most of these, and the refusals send users here."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = write_adapter(reference_folder, tmp_path, **options)
+    base = AutoModelForCausalLM.from_pretrained(reference_folder, dtype=torch.float32)
+    pairs = corner_pairs[::40]
+    by_peft = model_logps(PeftModel.from_pretrained(base, str(adapter)).eval(), pairs)
+    adapted = engine(reference_folder, adapter=str(adapter)).score(pairs)
+    assert differ(adapted, by_peft) < CLOSE
+    assert differ(adapted, expected[::40]) > 0.1
 
 
 def test_autocast_computes_in_bfloat16(

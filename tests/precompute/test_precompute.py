@@ -19,6 +19,7 @@ from mrpo.precompute import preflight, process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 
+SERVED = {"engine": "server", "server": "http://a:1", "refs": "llama"}
 FORBIDDEN = (sys.executable, "-c", "raise SystemExit('no worker was to be started')")
 
 
@@ -129,7 +130,19 @@ def test_text_pairs_for_a_model_with_a_chat_template_are_warned_of(
         ({"engine": "server", "server": "http://a:1"}, "a server serves one model"),
         ({"engine": "server", "server": "llama=a:1", "refs": "llama"}, "has no URL for llama"),
         ({"engine": "server", "server": "http://me:key@a:1", "refs": "llama"}, "VLLM_API_KEY"),
-        ({"engine": "vllm", "bf16": True}, "--bf16 is for --engine hf"),
+        ({"engine": "vllm", "bf16": True}, "--bf16 is True, which has no effect on engine vllm"),
+        ({"server": "http://a:1", "refs": "llama"}, "--server is http://a:1, which has no effect"),
+        ({"engine": "auto", "server": "http://a:1"}, "only with --engine server; leave it out"),
+        ({"concurrency": 2}, "--concurrency is 2, which has no effect on engine hf"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2, which has no effect"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
+        ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization is 0.5"),
+        (
+            {**SERVED, "max_tokens": 512},
+            "--max-tokens is 512, which has no effect on engine server",
+        ),
+        ({**SERVED, "data_parallel_size": 2}, "--data-parallel-size is 2"),
+        ({**SERVED, "bf16": True}, "--bf16 is True"),
         ({"max_tokens": 0}, "--max-tokens is 0; it must be above 0"),
         ({"gpu_memory_utilization": 90}, "--gpu-memory-utilization is 90; it must be in"),
     ],
@@ -149,6 +162,32 @@ def test_vllm_that_is_not_there_is_a_users_mistake(
     monkeypatch.setattr("mrpo.precompute.reference_run.find_spec", lambda name: None)
     with pytest.raises(UserError, match="vLLM is not installed"):
         precompute(workspace.config(engine="vllm"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_type": "llama9"}, "architecture 'llama9' is unknown to transformers"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+            "needs code of its own, and code that comes with a model is not run here",
+        ),
+    ],
+    ids=["newer", "own code"],
+)
+def test_a_model_that_transformers_does_not_have_stops_before_any_work(
+    workspace: Workspace, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    entry = yaml.safe_load(workspace.refs_config.read_text())["llama"]
+    folder = shutil.copytree(entry["model"], tmp_path / "new")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    (folder / "own.py").write_text("raise SystemExit('it was run')")
+    workspace.refs_config.write_text(yaml.safe_dump({"new": {"model": str(folder)}}))
+    workspace.prepare(rows(2))
+    with pytest.raises(UserError, match=message):
+        precompute(workspace.config())
+    assert not Path(workspace.store.root).exists()
 
 
 def test_a_model_folder_without_tokenizer_is_refused(workspace: Workspace, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,24 +34,31 @@ class FakeServer(ThreadingHTTPServer):
     """vLLM's answers; the log-prob of token t at position i is -(t + i / 1000).
 
     `shares`: it has the route for given ids; `omits`: there, scores are left out where the cache
-    may be read. `code` and `text`: what it answers instead, to everything.
+    may be read; `wrong`: there, they are another row's. `without`: paths that it does not have.
+    `code` and `text`: what it answers instead, to everything.
     """
+
+    request_queue_size = 64
 
     def __init__(
         self,
         failures: int = 0,
         shares: bool = False,
         omits: bool = False,
+        wrong: bool = False,
+        without: Collection[str] = (),
         code: int | None = None,
         text: str = "",
     ) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.code, self.text = code, text
         self.failures = failures  # answers of 503 before the first good one
-        self.shares, self.omits = shares, omits
+        self.shares, self.omits, self.wrong = shares, omits, wrong
+        self.without = without
         self.tokens = [1, 2]  # the answer of /tokenize
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.elsewhere = "/elsewhere"
 
     @property
     def url(self) -> str:
@@ -84,6 +91,8 @@ class FakeServer(ThreadingHTTPServer):
         ids, start = sampling["prompt_logprob_token_ids"], sampling["prompt_logprob_start"]
         assert [token for (token,) in ids] == body["token_ids"][start + 1 :]
         scores = [[logp(token, start + 1 + row)] for row, (token,) in enumerate(ids)]
+        if self.wrong:
+            scores = scores[::-1]
         return {"prompt_token_id_logprobs": as_npy(np.array(scores, dtype=np.float32))}
 
 
@@ -109,12 +118,13 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers.get("Authorization"))
         self.server.failures -= 1
         code = 503 if self.server.failures >= 0 else 200
+        code = 404 if self.path in self.server.without else code
         content = json.dumps(self.server.answer(self.path, body) if code == 200 else {}).encode()
         if self.server.code is not None:
             code, content = self.server.code, self.server.text.encode()
         self.send_response(code)
         if code == 307:
-            self.send_header("Location", "/elsewhere")
+            self.send_header("Location", self.server.elsewhere)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -215,6 +225,35 @@ def test_a_refused_request_or_a_redirect_is_one_line_at_once(serve: Serve) -> No
             engine(fake.url)
         assert "\n" not in str(raised.value)
         assert len(fake.keys) == 1
+
+
+def test_a_key_is_not_sent_to_where_another_server_points(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    other, fake = serve(), serve(code=307)
+    fake.elsewhere = f"{other.url}/v1/models".replace("127.0.0.1", "localhost")
+    with pytest.raises(UserError, match="/v1/models answers 307"):
+        engine(fake.url)
+    assert other.keys == []
+
+
+def test_a_server_that_shows_nothing_but_its_api_works(serve: Serve, make_pair: Any) -> None:
+    """No /openapi.json (`--disable-fastapi-docs`), no /version, no /tokenize."""
+    fake = serve(shares=True, without={"/openapi.json", "/version", "/tokenize"})
+    pair = make_pair(30, 3, 5, 8)
+    running = engine(fake.url, probes={"hello": [1, 3]})
+    assert running.facts["route"] == PLAIN
+    (score,) = running.score([pair])
+    assert score.chosen.tolist() == pytest.approx(fake_logps(pair.chosen))
+
+
+def test_a_route_whose_trial_differs_is_not_used(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert engine(serve(shares=True, wrong=True).url).facts["route"] == PLAIN
+    printed = capsys.readouterr().err
+    assert "is not used: on a trial pair it is 6 nats off plain prompt_logprobs" in printed
 
 
 def test_pauses_double_and_an_answer_that_is_no_json_is_asked_for_again(

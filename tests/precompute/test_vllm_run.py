@@ -1,4 +1,4 @@
-"""`mrpo precompute --engine vllm` in a real worker, for a reference with a LoRA adapter."""
+"""`mrpo precompute --engine vllm` in a real worker, for a reference with an uneven LoRA adapter."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mrpo.tests.precompute.workspace import Workspace, rows
 def test_vllm_and_transformers_store_the_same_rows(
     tmp_path: Path,
     reference_folder: Path,
-    adapter_folder: Path,
+    uneven_adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    entry = {"model": str(reference_folder), "adapter": str(adapter_folder)}
+    entry = {"model": str(reference_folder), "adapter": str(uneven_adapter)}
     workspace = Workspace(tmp_path, {"adapted": entry})
     pairs = workspace.prepare(rows(40), shard_pairs=25)
     assert precompute(workspace.config(engine="vllm")).exit_code == 0
@@ -33,7 +33,7 @@ def test_vllm_and_transformers_store_the_same_rows(
     (tmp_path / "hf").mkdir()
     other = Workspace(tmp_path / "hf", {"adapted": entry})
     settings = EngineSettings(
-        alias="adapted", model=str(reference_folder), adapter=str(adapter_folder), longest=1024
+        alias="adapted", model=str(reference_folder), adapter=str(uneven_adapter), longest=1024
     )
     other.score("adapted", pairs, settings=settings)
     for pair_id, row in other.by_id("adapted").items():
