@@ -159,9 +159,11 @@ class Meter:
         self._start += time.perf_counter() - start
 
     def add(self, batch: StepBatch, totals: list[float]) -> None:
-        """Add a step. `totals` are sums over all ranks: `MEASURES`, then the tokens computed."""
-        *sums, tokens = totals
+        """Add a step. `totals` are sums over all ranks, as `micro_batches` returns them."""
+        *sums, balancing, tokens = totals
         values = dict(zip(MEASURES, sums)) | {"pairs": len(batch)} | self._references(batch)
+        if balancing:
+            values["aux_loss"] = balancing
         for name, value in values.items():
             self.state.sums[name] = self.state.sums.get(name, 0) + value
         self.state.tokens += int(tokens)

@@ -68,6 +68,7 @@ class Sizes:
     """What the plan needs to know of an architecture."""
 
     parameters: int
+    trainable: int  # without those of a multimodal model that texts do not pass through
     linear: dict[str, tuple[int, int]]  # layers that LoRA can adapt: name -> (in, out)
     layers: int
     hidden: int
@@ -81,11 +82,14 @@ class Sizes:
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
         text = config.get_text_config()
+        parts = [model] if text is config else [model.get_decoder(), head]
+        trainable = {parameter for part in parts for parameter in part.parameters()}
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            trainable=sum(parameter.numel() for parameter in trainable),
             linear={
                 name: (module.in_features, module.out_features)
-                for name, module in model.named_modules()
+                for name, module in parts[0].named_modules()
                 if isinstance(module, nn.Linear) and module is not head
             },
             layers=text.num_hidden_layers,
@@ -122,7 +126,7 @@ def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> 
         # A frozen policy is bfloat16 if the computation is; FSDP2 needs a single dtype.
         weights = sizes.parameters * (2 if bf16 and ranks.world == 1 else 4) + trained * 4
     else:
-        trained = sizes.parameters
+        trained = sizes.trainable
         # Autocast keeps its bfloat16 copies until the backward.
         weights = sizes.parameters * (6 if bf16 else 4)
     auto = config.max_tokens == "auto"

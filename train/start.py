@@ -32,7 +32,7 @@ from .distributed import Ranks
 from .forward import PairForward, PairLogps
 from .logs import check_trackers
 from .memory import Sizes, memory_plan, refuse_what_cannot_fit
-from .policy import PolicySource, load_config, policy_source
+from .policy import PolicySource, load_config, policy_source, refuse_untrainable
 from .run_folder import RunFolder
 from .stream import PairStream
 
@@ -159,7 +159,9 @@ def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, bf1
             f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
             "merge it into a model folder first (peft's merge_and_unload)"
         )
-    sizes = Sizes.of(load_config(source))
+    architecture = load_config(source)
+    refuse_untrainable(architecture, source.name)
+    sizes = Sizes.of(architecture)
     plan = memory_plan(sizes, config, ranks, bf16)
     print(f"memory      {plan}", flush=True)
     refuse_what_cannot_fit(plan, sizes, config, ranks, bf16)

@@ -58,11 +58,14 @@ def test_the_last_rate_is_the_end_of_the_cosine(
     assert state.pairs == round(epochs * kept)
     out = capsys.readouterr().out
     assert f"{kept} to train on" in out
-    assert f"{TRAINING - kept} that the policy can't take ({TRAINING - kept} beyond_max_length)" in out
+    assert (
+        f"{TRAINING - kept} that the policy can't take ({TRAINING - kept} beyond_max_length)" in out
+    )
     assert f"steps       {steps} of 4 pairs" in out
-    assert f"| pairs that the policy could not take | {TRAINING - kept} |" in (
-        tmp_path / "run" / "model" / "README.md"
-    ).read_text()
+    assert (
+        f"| pairs that the policy could not take | {TRAINING - kept} |"
+        in (tmp_path / "run" / "model" / "README.md").read_text()
+    )
 
 
 def test_a_resumed_run_keeps_rows_and_schedule(inputs: Any, tmp_path: Path, kept: int) -> None:
