@@ -24,16 +24,8 @@ from mrpo.train.memory import Sizes
 from mrpo.train.policy import PolicySource, load_config, refuse_untrainable
 from mrpo.train.run import train
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+from .conftest import SMALL
+
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 20,
@@ -42,33 +34,6 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-
-
-@pytest.fixture(scope="module")
-def write_policy(
-    tiny_references: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[PretrainedConfig], str]:
-    """A function that writes an untrained model with llama's tokenizer, and returns its folder."""
-
-    def write(config: PretrainedConfig) -> str:
-        folder = tmp_path_factory.mktemp("policy") / "model"
-        tokenizer = AutoTokenizer.from_pretrained(tiny_references["llama"])
-        text = config.get_text_config()
-        text.vocab_size = len(tokenizer)
-        for part in {id(config): config, id(text): text}.values():
-            part.bos_token_id = part.eos_token_id = part.pad_token_id = None
-        tokenizer.save_pretrained(folder)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        return str(folder)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def mixture(write_policy: Callable[[PretrainedConfig], str]) -> str:
-    return write_policy(AutoConfig.for_model("mixtral", **SMALL, **EXPERTS))
 
 
 @pytest.fixture(scope="module")
