@@ -222,13 +222,13 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     """The rate of the update after `step` of `total` updates; 0 at the first of a warm-up."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return config.peak_rate * step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     if config.lr_scheduler_type == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
     if config.lr_scheduler_type == "linear":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate
+        return config.peak_rate * (1 - progress)
+    return config.peak_rate
 
 
 @contextmanager

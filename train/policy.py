@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 
 from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
-from ..model.load import BALANCED, balancing_coefficient, load_model
+from ..model.load import BALANCED, balancing_coefficient, default_attention, load_model
 from ..model.logps import SequenceLogps
 from ..settings import comma_separated
 from .config import TrainConfig
@@ -141,6 +141,7 @@ def load_policy(
         revision=source.revision,
         dtype="bfloat16" if rank and bf16 and alone else "float32",
         device=ranks.device if alone else "cpu",
+        attn=default_attention(ranks.device),
         adapter=source.adapter,
     )
     if source.adapter is not None:
@@ -170,7 +171,7 @@ def make_optimizer(policy: SequenceLogps, config: TrainConfig) -> optim.AdamW:
     ]
     return optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=config.peak_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ..data.rendering import Renderer
 from ..errors import UserError
 from ..files import new_folder, write_text
-from ..method.grammar import beta_warning
+from ..method.grammar import beta_warning, epsilon_warning
 from ..method.objective import Method
 from ..settings import command, write_resolved
 from . import checkpoint
@@ -113,7 +113,7 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
         model_type = policy.lm.config.model_type
         ranks.say(f"rows        one response each: packing is not tested for {model_type}")
     forward = PairForward(policy, ranks, autocast=bf16 and ranks.world == 1)
-    budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state)
+    budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state, start.per_token)
     make_stream = partial(
         PairStream,
         source,
@@ -136,7 +136,7 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
     if ranks.first:
         write_resolved(config, folder.settings)
         trackers = open_trackers(
-            config.report_to, _name(config), folder.path, asdict(config), state.step
+            config.report_to, _name(config), folder, asdict(config), state.step
         )
     log = RunLog(
         folder.log, trackers, first=ranks.first, step=state.step, total=steps, length=log_bytes
@@ -245,18 +245,20 @@ def _name(config: TrainConfig) -> str:
 def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> str:
     """What was derived from the settings, as aligned lines."""
     epsilon = "none" if method.epsilon is None else f"{method.epsilon:g}"
+    whose = "MRPO authors' for LoRA" if config.lora_rank else "TRL's for full fine-tuning"
+    default = f", the default ({whose})" if config.learning_rate == config.default_rate else ""
     lines = [
         f"method      {method}: {method.kind}, epsilon {epsilon}, loss {method.loss_type}, "
         f"beta {method.beta:g}",
         *(method.fitted.describe(method.references) if method.fitted else ()),
         f"policy      {start.source.name}",
-        f"steps       {steps:,} of {config.batch_pairs} pairs, rate {config.learning_rate:g} "
-        f"{config.lr_scheduler_type}",
+        f"steps       {steps:,} of {config.batch_pairs} pairs, {config.lr_scheduler_type} rate "
+        f"up to {config.peak_rate:g}{default}",
     ]
     if start.checkpoint is not None:
         lines.append(f"resumed     after step {start.checkpoint.state.step:,}")
-    if warning := beta_warning(method.normalize, method.beta):
-        lines.append(f"WARNING: {warning}")
+    warnings = beta_warning(method.normalize, method.beta), epsilon_warning(method.epsilon)
+    lines += [f"WARNING: {warning}" for warning in warnings if warning]
     return "\n".join(lines)
 
 

@@ -52,6 +52,7 @@ class Start:
     source: PolicySource
     checkpoint: Checkpoint | None
     tokens: int  # of the first micro-batches; 0 where the run is finished
+    per_token: float  # bytes that a step is planned to take for each token of its largest row
     tolerance: float | None = None  # for `compare_with_base`, if the policy is the base reference
 
 
@@ -64,9 +65,9 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     checkpoint = checkpoint_to_resume(config, settings)
     if checkpoint is not None:
         source = PolicySource(**checkpoint.settings[POLICY])
-        tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
+        planned = (0, 0.0) if folder.finished else _plan(config, source, ranks, bf16)
         scores = JoinedScores(folder.scores)
-        return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
+        return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, *planned)
 
     store, specs = open_store(config.store), load_refs(config.refs_config)
     try:
@@ -82,7 +83,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
     source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
-    tokens = _planned_tokens(config, source, ranks, bf16)
+    planned = _plan(config, source, ranks, bf16)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,7 +101,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     if is_base and records[0].identity == base.identity:
         tolerance = EXACT if not bf16 and base.inputs["dtype"] == "float32" else ROUNDED
     settings |= {POLICY: asdict(source)}
-    return Start(folder, pairs, scores, settings, source, None, tokens, tolerance)
+    return Start(folder, pairs, scores, settings, source, None, *planned, tolerance)
 
 
 def compare_with_base(
@@ -152,8 +153,8 @@ def refuse_missing(scores: JoinedScores, max_missing: float) -> None:
             )
 
 
-def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, bf16: bool) -> int:
-    """Print the memory plan and refuse what can't fit; the tokens of its micro-batches."""
+def _plan(config: TrainConfig, source: PolicySource, ranks: Ranks, bf16: bool) -> tuple[int, float]:
+    """Print the memory plan and refuse what can't fit; `tokens` and `per_token` of a `Start`."""
     if source.adapter is not None and config.lora_rank is not None:
         raise UserError(
             f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
@@ -165,7 +166,7 @@ def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, bf1
     plan = memory_plan(sizes, config, ranks, bf16)
     print(f"memory      {plan}", flush=True)
     refuse_what_cannot_fit(plan, sizes, config, ranks, bf16)
-    return plan.tokens
+    return plan.tokens, plan.per_token
 
 
 def _differences(logps: PairLogps, scores: ReferenceLogps, rows: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from ...data.shards import PairShards
 from ...data.store import Store, open_store
 from ...errors import UserError
 from ...files import write_json
-from ...method.grammar import aliases_of, named_references
+from ...method.grammar import aliases_of, epsilon_warning, named_references
 from ...settings import command, write_resolved
 from ...train.checkpoint import numeric_settings
 from ...train.dataset import method_of
@@ -66,6 +66,8 @@ def compare(config: CompareConfig) -> Comparison:
             cell.result.unlink()  # `mrpo store gc` took the policy's scores: score it again
     devices = _devices(config)
     print(_summary(plan, cells, len(devices)), flush=True)
+    if warning := epsilon_warning(config.epsilon):
+        print(f"WARNING: {warning}", flush=True)
     for cell in cells:
         if not cell.finished:
             write_inputs(cell, settings[cell], inputs[cell])
