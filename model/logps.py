@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .attention import FLEX, SDPA, PackedMasks
+from .attention import FLEX, SDPA, PackedMasks, padded_length
 from .head import KEEP_BYTES, LogitRule, chunk_rows, token_logps
 from .load import (
     balancing_coefficient,
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ..data.rendering import RenderedPair
 
 logger = logging.getLogger(__name__)
-
-FLEX_BLOCK = 128  # tokens; rows of whole blocks keep the number of compiled shapes small
 
 
 class Routing(NamedTuple):
@@ -120,7 +118,7 @@ class SequenceLogps(nn.Module):
         if not self.packs or any(self._beyond_rope_limit(pair) for pair in pairs):
             return unpacked(pairs, device)
         flex = self.lm.config._attn_implementation == FLEX
-        return pack(pairs, device, multiple=FLEX_BLOCK if flex else 1)
+        return pack(pairs, device, length=padded_length if flex else None)
 
     def forward(self, batch: Batch) -> Tensor:
         """Log-probs in nats of the scored tokens, in the batch's order."""
