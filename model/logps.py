@@ -243,10 +243,13 @@ def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
     training = lm.training
     lm.eval()
     hidden = lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    earlier = lm.get_decoder()(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state
+    changed = torch.cat([input_ids[:, :-1], input_ids[:, :1]], 1)  # with another last token
+    again = lm.get_decoder()(input_ids=changed, use_cache=False).last_hidden_state
     expected = lm(input_ids=input_ids, use_cache=False).logits
     lm.train(training)
-    if not _close(hidden[:, :-1], earlier):
+    earlier = zip(hidden[0, :-1], again[0, :-1])
+    # All of them: a router may send a single one elsewhere after rounding.
+    if input_ids.shape[1] > 1 and not any(_close(*vectors) for vectors in earlier):
         raise UserError(
             f"{lm.config.model_type}: a token sees those after it, so it is no causal language "
             "model; choose another model"
@@ -264,7 +267,7 @@ def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
 
 def _close(values: Tensor, expected: Tensor) -> bool:
     """Whether they are equal, but for a model's rounding to bfloat16 after each operation."""
-    return not values.numel() or bool((values - expected).abs().max() <= 0.02 * values.abs().max())
+    return bool((values - expected).abs().max() <= 0.02 * values.abs().max())
 
 
 def sum_by_sequence(values: Tensor, batch: Batch) -> Tensor:
