@@ -139,6 +139,7 @@ PAIRS = "Folder of pairs as `mrpo prepare` writes it."
 REFS_CONFIG = "The file that says which model an alias is."
 STORE = "The score store: a folder, s3://… or gs://…."
 References = Annotated[str, "Aliases of references, comma-separated; the first is the base."]
+LAST_SEED = 2**32 - 1
 StoreRoot = Annotated[str | None, f"{STORE} By default $MRPO_STORE, else `store`."]
 
 
@@ -186,6 +187,11 @@ def no_effect(config: Any, why: str, *names: str) -> None:
         value = getattr(config, name)
         if value != defaults[name]:
             raise UserError(f"{_flag(name)} is {value}, which has no effect {why}; leave it out")
+
+
+def seed(config: Any, *names: str) -> None:
+    """Raise `UserError` where one of these settings is no seed: random generators share 32 bits."""
+    _check(config, names, lambda value: 0 <= value <= LAST_SEED, f"a seed from 0 to {LAST_SEED}")
 
 
 def file_type(out: str | None, suffix: str, content: str) -> None:

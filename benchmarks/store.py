@@ -80,7 +80,7 @@ def open_stream(pairs: Path, joined: Path, resumed: bool = False) -> PairStream:
     scores = JoinedScores(joined)
     source = TrainingPairs(PairShards(pairs), scores, prompt_numbers=False)
     method = parse_method("mrpo", scores.aliases)
-    training, _, _ = source.usable(method, resumed=resumed)
+    training, *_ = source.usable(method, resumed=resumed)
     return PairStream(
         source,
         training,

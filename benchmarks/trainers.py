@@ -28,6 +28,8 @@ def order_file(pairs: Path) -> Path:
 
 def train_here(child: Child, method: str, references: int) -> None:
     """`mrpo train` to the end of its loop; the times are those of its own log of every step."""
+    from torch._dynamo.utils import counters
+
     from mrpo.train.config import TrainConfig
     from mrpo.train.distributed import Ranks
     from mrpo.train.loop import train_steps
@@ -56,6 +58,15 @@ def train_here(child: Child, method: str, references: int) -> None:
     )
     ranks = Ranks.start(config.device)
     run = set_up(config, find_start(config, ranks, options["gpu"]), ranks, options["gpu"])
+    graphs = [0]  # compiled up to each step: what grows behind the warm-up are recompilations
+
+    class Counting:
+        def log(self, *arguments: Any, **kwargs: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+        def finish(self) -> None: ...
+
+    run.log.trackers.append(Counting())
     train_steps(run)
     run.log.close()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -65,6 +76,8 @@ def train_here(child: Child, method: str, references: int) -> None:
         "seconds": sum(seconds),
         "step_seconds": seconds,
         "losses": [line["loss"] for line in lines],
+        "compiled_graphs": graphs[options["warm_up"]],
+        "recompiled_graphs": graphs[-1] - graphs[options["warm_up"]],
     }
     keep(child, run.forward.policy.lm)
 

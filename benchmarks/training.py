@@ -198,6 +198,17 @@ def report(results: dict[str, Any], options: Options) -> str:
             f"{results['learning_rate']:g}:"
         )
         parts.append(agreements(results["agreement"]))
+    compiled = [
+        f"{run['compiled_graphs']} and {run['recompiled_graphs']}"
+        for name in (OURS, OURS + LONG)
+        for run in runs.get(name, [])
+        if run.get("compiled_graphs")
+    ]
+    if compiled:
+        parts.append(
+            "Graphs that ours compiled in the warm-up and after it, in each of its rounds: "
+            f"{', '.join(compiled)}."
+        )
     many = {k: runs[f"{MANY}{k}"] for k in K if f"{MANY}{k}" in runs}
     if many:
         parts.append(f"MRPO from K references, medians of {len(next(iter(many.values())))} rounds:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..settings import above_zero, at_least_zero
+from ..settings import above_zero, seed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,4 +29,4 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         above_zero(self, "pairs")
-        at_least_zero(self, "seed")
+        seed(self, "seed")

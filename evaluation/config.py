@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from ..errors import UserError
 from ..settings import (
+    LAST_SEED,
     PAIRS,
     REFS_CONFIG,
     STORE,
@@ -111,6 +112,11 @@ class CompareConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         above_zero(self, "seeds", "jobs")
+        if (last := self.seed + self.seeds - 1) > LAST_SEED:
+            raise UserError(
+                f"--seeds {self.seeds} from --seed {self.seed} end at {last}; seeds go up to "
+                f"{LAST_SEED}"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

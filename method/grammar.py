@@ -133,6 +133,23 @@ def beta_warning(normalize: str, beta: float) -> str | None:
     )
 
 
+def epsilon_warning(epsilon: float | str | None) -> str | None:
+    """What to tell a user whose epsilon leaves clipping without an upper bound.
+
+    >>> epsilon_warning(0.1), epsilon_warning("none"), epsilon_warning(None)
+    (None, None, None)
+    >>> print(epsilon_warning(1.0)[:44])
+    --epsilon 1 leaves clipping (CTRO) without a
+    """
+    if epsilon is None or isinstance(epsilon, str) or epsilon < 1:
+        return None
+    return (
+        f"--epsilon {epsilon:g} leaves clipping (CTRO) without an upper bound wherever a response "
+        "gets 1 or more of it: (1 - epsilon) times the base's log-prob is then not below 0; "
+        "stay below 1, or say --epsilon none"
+    )
+
+
 def _split(text: str) -> tuple[str, tuple[str, ...], str]:
     """The method's name, the references named and the weighting, "" where there is none."""
     body, plus, weighting = text.partition("+")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -33,19 +34,25 @@ Heads = tuple[Tensor, ...]  # query, key, value: [B, H, L, D] each
 # Names of the functions in transformers. Newer versions (5.24) refuse Gemma 2 and VaultGemma any
 # name with "sdpa" in it, because their own sdpa omits the softcap; ours applies it.
 SDPA, FLEX = "mrpo_dense", "mrpo_flex"
+FLEX_BLOCK = 128  # tokens of a block of the mask
+MOST_VARIANTS = 64  # that are compiled of a kernel: windows, dtypes, head sizes of several models
 
 
 def mask_mod(batch: Batch, window: int | None) -> MaskMod:
-    """The rule as FlexAttention takes it: (row, head, query, key) -> may the query see the key."""
+    """The rule as FlexAttention takes it: (row, head, query, key) -> may the query see the key.
+
+    It is the same code over tensors of the same shapes for every window, so that what compiles it
+    for one layer has compiled it for all.
+    """
     pair, branch, position = batch.pair, batch.branch, batch.position_ids
+    earliest = position - (window - 1) if window is not None else torch.zeros_like(position)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_pair = pair[row, query] == pair[row, key]
         key_branch = branch[row, key]
         own = (key_branch == SHARED) | (key_branch == branch[row, query])
-        distance = position[row, query] - position[row, key]
-        seen = same_pair & own & (distance >= 0)
-        return seen if window is None else seen & (distance < window)
+        earlier = position[row, key] <= position[row, query]
+        return same_pair & own & earlier & (position[row, key] >= earliest[row, query])
 
     return visible
 
@@ -70,7 +77,24 @@ def block_mask(batch: Batch, window: int | None) -> BlockMask:
 @cache
 def _creator(device_type: str) -> Callable[..., BlockMask]:
     # Compiled, the [L, L] rule is never materialized; on a CPU compiling takes too long.
-    return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask
+    return never_eager(create_block_mask) if device_type == "cuda" else create_block_mask
+
+
+@cache
+def _kernel(device_type: str) -> Callable[..., Any]:
+    # Uncompiled, FlexAttention materializes the [L, L] scores; on a CPU only tests use it.
+    plain: Any = torch_flex_attention
+    return never_eager(plain) if device_type == "cuda" else plain
+
+
+def never_eager(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function compiled; an error where torch would give up and run it uncompiled.
+
+    torch gives up after 8 variants. `padded_length` and `mask_mod` keep them few: a first length
+    and then any length, with and without gradient.
+    """
+    compiled: Any = torch.compile  # its types lack recompile_limit
+    return compiled(function, fullgraph=True, recompile_limit=MOST_VARIANTS, **options)
 
 
 class PackedMasks:
@@ -168,13 +192,52 @@ def flex_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: BlockMask | Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
     sliding_window: int | None = None,
     packed: PackedMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `sdpa_attention`, through transformers' FlexAttention, which supports softcap."""
-    mask = attention_mask if packed is None else packed.blocks(sliding_window)
-    return flex_attention_forward(module, query, key, value, mask, **kwargs)
+    """As `sdpa_attention`, through FlexAttention."""
+    if packed is None:
+        return flex_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
+        )
+
+    def capped(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    heads = query.shape[1]
+    if powers_of_two := heads & (heads - 1) == 0:
+        groups = key, value
+    else:  # the kernel does not group other numbers of heads
+        groups = repeat_kv(key, heads // key.shape[1]), repeat_kv(value, heads // value.shape[1])
+    # In a compiled layer the kernel is compiled with the layer.
+    compiling = torch.compiler.is_compiling()
+    kernel: Any = torch_flex_attention if compiling else _kernel(query.device.type)
+    output = kernel(
+        query,
+        *groups,
+        score_mod=None if softcap is None else capped,
+        block_mask=packed.blocks(sliding_window),
+        scale=scaling,
+        enable_gqa=powers_of_two,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def padded_length(tokens: int) -> int:
+    """The length to which a row is padded for FlexAttention, at most an eighth more than needed.
+
+    Whole blocks, and 8 lengths from one power of two to the next: rows of many lengths share
+    shapes, kernels and memory.
+
+    >>> [padded_length(tokens) for tokens in (1, 129, 1500, 4000, 4097, 8192)]
+    [128, 256, 1536, 4096, 4608, 8192]
+    """
+    step = max(FLEX_BLOCK, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return -(-tokens // step) * step
 
 
 AttentionInterface.register(SDPA, sdpa_attention)

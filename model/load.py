@@ -32,6 +32,10 @@ PACKABLE = frozenset(
 )
 
 
+# MoE architectures whose load-balancing loss the tests compare with transformers' own.
+BALANCED = frozenset({"granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+
+
 def load_model(
     path: str | Path,
     *,
@@ -113,6 +117,13 @@ def packs(config: PretrainedConfig) -> bool:
     config = config.get_text_config()
     causal = not getattr(config, "use_bidirectional_attention", False)
     return config.model_type in PACKABLE and causal
+
+
+def balancing_coefficient(config: PretrainedConfig) -> float:
+    """The weight of an MoE model's load-balancing loss, from its config; 0.0: it has none."""
+    config = config.get_text_config()
+    has_loss = hasattr(config, "output_router_logits")
+    return float(getattr(config, "router_aux_loss_coef", None) or 0.0) if has_loss else 0.0
 
 
 def rope_limit(config: PretrainedConfig) -> int | None:

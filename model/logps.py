@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,55 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .attention import FLEX, SDPA, PackedMasks
+from .attention import FLEX, SDPA, PackedMasks, padded_length
 from .head import KEEP_BYTES, LogitRule, chunk_rows, token_logps
-from .load import default_attention, layer_windows, packs, rope_limit, set_attention
-from .packing import PADDING, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
+from .load import (
+    balancing_coefficient,
+    default_attention,
+    layer_windows,
+    packs,
+    rope_limit,
+    set_attention,
+)
+from .packing import PADDING, SHARED, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
 
 if TYPE_CHECKING:
     from ..data.rendering import RenderedPair
 
 logger = logging.getLogger(__name__)
 
-FLEX_BLOCK = 128  # tokens; rows of whole blocks keep the number of compiled shapes small
+
+class Routing(NamedTuple):
+    """Where an MoE model's routers send tokens: sums over the tokens of all layers.
+
+    A token of a shared prompt counts twice, as it would in two rows; padding does not count.
+    """
+
+    assigned: Tensor  # [E], how often an expert was among those chosen; no gradient
+    probability: Tensor  # [E], of the routers' softmax
+    tokens: Tensor  # [], times layers
+
+    def sizes(self) -> Tensor:
+        """`assigned` and `tokens` in one vector, [E + 1]."""
+        return torch.cat([self.assigned, self.tokens[None]])
+
+
+def balancing_loss(routing: Routing, sizes: Tensor) -> Tensor:
+    """The load-balancing loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6).
+
+        E * sum_e (assigned_e / tokens) * (probability_e / tokens)
+
+    `sizes` [E + 1] are those of the whole batch, of which `routing` may be a part: the parts'
+    losses then add up to the batch's.
+    """
+    assigned, tokens = sizes[:-1], sizes[-1]
+    return len(assigned) * (assigned * routing.probability).sum() / tokens.square()
 
 
 class SequenceLogps(nn.Module):
     """A causal LM (or a PEFT model of one) that maps a `Batch` to token log-probs [R], float32.
+
+    In training mode an MoE model with a balancing loss leaves its last forward in `routing`.
 
     Logits of `chunk_tokens` tokens exist at a time (by default as many as `chunk_rows` says), and
     at most `keep_bytes` of their slopes between forward and backward.
@@ -45,6 +79,8 @@ class SequenceLogps(nn.Module):
         self.keep_bytes = keep_bytes
         self.packs = packs(self.lm.config)
         self.rope_limit = rope_limit(self.lm.config)
+        self.balancing = balancing_coefficient(self.lm.config)
+        self.routing: Routing | None = None
         # For an architecture that the tests do not cover, the head is checked once.
         self._head_is_known = self.packs and self.lm.config.get_text_config() is self.lm.config
         if self.lm.config._attn_implementation not in (SDPA, FLEX):
@@ -82,7 +118,7 @@ class SequenceLogps(nn.Module):
         if not self.packs or any(self._beyond_rope_limit(pair) for pair in pairs):
             return unpacked(pairs, device)
         flex = self.lm.config._attn_implementation == FLEX
-        return pack(pairs, device, multiple=FLEX_BLOCK if flex else 1)
+        return pack(pairs, device, length=padded_length if flex else None)
 
     def forward(self, batch: Batch) -> Tensor:
         """Log-probs in nats of the scored tokens, in the batch's order."""
@@ -107,24 +143,54 @@ class SequenceLogps(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """The decoder's last hidden states [B, L, D]."""
-        decoder = self.lm.get_decoder()
+        self.routing = None
         if self.rope_limit is not None:
-            _forget_longest(decoder)
+            _forget_longest(self.lm.get_decoder())
+        weight = torch.where(
+            batch.pair == PADDING, 0.0, torch.where(batch.branch == SHARED, 2.0, 1.0)
+        )
         if batch.spans is None and self.rope_limit and batch.input_ids.shape[1] > self.rope_limit:
-            return _row_by_row(decoder, batch)
+            return self._row_by_row(batch, weight)
         if batch.spans is None:
             # Causal attention never looks at padding on the right, so no mask is needed.
-            return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            return self._decode(weight, input_ids=batch.input_ids)
         flex = self.lm.config._attn_implementation == FLEX
         masks = PackedMasks(batch, layer_windows(self.lm.config) if flex else ())
         # A mask of four dimensions is passed through, so that transformers builds none.
-        return decoder(
+        return self._decode(
+            weight,
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool),
             packed=masks,
-            use_cache=False,
-        ).last_hidden_state
+        )
+
+    def _row_by_row(self, batch: Batch, weight: Tensor) -> Tensor:
+        """Hidden states of rows computed one at a time, without their padding."""
+        width, rows = batch.input_ids.shape[1], []
+        for ids, pair, row_weight in zip(batch.input_ids, batch.pair, weight):
+            _forget_longest(self.lm.get_decoder())
+            length = int((pair != PADDING).sum())
+            hidden = self._decode(row_weight[:length], input_ids=ids[None, :length])
+            rows.append(nn.functional.pad(hidden, (0, 0, 0, width - length)))
+        return torch.cat(rows)
+
+    def _decode(self, weight: Tensor, **inputs: Any) -> Tensor:
+        """The decoder's last hidden states; adds what its routers did to `routing`.
+
+        `weight`: how often each token of the input counts there.
+        """
+        decoder = self.lm.get_decoder()
+        if not (self.training and self.balancing):
+            return decoder(use_cache=False, **inputs).last_hidden_state
+        output = decoder(use_cache=False, output_router_logits=True, **inputs)
+        chosen = self.lm.config.get_text_config().num_experts_per_tok
+        for logits in output.router_logits:
+            layer = _routing(logits, weight.flatten(), chosen)
+            if self.routing is not None:
+                layer = Routing(*map(torch.add, self.routing, layer))
+            self.routing = layer
+        return output.last_hidden_state
 
     def _beyond_rope_limit(self, pair: RenderedPair) -> bool:
         return self.rope_limit is not None and padded_tokens(pair) > self.rope_limit
@@ -144,15 +210,13 @@ def _through_module(
     return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])
 
 
-def _row_by_row(decoder: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states of rows computed one at a time, without their padding."""
-    width, rows = batch.input_ids.shape[1], []
-    for ids, pair in zip(batch.input_ids, batch.pair):
-        _forget_longest(decoder)
-        length = int((pair != PADDING).sum())
-        hidden = decoder(input_ids=ids[None, :length], use_cache=False).last_hidden_state
-        rows.append(nn.functional.pad(hidden, (0, 0, 0, width - length)))
-    return torch.cat(rows)
+def _routing(logits: Tensor, weight: Tensor, chosen: int) -> Routing:
+    """One layer's part of `Routing`: router logits [T, E], weights of the tokens [T]."""
+    probability = logits.softmax(-1).float()
+    experts = probability.detach().topk(chosen, dim=-1).indices
+    assigned = weight.new_zeros(logits.shape[-1])
+    assigned.scatter_add_(0, experts.flatten(), weight.repeat_interleave(chosen))
+    return Routing(assigned, (probability * weight[:, None]).sum(0), weight.sum())
 
 
 def _forget_longest(decoder: nn.Module) -> None:
@@ -171,20 +235,39 @@ def logit_rule(lm: PreTrainedModel) -> LogitRule:
 
 @torch.no_grad()
 def check_head(lm: PreTrainedModel, input_ids: Tensor) -> None:
-    """Raise `UserError` where the model's logits are not those of its decoder, head and rule."""
+    """Raise `UserError` where the model's logits are not those of its decoder, head and rule, and
+    where a token sees later ones.
+
+    In eval mode: some models want more than token ids while they train.
+    """
+    training = lm.training
+    lm.eval()
     hidden = lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    head = lm.get_output_embeddings()
+    changed = torch.cat([input_ids[:, :-1], input_ids[:, :1]], 1)  # with another last token
+    again = lm.get_decoder()(input_ids=changed, use_cache=False).last_hidden_state
     expected = lm(input_ids=input_ids, use_cache=False).logits
+    lm.train(training)
+    earlier = zip(hidden[0, :-1], again[0, :-1])
+    # All of them: a router may send a single one elsewhere after rounding.
+    if input_ids.shape[1] > 1 and not any(_close(*vectors) for vectors in earlier):
+        raise UserError(
+            f"{lm.config.model_type}: a token sees those after it, so it is no causal language "
+            "model; choose another model"
+        )
+    head = lm.get_output_embeddings()
     if head is not None:
         ours = logit_rule(lm).apply(head(hidden.to(head.weight.dtype)).float())
-        # The model may have rounded to bfloat16 after each operation.
-        same_shape = ours.shape == expected.shape
-        if same_shape and (ours - expected).abs().max() <= 0.02 * ours.abs().max():
+        if ours.shape == expected.shape and _close(ours, expected):
             return
     raise UserError(
         f"{lm.config.model_type} changes its logits in an unknown way; "
         "score it with --engine vllm, or choose another model"
     )
+
+
+def _close(values: Tensor, expected: Tensor) -> bool:
+    """Whether they are equal, but for a model's rounding to bfloat16 after each operation."""
+    return bool((values - expected).abs().max() <= 0.02 * values.abs().max())
 
 
 def sum_by_sequence(values: Tensor, batch: Batch) -> Tensor:

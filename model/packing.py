@@ -9,7 +9,7 @@ that each branch follows its prompt; the masks of `attention.py` keep branches a
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,9 +96,12 @@ def plan_padded(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int
 
 
 def pack(
-    pairs: Sequence[RenderedPair], device: torch.device | str = "cpu", *, multiple: int = 1
+    pairs: Sequence[RenderedPair],
+    device: torch.device | str = "cpu",
+    *,
+    length: Callable[[int], int] | None = None,
 ) -> Batch:
-    """One packed row of all the pairs, padded to a multiple of `multiple` tokens.
+    """One packed row of all the pairs; `length` of its tokens is the length to pad it to.
 
     Without pairs, a row of padding: a process without work must still join its group's forward.
     """
@@ -116,8 +119,9 @@ def pack(
             opener = before - 1 if sequence.start > shared else start + shared - 1
             row.score(sequence, opener, before)
         spans.append((start, len(row.ids)))
-    padding = -len(row.ids) % multiple if pairs else multiple
-    row.add([0] * padding, 0, PADDING, SHARED)
+    tokens = max(len(row.ids), 1)
+    padded = length(tokens) if length is not None else tokens
+    row.add([0] * (padded - len(row.ids)), 0, PADDING, SHARED)
     return row.batch(len(row.ids), tuple(spans), device)
 
 

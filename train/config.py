@@ -1,6 +1,7 @@
 """Settings of `mrpo train` and `mrpo export`. Standard library only.
 
-Names are those that TRL's users know, defaults those of the MRPO authors' code.
+Names are those that TRL's users know, defaults those of the MRPO authors' code, except for the
+learning rate of full fine-tuning.
 `configs/train.yaml` holds the keys of `mrpo train` with a comment each; tests keep the two equal
 and check that every key is read somewhere.
 """
@@ -10,7 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ..settings import Also, ScoredPairSettings, above_zero, at_least_zero, no_effect, share
+from ..settings import Also, ScoredPairSettings, above_zero, at_least_zero, no_effect, seed, share
+
+# Peak learning rates: TRL's default for DPO, and that of the MRPO authors' code, which trains LoRA
+# on q and v. All weights at LoRA's rate forget much of what the policy knew.
+FULL_RATE, LORA_RATE = 1e-6, 1e-5
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,7 +90,11 @@ class TrainConfig(MethodConfig):
     label_smoothing: Annotated[float, "Assumed share of flipped labels."] = 0.0
     sft_weight: Annotated[float, "Weight of a likelihood term of the chosen response."] = 0.0
 
-    learning_rate: Annotated[float, "Peak learning rate."] = 1e-5
+    learning_rate: Annotated[
+        float | None,
+        "Peak learning rate. By default 1e-6, TRL's for full fine-tuning, and with --lora-rank "
+        "1e-5, that of the MRPO authors' code, which trains LoRA.",
+    ] = None
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant"], "Schedule of the rate after the warm-up."
     ] = "cosine"
@@ -143,16 +152,29 @@ class TrainConfig(MethodConfig):
     run_name: Annotated[str | None, "Name in the trackers. By default the output folder's."] = None
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = self.default_rate
         above_zero(self, "learning_rate", "num_train_epochs", "train_fraction", "max_steps")
         above_zero(self, "batch_pairs", "max_length", "max_tokens", "lora_rank", "lora_alpha")
         above_zero(self, "logging_steps", "eval_steps", "eval_pairs", "save_steps")
         above_zero(self, "save_total_limit")
-        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed")
+        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight")
+        seed(self, "seed")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
         share(self, "train_fraction")
         if self.lora_rank is None:
             lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
             no_effect(self, "without --lora-rank", *lora)
+
+    @property
+    def default_rate(self) -> float:
+        return FULL_RATE if self.lora_rank is None else LORA_RATE
+
+    @property
+    def peak_rate(self) -> float:
+        """`learning_rate`, which is set once the settings are checked."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,8 +7,10 @@ method of a command's settings, over the joined columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +24,24 @@ from ..files import write_bytes
 from ..method.grammar import aliases_of, parse_method
 from ..method.objective import Method, ReferenceLogps
 from .config import MethodConfig, TrainConfig
+from .distributed import ALONE, Ranks
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
 USES = "uses.bin"  # beside the joined scores: a byte a row, which says what it is used for
-UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
+UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT, REFUSED = range(5)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]  # quick to read
+
+
+ReasonsOf = Callable[[Sequence[Pair]], Sequence[str | None]]  # why the policy can't take a pair
+
+
+class Usable(NamedTuple):
+    """What the rows of a training run are used for."""
+
+    training: list[Rows]  # of each shard
+    held_out: list[Rows]
+    unusable: int  # pairs without a score of the base
+    refused: dict[str, int]  # training pairs that the policy can't take, by reason
 
 
 def method_of(config: MethodConfig) -> Method:
@@ -136,23 +151,54 @@ class TrainingPairs:
         return method.prepare(training, held_out)
 
     def usable(
-        self, method: Method, *, resumed: bool = False
-    ) -> tuple[list[Rows], list[Rows], int]:
-        """The rows of each shard to train on, those held out, and how many can't be used.
+        self,
+        method: Method,
+        *,
+        resumed: bool = False,
+        reasons_of: ReasonsOf | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Usable:
+        """The rows of each shard to train on and those held out.
 
-        All scores are read for that. The result is stored beside them, and a resumed run, whose
-        method is the same, reads it from there.
+        All scores are read for that, and with `reasons_of` every such pair is rendered, each
+        process its share of the shards. The result is stored beside the scores, and a resumed
+        run, whose method and policy are the same, reads it from there.
         """
-        path = self.joined.path / USES
+        path, refused = self.joined.path / USES, Counter[str]()
         if resumed and path.exists():
             kinds = np.fromfile(path, np.uint8)
         else:
-            kinds = np.concatenate([self._kinds(method, n) for n in range(self.num_shards)])
-            write_bytes(path, kinds.tobytes())
-        of_shards = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
-        training = [np.flatnonzero(rows == TRAINING) for rows in of_shards]
-        held_out = [np.flatnonzero(rows == HELD_OUT) for rows in of_shards]
-        return training, held_out, int((kinds == UNUSABLE).sum())
+            of_shards = [self._kinds(method, shard) for shard in range(self.num_shards)]
+            if reasons_of is not None:
+                own = range(ranks.rank, self.num_shards, ranks.world)
+                parts = ranks.gather({n: self._taken(of_shards[n], n, reasons_of) for n in own})
+                taken = dict(item for part in parts for item in part.items())
+                of_shards = [taken[shard][0] for shard in range(self.num_shards)]
+                for shard in range(self.num_shards):
+                    refused.update(taken[shard][1])
+            kinds = np.concatenate(of_shards)
+            if ranks.first:
+                write_bytes(path, kinds.tobytes())
+        split = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
+        training = [np.flatnonzero(rows == TRAINING) for rows in split]
+        held_out = [np.flatnonzero(rows == HELD_OUT) for rows in split]
+        return Usable(training, held_out, int((kinds == UNUSABLE).sum()), dict(refused))
+
+    def _taken(
+        self, kinds: np.ndarray, shard: int, reasons_of: ReasonsOf
+    ) -> tuple[np.ndarray, Counter[str]]:
+        """The uses of a shard's rows without what the policy can't take, and why training pairs
+        were refused."""
+        rows = np.flatnonzero((kinds == TRAINING) | (kinds == HELD_OUT))
+        pairs = from_table(self.pairs.table(shard).take(pa.array(rows, pa.int64())))
+        reasons = reasons_of(pairs)
+        training = kinds[rows] == TRAINING
+        counts = Counter(
+            reason for reason, is_training in zip(reasons, training) if reason and is_training
+        )
+        kinds = kinds.copy()
+        kinds[rows[[reason is not None for reason in reasons]]] = REFUSED
+        return kinds, counts
 
     def _kinds(self, method: Method, shard: int) -> np.ndarray:
         scores, held_out = self.scores(shard)

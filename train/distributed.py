@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,8 +93,19 @@ class Ranks:
             raise UserError(message)
         return result  # type: ignore[return-value]
 
+    def gather(self, value: Result) -> list[Result]:
+        """The value of every process, in the order of their ranks; any that can be pickled."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         values = values.detach().to("cpu", torch.float64)
         if self.world > 1:
             dist.all_reduce(values, operation)
         return values
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))

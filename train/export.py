@@ -22,6 +22,7 @@ from ..data.shards import TURNS, PairShards
 from ..data.store import open_store
 from ..errors import UserError
 from ..files import new_folder
+from ..method.grammar import epsilon_warning
 from ..method.objective import SEPARATE, Method
 from ..settings import command, write_resolved
 from .config import ExportConfig
@@ -57,6 +58,8 @@ def export(config: ExportConfig) -> Path:
         shutil.rmtree(joined.path)
         write_resolved(config, folder / SETTINGS)
     print(f"method     {method}")
+    if warning := epsilon_warning(method.epsilon):
+        print(f"WARNING: {warning}")
     for line in method.fitted.describe(method.references) if method.fitted else []:
         print(line)
     for split in SPLITS:

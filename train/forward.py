@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.rendering import RenderedPair
 from ..method.objective import Method
-from ..model.logps import SequenceLogps, sum_by_sequence
+from ..model.logps import Routing, SequenceLogps, sum_by_sequence
 from .distributed import Ranks
 from .stream import PairStream, StepBatch
 
@@ -51,6 +51,7 @@ class MicroBatch(NamedTuple):
     loss: Tensor  # summed over the pairs; gradients flow where they are enabled
     measures: Tensor  # [len(MEASURES)] sums over the pairs, without gradient
     tokens: int  # that the decoder computed
+    routing: Routing | None = None  # of an MoE policy in training
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class PairForward:
             logps.rejected.detach(),
         )
         measures = torch.stack([column.to(chosen.dtype) for column in columns]).sum(1)
-        return MicroBatch(loss.sum(), measures, logps.tokens)
+        return MicroBatch(loss.sum(), measures, logps.tokens, self.policy.routing)
 
     def shares(
         self, pairs: Sequence[RenderedPair], max_tokens: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,11 +25,12 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import to_json
+from ..files import to_json, write_text
 from ..method.objective import Method
 from ..settings import comma_separated
 from .checkpoint import TrainState
 from .forward import MEASURES
+from .run_folder import RunFolder
 from .stream import Prefetch, StepBatch
 
 GIB = 2**30
@@ -81,8 +83,8 @@ class RunLog:
         self._bar.close()
         if self._file is not None:
             self._file.close()
-        for tracker in self.trackers:
-            tracker.finish()
+        while self.trackers:
+            self.trackers.pop().finish()
 
 
 def check_trackers(report_to: str) -> list[str]:
@@ -100,23 +102,35 @@ def check_trackers(report_to: str) -> list[str]:
 
 
 def open_trackers(
-    report_to: str, run_name: str, folder: Path, settings: Mapping[str, Any], step: int
+    report_to: str, run_name: str, folder: RunFolder, settings: Mapping[str, Any], step: int
 ) -> list[Any]:
     """The trackers of a run, each continuing after `step`.
 
-    wandb and trackio are modules with `log` and `finish`; `TensorBoard` has the same two.
+    wandb and trackio are modules with `log` and `finish`; `TensorBoard` has the same two. A hosted
+    run has an id of its own, whatever the name: wandb knows it by the id, trackio by the name.
     """
     trackers: list[Any] = []
     for name in check_trackers(report_to):
         if name == "tensorboard":
-            trackers.append(TensorBoard(folder / name, step))
+            trackers.append(TensorBoard(folder.path / name, step))
             continue
-        details: dict[str, Any] = {"project": "mrpo", "name": run_name, "config": dict(settings)}
+        own = _tracker_id(folder, step)
+        details: dict[str, Any] = {"project": "mrpo", "config": dict(settings)}
         if name == "wandb":
-            details |= {"dir": str(folder), "id": run_name.replace("/", "-")}
+            details |= {"name": run_name, "id": own, "dir": str(folder.path)}
+        else:
+            details |= {"name": f"{run_name.replace('/', '-')}-{own}"}
         trackers.append(import_module(name))
         trackers[-1].init(resume="allow", **details)
     return trackers
+
+
+def _tracker_id(folder: RunFolder, step: int) -> str:
+    """The id under which trackers know the run; a run that starts from scratch gets a new one."""
+    path = folder.tracker_id
+    if step == 0 or not path.is_file():
+        write_text(path, secrets.token_hex(8))
+    return path.read_text(encoding="utf-8")
 
 
 class TensorBoard:
@@ -159,9 +173,11 @@ class Meter:
         self._start += time.perf_counter() - start
 
     def add(self, batch: StepBatch, totals: list[float]) -> None:
-        """Add a step. `totals` are sums over all ranks: `MEASURES`, then the tokens computed."""
-        *sums, tokens = totals
+        """Add a step. `totals` are sums over all ranks, as `micro_batches` returns them."""
+        *sums, balancing, tokens = totals
         values = dict(zip(MEASURES, sums)) | {"pairs": len(batch)} | self._references(batch)
+        if balancing:
+            values["aux_loss"] = balancing
         for name, value in values.items():
             self.state.sums[name] = self.state.sums.get(name, 0) + value
         self.state.tokens += int(tokens)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..method.objective import Method
+from ..model.logps import balancing_loss
 from ..model.packing import packed_tokens
 from . import checkpoint
 from .checkpoint import Checkpoint, TrainState
@@ -120,8 +121,7 @@ def backward(run: Run, batch: StepBatch) -> None:
     """Gradients of the batch's mean loss; repeated with half the budget if memory runs out."""
     ranks, budget = run.forward.ranks, run.budget
     while True:
-        # Dropout depends on the step alone, so a resumed or repeated step drops the same.
-        torch.manual_seed((run.config.seed << 32) + run.state.step * ranks.world + ranks.rank)
+        seed_step(run)
         run.optimizer.zero_grad(set_to_none=True)
         budget.watch(ranks)
         shares = run.forward.shares(batch.pairs, budget.tokens)
@@ -145,17 +145,52 @@ def backward(run: Run, batch: StepBatch) -> None:
     run.meter.add(batch, ranks.sum(totals).tolist())
 
 
+def seed_step(run: Run) -> None:
+    """Dropout depends on the step alone, so a resumed or repeated step drops the same."""
+    ranks = run.forward.ranks
+    torch.manual_seed((run.config.seed << 32) + run.state.step * ranks.world + ranks.rank)
+
+
 def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], float]]) -> Tensor:
-    """Backward through this rank's micro-batches; sums of `MEASURES` and of tokens over them.
+    """Backward through this rank's micro-batches; sums over them of `MEASURES`, of an MoE policy's
+    balancing loss (times the pairs, as the measures are) and of tokens.
 
     FSDP2 averages gradients over the ranks, hence the factor of their number.
     """
-    totals = torch.zeros(len(MEASURES) + 1, device=run.forward.ranks.device)
+    ranks, policy = run.forward.ranks, run.forward.policy
+    totals = torch.zeros(len(MEASURES) + 2, device=ranks.device)
+    several = ranks.world > 1 or len(shares) > 1
+    sizes = routing_sizes(run, batch, shares) if policy.balancing and several else None
     for rows, weight in shares:
-        loss, measures, tokens = run.forward.run(batch, rows, run.method)
-        (loss * (weight * run.forward.ranks.world / len(batch))).backward()
-        totals += weight * nn.functional.pad(measures, (0, 1), value=tokens)
+        loss, measures, tokens, routing = run.forward.run(batch, rows, run.method)
+        balancing = measures.new_zeros(())
+        if routing is not None:
+            whole = routing.sizes() if sizes is None else sizes
+            balancing = balancing_loss(routing, whole) * len(batch)
+            loss = loss + policy.balancing * balancing
+            balancing = balancing.detach().to(measures.dtype)
+            measures[0] += policy.balancing * balancing
+        (loss * (weight * ranks.world / len(batch))).backward()
+        totals += weight * torch.cat([measures, balancing[None], measures.new_tensor([tokens])])
     return totals
+
+
+@torch.no_grad()
+def routing_sizes(run: Run, batch: StepBatch, shares: list[tuple[list[int], float]]) -> Tensor:
+    """How often an MoE policy sends the whole batch's tokens to each expert: `Routing.sizes`.
+
+    The balancing loss is no sum over pairs. Micro-batches can share one only if they know this
+    beforehand, so it takes a forward of its own.
+    """
+    parts = []
+    for rows, weight in shares:
+        run.forward([batch.pairs[row] for row in rows])
+        routing = run.forward.policy.routing
+        assert routing is not None
+        parts.append(weight * routing.sizes())
+    seed_step(run)
+    total = torch.stack(parts).sum(0)
+    return run.forward.ranks.sum(total).to(total)
 
 
 def evaluate_held_out(run: Run) -> float | None:
@@ -187,13 +222,13 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     """The rate of the update after `step` of `total` updates; 0 at the first of a warm-up."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return config.peak_rate * step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     if config.lr_scheduler_type == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
     if config.lr_scheduler_type == "linear":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate
+        return config.peak_rate * (1 - progress)
+    return config.peak_rate
 
 
 @contextmanager

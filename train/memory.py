@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UserError
+from ..model.head import KEEP_BYTES, chunk_rows
 from ..settings import comma_separated
 from .checkpoint import TrainState
 from .config import TrainConfig
@@ -48,6 +49,11 @@ class MemoryPlan:
     tokens: int  # of a micro-batch, that the activations are estimated for
 
     @property
+    def per_token(self) -> float:
+        """What a step takes for each token of its row, as `TokenBudget` counts it."""
+        return (self.activations + self.gradients) / self.tokens
+
+    @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
 
@@ -68,6 +74,7 @@ class Sizes:
     """What the plan needs to know of an architecture."""
 
     parameters: int
+    trainable: int  # without those of a multimodal model that texts do not pass through
     linear: dict[str, tuple[int, int]]  # layers that LoRA can adapt: name -> (in, out)
     layers: int
     hidden: int
@@ -81,11 +88,14 @@ class Sizes:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
         text = config.get_text_config()
+        parts = [model] if text is config else [model.get_decoder(), head]
+        trainable = {parameter for part in parts for parameter in part.parameters()}
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            trainable=sum(parameter.numel() for parameter in trainable),
             linear={
                 name: (module.in_features, module.out_features)
-                for name, module in model.named_modules()
+                for name, module in parts[0].named_modules()
                 if isinstance(module, nn.Linear) and module is not head
             },
             layers=text.num_hidden_layers,
@@ -103,16 +113,21 @@ class Sizes:
             if targets == "all-linear" or name.rsplit(".", 1)[-1] in names
         )
 
-    def activations(self, tokens: int, bf16: bool, checkpointing: bool) -> int:
-        """Bytes kept for the backward of a micro-batch, and the head's chunk of logits.
+    def activations(
+        self, tokens: int, bf16: bool, checkpointing: bool, device: torch.device
+    ) -> int:
+        """Bytes kept for the backward of a micro-batch, and the head's.
 
         A decoder layer keeps about 7 widths of the compute dtype and 6 of float32 (norms and
-        residuals) a token, and 4 inner widths of its MLP.
+        residuals) a token, and 4 inner widths of its MLP. The head has a chunk of logits three
+        times in float32 (logits, slopes, a product of them), and the slopes that it keeps.
         """
         width = 2 if bf16 else 4
         layer = self.hidden * (7 * width + 6 * 4) + self.intermediate * 4 * width
         kept = layer + self.layers * self.hidden * 4 if checkpointing else layer * self.layers
-        return tokens * kept + 3 * 256 * self.vocabulary * 4
+        slopes = min(KEEP_BYTES, tokens * self.vocabulary * width)
+        chunk = min(tokens, chunk_rows(self.vocabulary, device))
+        return tokens * kept + 3 * chunk * self.vocabulary * 4 + slopes
 
 
 def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> MemoryPlan:
@@ -122,7 +137,7 @@ def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> 
         # A frozen policy is bfloat16 if the computation is; FSDP2 needs a single dtype.
         weights = sizes.parameters * (2 if bf16 and ranks.world == 1 else 4) + trained * 4
     else:
-        trained = sizes.parameters
+        trained = sizes.trainable
         # Autocast keeps its bfloat16 copies until the backward.
         weights = sizes.parameters * (6 if bf16 else 4)
     auto = config.max_tokens == "auto"
@@ -135,7 +150,9 @@ def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> 
             weights=weights // ranks.world,
             gradients=4 * trained // ranks.world,
             optimizer=8 * trained // ranks.world,
-            activations=sizes.activations(tokens, bf16, config.gradient_checkpointing),
+            activations=sizes.activations(
+                tokens, bf16, config.gradient_checkpointing, ranks.device
+            ),
             available=available,
             tokens=tokens,
         )
@@ -201,19 +218,26 @@ class TokenBudget:
     tokens: int
     grows: bool
     steady: int = 0  # bytes on the device between two steps
-    per_token: float = 0.0  # further bytes of a step, for each token of its largest row
+    per_token: float = 0.0  # further bytes of a step, for each token of its largest row; at first
+    # the plan's, so that the first step of several processes is checked as well
 
     @classmethod
     def of(
-        cls, asked: int | str, device: torch.device, planned: int, state: TrainState
+        cls,
+        asked: int | str,
+        device: torch.device,
+        planned: int,
+        state: TrainState,
+        per_token: float,
     ) -> TokenBudget:
         """What `--max-tokens` asks for; for auto what was planned. A resumed run keeps the budget
-        that was in force, unless it asks for another."""
+        that was in force, unless it asks for another. `per_token` is the plan's."""
         tokens = planned if asked == "auto" else int(asked)
         if state.asked_tokens == asked and state.max_tokens is not None:
             tokens = state.max_tokens
         state.asked_tokens = asked
-        return cls(tokens, grows=asked == "auto" and device.type == "cuda")
+        grows = asked == "auto" and device.type == "cuda"
+        return cls(tokens, grows, per_token=per_token)
 
     def fits(self, row_tokens: int, ranks: Ranks) -> bool:
         """Whether the memory of a row, estimated from earlier steps, can be allocated now."""

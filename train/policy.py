@@ -7,7 +7,9 @@ processes FSDP2 shards everything under the one module that maps packed pairs to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
-from ..model.load import load_model
+from ..model.load import BALANCED, balancing_coefficient, default_attention, load_model
 from ..model.logps import SequenceLogps
 from ..settings import comma_separated, no_effect
 from .config import TrainConfig
@@ -107,6 +111,30 @@ def load_config(source: PolicySource) -> PretrainedConfig:
         ) from None
 
 
+# Multimodal architectures of which the tests train the text model: gemma3's checkpoint stays whole,
+# of qwen3_5's transformers loads and writes the text model alone.
+MULTIMODAL = ("gemma3", "qwen3_5")
+_MODALITIES = ("text_config", "vision_config", "audio_config", "audio_encoder_config")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def refuse_untrainable(config: PretrainedConfig, name: str) -> None:
+    """Raise `UserError` for an architecture whose training here would not be right."""
+    kind, text = config.model_type, config.get_text_config()
+    parts = [part for part in _MODALITIES if part in config.sub_configs]
+    if (parts or text is not config) and kind not in MULTIMODAL:
+        raise UserError(
+            f"policy {name}: {kind} is multimodal and its training on text is not tested; choose a "
+            f"text model, or one of {', '.join(MULTIMODAL)}"
+        )
+    if balancing_coefficient(config) and text.model_type not in BALANCED:
+        raise UserError(
+            f"policy {name}: {text.model_type} is a mixture of experts whose balancing loss is not "
+            f"tested here; choose {', '.join(sorted(BALANCED))}, or set "
+            "router_aux_loss_coef in its config.json to 0"
+        )
+
+
 def load_policy(
     source: PolicySource, config: TrainConfig, ranks: Ranks, bf16: bool
 ) -> SequenceLogps:
@@ -117,12 +145,16 @@ def load_policy(
         revision=source.revision,
         dtype="bfloat16" if rank and bf16 and alone else "float32",
         device=ranks.device if alone else "cpu",
+        attn=default_attention(ranks.device),
         adapter=source.adapter,
         adapter_revision=source.adapter_revision,
     )
     if source.adapter is not None:
         model = model.merge_and_unload().requires_grad_(True)  # peft froze it
-    policy = SequenceLogps(_with_lora(model, config, rank) if rank else model)
+    unused = _parts_without_text(model)
+    for part in unused:
+        model.get_submodule(part).requires_grad_(False)
+    policy = SequenceLogps(_with_lora(model, config, rank, unused) if rank else model)
     lm: Any = policy.lm
     layers = policy.decoder_layers
     if config.gradient_checkpointing:
@@ -144,7 +176,7 @@ def make_optimizer(policy: SequenceLogps, config: TrainConfig) -> optim.AdamW:
     ]
     return optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.learning_rate,
+        lr=config.peak_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
@@ -186,9 +218,32 @@ def write_model(
     written.tie_weights()
     written.generation_config = lm.generation_config
     written.save_pretrained(folder)
+    if lm.config.get_text_config() is not lm.config:
+        for name in _PROCESSOR_FILES:
+            file = cached_file(
+                source.model,
+                name,
+                revision=source.revision,
+                _raise_exceptions_for_missing_entries=False,
+            )
+            if file is not None:
+                shutil.copyfile(file, folder / name)
 
 
-def _with_lora(model: nn.Module, config: TrainConfig, rank: int) -> nn.Module:
+def _parts_without_text(model: PreTrainedModel) -> list[str]:
+    """The modules of a multimodal model that texts do not pass through."""
+    if model.config.get_text_config() is model.config:
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    used = [names[part] for part in (model.get_decoder(), model.get_output_embeddings())]
+    base = names[model.get_decoder()].rpartition(".")[0]
+    siblings = [f"{base}.{name}" for name, _ in model.get_submodule(base).named_children()]
+    return [name for name in siblings if name not in used]
+
+
+def _with_lora(
+    model: nn.Module, config: TrainConfig, rank: int, unused: Sequence[str]
+) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = config.lora_target_modules
@@ -198,6 +253,7 @@ def _with_lora(model: nn.Module, config: TrainConfig, rank: int) -> nn.Module:
         lora_alpha=config.lora_alpha or 2 * rank,
         lora_dropout=config.lora_dropout,
         target_modules=targets if targets == "all-linear" else comma_separated(targets),
+        exclude_modules=rf"({'|'.join(map(re.escape, unused))})\..*" if unused else None,
     )
     torch.manual_seed(config.seed)
     try:

@@ -24,22 +24,29 @@ from transformers.utils import logging as transformers_logging
 from ..data.rendering import Renderer
 from ..errors import UserError
 from ..files import new_folder, write_text
-from ..method.grammar import beta_warning
+from ..method.grammar import beta_warning, epsilon_warning
 from ..method.objective import Method
 from ..settings import command, write_resolved
 from . import checkpoint
 from .checkpoint import TrainState
 from .config import TrainConfig
-from .dataset import Rows, TrainingPairs, method_of
+from .dataset import Rows, TrainingPairs, Usable, method_of
 from .distributed import Ranks
 from .forward import EVALUATION_PAIRS, HeldOut, PairForward
 from .logs import Meter, RunLog, open_trackers
 from .loop import Run, total_steps, train_steps
 from .memory import TokenBudget
-from .policy import PolicySource, gather_weights, load_policy, make_optimizer, write_model
+from .policy import (
+    PolicySource,
+    gather_weights,
+    load_config,
+    load_policy,
+    make_optimizer,
+    write_model,
+)
 from .run_folder import RunFolder, read_evaluation, update_evaluation
 from .start import Start, compare_with_base, find_start
-from .stream import PairStream
+from .stream import PairStream, refusals, refuse_all
 
 STOPPED = 143  # a shell's exit code after SIGTERM: 128 + 15
 ENDLESS = 2**62  # rows: --max-steps ends the run
@@ -92,13 +99,14 @@ def train(config: TrainConfig) -> TrainResult:
 
 def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
     """Read the scores, load the policy, and restore what a checkpoint has."""
-    source, method, training, held_out = _read_scores(config, start, ranks)
-    num_pairs, num_held_out = _count(training), _count(held_out)
+    renderer, limits = _renderer(start.source), _limits(config, start.source)
+    source, method, usable = _read_scores(config, start, ranks, renderer, limits)
+    num_pairs, num_held_out = _count(usable.training), _count(usable.held_out)
     steps = total_steps(config, num_pairs)
     ranks.say(_summary(config, method, start, steps))
     policy = load_policy(start.source, config, ranks, bf16)
     optimizer = make_optimizer(policy, config)
-    state, log_bytes = TrainState(), 0
+    state, log_bytes = TrainState(dropped=usable.refused), 0
     if start.checkpoint is not None:
         checkpoint.load(start.checkpoint, policy, optimizer)
         state, log_bytes = start.checkpoint.state, start.checkpoint.log_bytes
@@ -106,23 +114,21 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
         model_type = policy.lm.config.model_type
         ranks.say(f"rows        one response each: packing is not tested for {model_type}")
     forward = PairForward(policy, ranks, autocast=bf16 and ranks.world == 1)
-    budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state)
-    context = getattr(policy.lm.config.get_text_config(), "max_position_embeddings", None)
-    limits = {"beyond_context": context, "beyond_max_length": config.max_length}
+    budget = TokenBudget.of(config.max_tokens, ranks.device, start.tokens, state, start.per_token)
     make_stream = partial(
         PairStream,
         source,
-        renderer=_renderer(start.source),
+        renderer=renderer,
         method=method,
         seed=config.seed,
-        limits={reason: limit for reason, limit in limits.items() if limit is not None},
+        limits=limits,
     )
     rows = ENDLESS if config.max_steps else round(config.num_train_epochs * num_pairs)
-    stream = make_stream(training, batch_pairs=config.batch_pairs, total_rows=rows)
+    stream = make_stream(usable.training, batch_pairs=config.batch_pairs, total_rows=rows)
     held_out_stream = None
     if num_held_out:
         held_out_stream = make_stream(
-            held_out, batch_pairs=EVALUATION_PAIRS, total_rows=num_held_out, held_out=True
+            usable.held_out, batch_pairs=EVALUATION_PAIRS, total_rows=num_held_out, held_out=True
         )
     if start.tolerance is not None:
         guard = compare_with_base(forward, stream, budget.tokens, start.tolerance)
@@ -131,7 +137,7 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
     if ranks.first:
         write_resolved(config, folder.settings)
         trackers = open_trackers(
-            config.report_to, _name(config), folder.path, asdict(config), state.step
+            config.report_to, _name(config), folder, asdict(config), state.step
         )
     log = RunLog(
         folder.log, trackers, first=ranks.first, step=state.step, total=steps, length=log_bytes
@@ -180,21 +186,45 @@ def finish(run: Run) -> dict[str, float]:
 
 
 def _read_scores(
-    config: TrainConfig, start: Start, ranks: Ranks
-) -> tuple[TrainingPairs, Method, list[Rows], list[Rows]]:
-    """The pairs with their scores, the method with its weights, rows to train on and held out."""
+    config: TrainConfig, start: Start, ranks: Ranks, renderer: Renderer, limits: Mapping[str, int]
+) -> tuple[TrainingPairs, Method, Usable]:
+    """The pairs with their scores, the method with its weights, and the rows to use.
+
+    The schedule counts the pairs that are trained on, so all of them are rendered before the first
+    step. With --max-steps it doesn't, and pairs are dropped as they are met.
+    """
     method = method_of(config)
     source = TrainingPairs(start.pairs, start.scores, method.reads_prompts, config.train_fraction)
     method = source.prepared(method)
-    training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
-    if not _count(training):
-        more = "; raise --train-fraction" if config.train_fraction < 1 else ""
-        raise UserError(f"{start.pairs.path}: no pair to train on, {unusable:,} lack a score{more}")
-    ranks.say(
-        f"pairs       {_count(training):,} to train on, {_count(held_out):,} held out, "
-        f"{unusable:,} without a score of the base"
+    exact = config.max_steps is None
+    usable = source.usable(
+        method,
+        resumed=start.checkpoint is not None,
+        reasons_of=partial(refusals, renderer=renderer, limits=limits) if exact else None,
+        ranks=ranks,
     )
-    return source, method, training, held_out
+    if not _count(usable.training):
+        if usable.refused:
+            refuse_all(usable.refused)
+        more = "; raise --train-fraction" if config.train_fraction < 1 else ""
+        raise UserError(
+            f"{start.pairs.path}: no pair to train on, {usable.unusable:,} lack a score{more}"
+        )
+    refused = start.checkpoint.state.dropped if start.checkpoint is not None else usable.refused
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in refused.items())
+    ranks.say(
+        f"pairs       {'' if exact else 'up to '}{_count(usable.training):,} to train on, "
+        f"{_count(usable.held_out):,} held out, {usable.unusable:,} without a score of the base"
+        + (f", {sum(refused.values()):,} that the policy can't take ({reasons})" if refused else "")
+    )
+    return source, method, usable
+
+
+def _limits(config: TrainConfig, source: PolicySource) -> dict[str, int]:
+    """The most tokens of a sequence, by the reason under which a longer pair is dropped."""
+    context = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+    limits = {"beyond_context": context, "beyond_max_length": config.max_length}
+    return {reason: limit for reason, limit in limits.items() if limit is not None}
 
 
 def _count(rows_of_shards: list[Rows]) -> int:
@@ -218,18 +248,20 @@ def _name(config: TrainConfig) -> str:
 def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> str:
     """What was derived from the settings, as aligned lines."""
     epsilon = "none" if method.epsilon is None else f"{method.epsilon:g}"
+    whose = "MRPO authors' for LoRA" if config.lora_rank else "TRL's for full fine-tuning"
+    default = f", the default ({whose})" if config.learning_rate == config.default_rate else ""
     lines = [
         f"method      {method}: {method.kind}, epsilon {epsilon}, loss {method.loss_type}, "
         f"beta {method.beta:g}",
         *(method.fitted.describe(method.references) if method.fitted else ()),
         f"policy      {start.source.name}",
-        f"steps       {steps:,} of {config.batch_pairs} pairs, rate {config.learning_rate:g} "
-        f"{config.lr_scheduler_type}",
+        f"steps       {steps:,} of {config.batch_pairs} pairs, {config.lr_scheduler_type} rate "
+        f"up to {config.peak_rate:g}{default}",
     ]
     if start.checkpoint is not None:
         lines.append(f"resumed     after step {start.checkpoint.state.step:,}")
-    if warning := beta_warning(method.normalize, method.beta):
-        lines.append(f"WARNING: {warning}")
+    warnings = beta_warning(method.normalize, method.beta), epsilon_warning(method.epsilon)
+    lines += [f"WARNING: {warning}" for warning in warnings if warning]
     return "\n".join(lines)
 
 

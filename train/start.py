@@ -33,7 +33,7 @@ from .distributed import Ranks
 from .forward import PairForward, PairLogps
 from .logs import check_trackers
 from .memory import Sizes, memory_plan, refuse_what_cannot_fit
-from .policy import PolicySource, load_config, policy_source
+from .policy import PolicySource, load_config, policy_source, refuse_untrainable
 from .run_folder import RunFolder
 from .stream import PairStream
 
@@ -53,6 +53,7 @@ class Start:
     source: PolicySource
     checkpoint: Checkpoint | None
     tokens: int  # of the first micro-batches; 0 where the run is finished
+    per_token: float  # bytes that a step is planned to take for each token of its largest row
     tolerance: float | None = None  # for `compare_with_base`, if the policy is the base reference
 
 
@@ -65,11 +66,11 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     checkpoint = checkpoint_to_resume(config, settings)
     if checkpoint is not None:
         source = PolicySource(**checkpoint.settings[POLICY])
-        tokens = 0 if folder.finished else _planned_tokens(config, source, ranks, bf16)
+        planned = (0, 0.0) if folder.finished else _plan(config, source, ranks, bf16)
         scores = JoinedScores(folder.scores)
         if folder.pairs.is_dir() and (kept := PairShards(folder.pairs)).digest == pairs.digest:
             pairs = kept
-        return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, tokens)
+        return Start(folder, pairs, scores, checkpoint.settings, source, checkpoint, *planned)
 
     store, specs = open_store(config.store), load_refs(config.refs_config)
     records = resolve_references(pairs, store, method.references, config.refs_config)
@@ -81,7 +82,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     parts = ((name, base.inputs.get(name)) for name in ("model", "adapter"))
     commits = {name: part["commit"] for name, part in parts if part and "commit" in part}
     source, is_base = policy_source(config, specs.get(first.partition("@")[0]), commits)
-    tokens = _planned_tokens(config, source, ranks, bf16)
+    planned = _plan(config, source, ranks, bf16)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,7 +102,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     if is_base and records[0].identity == base.identity:
         tolerance = EXACT if not bf16 and base.inputs["dtype"] == "float32" else ROUNDED
     settings |= {POLICY: asdict(source)}
-    return Start(folder, pairs, scores, settings, source, None, tokens, tolerance)
+    return Start(folder, pairs, scores, settings, source, None, *planned, tolerance)
 
 
 def compare_with_base(
@@ -160,18 +161,20 @@ def refuse_missing(scores: JoinedScores, max_missing: float, pairs: PairShards) 
             )
 
 
-def _planned_tokens(config: TrainConfig, source: PolicySource, ranks: Ranks, bf16: bool) -> int:
-    """Print the memory plan and refuse what can't fit; the tokens of its micro-batches."""
+def _plan(config: TrainConfig, source: PolicySource, ranks: Ranks, bf16: bool) -> tuple[int, float]:
+    """Print the memory plan and refuse what can't fit; `tokens` and `per_token` of a `Start`."""
     if source.adapter is not None and config.lora_rank is not None:
         raise UserError(
             f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
             "merge it into a model folder first (peft's merge_and_unload)"
         )
-    sizes = Sizes.of(load_config(source))
+    architecture = load_config(source)
+    refuse_untrainable(architecture, source.name)
+    sizes = Sizes.of(architecture)
     plan = memory_plan(sizes, config, ranks, bf16)
     print(f"memory      {plan}", flush=True)
     refuse_what_cannot_fit(plan, sizes, config, ranks, bf16)
-    return plan.tokens
+    return plan.tokens, plan.per_token
 
 
 def _differences(logps: PairLogps, scores: ReferenceLogps, rows: Sequence[int]) -> Tensor:

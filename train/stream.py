@@ -12,7 +12,7 @@ be short. From here a batch (`StepBatch`) goes through `forward.py` to `loop.py`
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +21,7 @@ from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
+from ..data.pairs import Pair
 from ..data.rendering import Refusal, RenderedPair, Renderer
 from ..errors import UserError
 from ..method.objective import Method, ReferenceLogps, ReferenceTargets
@@ -87,6 +88,39 @@ def window(
     return parts, np.random.default_rng((seed, epoch, number + 1)).permutation(total)
 
 
+def rendered_within(
+    pairs: Sequence[Pair], renderer: Renderer, limits: Mapping[str, int]
+) -> Iterator[RenderedPair | Refusal]:
+    """Each pair as the policy sees it, or why it is dropped; `limits` as `PairStream` has them."""
+    for rendered in renderer.render_many(pairs):
+        if isinstance(rendered, RenderedPair):
+            longest = max(len(rendered.chosen.token_ids), len(rendered.rejected.token_ids))
+            over = (reason for reason, limit in limits.items() if longest > limit)
+            if reason := next(over, None):
+                rendered = Refusal(reason, f"{longest} tokens, above {limits[reason]}")
+        yield rendered
+
+
+def refusals(
+    pairs: Sequence[Pair], renderer: Renderer, limits: Mapping[str, int]
+) -> list[str | None]:
+    """For each pair why a stream with these limits would drop it, None where it would not."""
+    reasons: list[str | None] = []
+    for start in range(0, len(pairs), BLOCK_ROWS):
+        block = rendered_within(pairs[start : start + BLOCK_ROWS], renderer, limits)
+        reasons += (shown.reason if isinstance(shown, Refusal) else None for shown in block)
+    return reasons
+
+
+def refuse_all(dropped: Mapping[str, int]) -> NoReturn:
+    """Raise `UserError`: the policy can't take any pair, for these reasons."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    raise UserError(
+        f"no pair is left that the policy can take ({reasons}); prepare shorter ones, "
+        "raise --max-length, or choose another --policy"
+    )
+
+
 class PairStream:
     """Batches of rendered pairs with their targets, from any position to the end."""
 
@@ -135,7 +169,7 @@ class PairStream:
         refused, any_pair = Counter(dropped or {}), position != START
         for example in self._examples(position):
             if example.after.epoch > 0 and not (kept or any_pair):
-                self._refuse(refused)  # a stream without end would search forever
+                refuse_all(refused)  # a stream without end would search forever
             if isinstance(example.rendered, Refusal):
                 # Pairs are counted once, not once an epoch.
                 refused[example.rendered.reason] += example.after.epoch == 0
@@ -149,15 +183,7 @@ class PairStream:
         if kept:
             yield self._batch(kept, position, refused)
         elif not any_pair:
-            self._refuse(refused)
-
-    @staticmethod
-    def _refuse(dropped: Mapping[str, int]) -> NoReturn:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-        raise UserError(
-            f"no pair is left that the policy can take ({reasons}); prepare shorter ones, "
-            "raise --max-length, or choose another --policy"
-        )
+            refuse_all(refused)
 
     def _examples(self, position: Position) -> Iterator[_Example]:
         epoch, number, row = position
@@ -181,16 +207,7 @@ class PairStream:
         """The rows of a chunk, rendered a block at a time."""
         for start in range(0, len(chunk), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, len(chunk))
-            yield from map(self._within, self.renderer.render_many(chunk.pairs(start, stop)))
-
-    def _within(self, rendered: RenderedPair | Refusal) -> RenderedPair | Refusal:
-        """The pair, or why it is dropped where it is beyond `limits`."""
-        if isinstance(rendered, RenderedPair):
-            longest = max(len(rendered.chosen.token_ids), len(rendered.rejected.token_ids))
-            for reason, limit in self.limits.items():
-                if longest > limit:
-                    return Refusal(reason, f"{longest} tokens, above {limit}")
-        return rendered
+            yield from rendered_within(chunk.pairs(start, stop), self.renderer, self.limits)
 
     def _batch(self, kept: list[_Example], position: Position, dropped: Counter[str]) -> StepBatch:
         parts = [

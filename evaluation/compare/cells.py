@@ -113,6 +113,7 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
         "method": cell.method,
         "train_fraction": cell.fraction,
         "seed": cell.seed,
+        "run_name": f"{Path(config.output_dir).resolve().name}: {cell}",  # in the trackers
     }
     return TrainConfig(**{**shared, **own})
 

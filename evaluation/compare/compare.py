@@ -24,7 +24,7 @@ from ...data.shards import PairShards
 from ...data.store import Store, open_store
 from ...errors import UserError
 from ...files import write_json
-from ...method.grammar import aliases_of, named_references
+from ...method.grammar import aliases_of, epsilon_warning, named_references
 from ...settings import command, write_resolved
 from ...train.checkpoint import numeric_settings
 from ...train.dataset import method_of
@@ -71,6 +71,8 @@ def compare(config: CompareConfig) -> Comparison:
             cell.result.unlink()  # `mrpo store gc` took the policy's scores: score it again
     devices = _devices(config)
     print(_summary(plan, cells, len(devices)), flush=True)
+    if warning := epsilon_warning(config.epsilon):
+        print(f"WARNING: {warning}", flush=True)
     out = Path(config.output_dir)
     try:  # all cells read these, whatever the folder of pairs holds later
         plan = replace(plan, pairs=pairs.linked(out / PAIRS))

@@ -22,6 +22,7 @@ from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, open_store
 from ...errors import UserError
 from ...files import output_file, write_json
+from ...method.grammar import epsilon_warning
 from ...settings import comma_separated, command, write_resolved
 from ...terminal import Rows, table_lines
 from ..config import DoctorConfig
@@ -62,6 +63,8 @@ def doctor(config: DoctorConfig) -> Diagnosis:
     diagnosis = diagnose(config)
     for line in diagnosis_lines(diagnosis):
         print(line)
+    if warning := epsilon_warning(config.epsilon):
+        print(f"WARNING: {warning}")
     write_resolved(config, out.with_suffix(".yaml"))
     write_json(out, diagnosis)
     print(out)

@@ -46,7 +46,9 @@ def test_prompt_counts_once_when_packed_and_padding_never(
     layers = sum(p.numel() for p in logps.decoder_layers.parameters() if p.ndim == 2)
     prompt = 2 * layers * 6 + 2 * 4 * 32 * 21
     assert forward_flops(logps, unpacked([pair])) - forward_flops(logps, pack([pair])) == prompt
-    assert forward_flops(logps, pack([pair], multiple=64)) == forward_flops(logps, pack([pair]))
+    assert forward_flops(logps, pack([pair], length=lambda tokens: 64)) == forward_flops(
+        logps, pack([pair])
+    )
 
 
 def test_experts_count_as_many_as_a_token_visits(tiny_lm: Callable[..., nn.Module]) -> None:

@@ -289,3 +289,11 @@ def test_replaced_neighbour_leaves_a_score_bit_for_bit(
         after = logps(pack([pairs[0], changed]))
     mine = pack(pairs[:2]).sequence < 2
     assert torch.equal(before[mine], after[mine])
+
+
+def test_a_model_that_sees_later_tokens_is_refused(
+    tiny_lm: Callable[..., nn.Module], pairs: list[RenderedPair]
+) -> None:
+    logps = SequenceLogps(tiny_lm("bert"))
+    with pytest.raises(UserError, match="a token sees those after it"):
+        logps(unpacked(pairs))

@@ -7,13 +7,21 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import create_mask, flex_attention
-from transformers.integrations import flex_attention as transformers_flex
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from mrpo.data.rendering import RenderedPair, RenderedSequence
-from mrpo.model.attention import block_mask, dense_mask, mask_mod
+from mrpo.model.attention import (
+    FLEX_BLOCK,
+    block_mask,
+    dense_mask,
+    mask_mod,
+    never_eager,
+    padded_length,
+)
 from mrpo.model.load import set_attention
-from mrpo.model.logps import FLEX_BLOCK, SequenceLogps
+from mrpo.model.logps import SequenceLogps
 from mrpo.model.packing import pack
 
 
@@ -64,7 +72,7 @@ def test_mask_is_as_drawn(window: int | None, drawn: str) -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_flex_rule_is_the_dense_mask(pairs: list[RenderedPair], window: int | None) -> None:
-    batch = pack(pairs, multiple=FLEX_BLOCK)
+    batch = pack(pairs, length=padded_length)
     length = batch.input_ids.shape[1]
     assert length % FLEX_BLOCK == 0
     assert length > sum(stop - start for start, stop in batch.spans or ())
@@ -81,12 +89,7 @@ def test_flex_attention_gives_the_log_probs_of_sdpa(
     pairs: list[RenderedPair],
     window: int | None,
     tiny_lm: Callable[..., nn.Module],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def uncompiled(*args: object, training: bool, **kwargs: object) -> object:
-        return flex_attention(*args, **kwargs)  # compiling takes half a minute on a CPU
-
-    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", uncompiled)
     lm = tiny_lm("mistral", sliding_window=window, head_dim=16)
     logps = SequenceLogps(lm)
     with torch.no_grad():
@@ -95,3 +98,68 @@ def test_flex_attention_gives_the_log_probs_of_sdpa(
         batch = logps.collate(pairs, "cpu")
         assert batch.num_tokens % FLEX_BLOCK == 0
         assert torch.allclose(logps(batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "heads"), [("gemma2", 4), ("mistral", 6)])
+def test_flex_attention_has_softcaps_and_any_number_of_heads(
+    pairs: list[RenderedPair], tiny_lm: Callable[..., nn.Module], model_type: str, heads: int
+) -> None:
+    sizes = {"num_attention_heads": heads, "hidden_size": 16 * heads, "head_dim": 16}
+    caps = {"attn_logit_softcapping": 0.5} if model_type == "gemma2" else {}
+    lm = tiny_lm(model_type, sliding_window=4, **sizes, **caps)
+    logps = SequenceLogps(lm)
+    with torch.no_grad():
+        expected = logps(logps.collate(pairs, "cpu"))
+        set_attention(lm, "flex_attention")
+        assert torch.allclose(logps(logps.collate(pairs, "cpu")), expected, atol=1e-5)
+
+
+def packs_of_all_lengths() -> list[list[RenderedPair]]:
+    """Packed rows of 200 to 1,400 tokens."""
+    pair = RenderedPair(sequence([1] * 50, 40), sequence([1] * 45 + [2] * 10, 40), shared=40)
+    return [[pair] * count for count in range(3, 23, 3)]
+
+
+def test_rows_of_all_lengths_and_windows_compile_two_masks() -> None:
+    """The first length, and after the second any; windows are no reason to compile again."""
+    compiled = CompileCounter()
+    create = never_eager(create_block_mask, backend=compiled)
+    lengths = set()
+    for pairs in packs_of_all_lengths():
+        batch = pack(pairs, length=padded_length)
+        length = batch.input_ids.shape[1]
+        lengths.add(length)
+        for window in (None, 8):
+            create(mask_mod(batch, window), 1, None, length, length, device="cpu")
+    assert len(lengths) == 7
+    assert compiled.frame_count <= 2
+
+
+def test_rows_of_all_lengths_and_windows_compile_few_kernels() -> None:
+    compiled = CompileCounter()
+    kernel = never_eager(flex_attention, backend=compiled)
+    for pairs in packs_of_all_lengths()[::2]:
+        batch = pack(pairs, length=padded_length)
+        heads = torch.randn(1, 1, batch.input_ids.shape[1], 16)
+        for window in (None, 8):
+            kernel(heads, heads, heads, block_mask=block_mask(batch, window))
+    assert compiled.frame_count <= 2
+
+
+def test_what_would_run_uncompiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, FlexAttention would materialize the scores of all pairs of tokens."""
+    monkeypatch.setattr("mrpo.model.attention.MOST_VARIANTS", 2)
+    compiled = never_eager(torch.add, backend=CompileCounter())
+    for kind in (torch.float32, torch.float64):
+        compiled(torch.zeros(2, dtype=kind), torch.ones(2, dtype=kind))
+    integers = torch.ones(2, dtype=torch.int32)
+    with pytest.raises(FailOnRecompileLimitHit):
+        compiled(integers, integers)
+
+
+def test_lengths_are_few_and_waste_little() -> None:
+    lengths = {padded_length(tokens) for tokens in range(1, 16_385)}
+    assert len(lengths) <= 8 + 8 * 4
+    assert all(length % FLEX_BLOCK == 0 for length in lengths)
+    for tokens in range(1024, 16_385):
+        assert tokens <= padded_length(tokens) <= tokens * 1.125 + 1

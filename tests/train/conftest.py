@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from mrpo.data.config import PrepareConfig
 from mrpo.data.ids import ids_to_arrow
@@ -27,6 +28,16 @@ from mrpo.model.logps import SequenceLogps, sum_by_sequence
 from mrpo.train.config import TrainConfig
 
 WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,35 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str, 
 def scored(inputs: Inputs) -> Callable[..., None]:
     """Score pairs into `FOLDER/store`: see `score`."""
     return partial(score, inputs)
+
+
+@pytest.fixture(scope="session")
+def write_policy(
+    tiny_references: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[PretrainedConfig], str]:
+    """A function that writes an untrained model with llama's tokenizer, and returns its folder."""
+
+    def write(config: PretrainedConfig) -> str:
+        folder = tmp_path_factory.mktemp("policy") / "model"
+        tokenizer = AutoTokenizer.from_pretrained(tiny_references["llama"])
+        text = config.get_text_config()
+        text.vocab_size = len(tokenizer)
+        for part in {id(config): config, id(text): text}.values():
+            part.bos_token_id = part.eos_token_id = part.pad_token_id = None
+        tokenizer.save_pretrained(folder)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def mixture(write_policy: Callable[[PretrainedConfig], str]) -> str:
+    """A policy of 4 experts of which 2 are used, whose balancing loss weighs much."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+    return write_policy(AutoConfig.for_model("mixtral", **SMALL, **experts))
 
 
 def score(

@@ -40,7 +40,7 @@ class Card:
 
 
 def test_budget_grows_until_memory_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, budget = Card(monkeypatch), TokenBudget.of("auto", GPU, 500, TrainState())
+    card, budget = Card(monkeypatch), TokenBudget.of("auto", GPU, 500, TrainState(), 0.0)
     tokens = []
     while budget.grows:
         card.step(budget)
@@ -51,7 +51,7 @@ def test_budget_grows_until_memory_is_nearly_full(monkeypatch: pytest.MonkeyPatc
 
 
 def test_budget_that_did_not_bound_the_rows_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, budget = Card(monkeypatch), TokenBudget.of("auto", GPU, 500, TrainState())
+    card, budget = Card(monkeypatch), TokenBudget.of("auto", GPU, 500, TrainState(), 0.0)
     card.peak = card.steady + 6_000
     budget.watch(Ranks(0, 1, GPU))
     budget.learn(500, Ranks(0, 1, GPU), bound=False)
@@ -60,7 +60,7 @@ def test_budget_that_did_not_bound_the_rows_stays(monkeypatch: pytest.MonkeyPatc
 
 
 def test_halved_budget_grows_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, budget = Card(monkeypatch), TokenBudget.of("auto", GPU, 500, TrainState())
+    card, budget = Card(monkeypatch), TokenBudget.of("auto", GPU, 500, TrainState(), 0.0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     budget.halve(largest=3)
     card.step(budget)
@@ -71,12 +71,28 @@ def test_halved_budget_grows_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_resumed_run_goes_on_with_the_budget_in_force() -> None:
     state = TrainState(max_tokens=256, asked_tokens=512)
-    assert TokenBudget.of(512, CPU, 2048, state).tokens == 256
-    assert TokenBudget.of(1024, CPU, 2048, state).tokens == 1024
+    assert TokenBudget.of(512, CPU, 2048, state, 0.0).tokens == 256
+    assert TokenBudget.of(1024, CPU, 2048, state, 0.0).tokens == 1024
     assert state.asked_tokens == 1024
     state = TrainState(max_tokens=4096, asked_tokens="auto")
-    assert TokenBudget.of("auto", CPU, 2048, state).tokens == 4096
-    assert TokenBudget.of("auto", CPU, 2048, TrainState()).tokens == 2048
+    assert TokenBudget.of("auto", CPU, 2048, state, 0.0).tokens == 4096
+    assert TokenBudget.of("auto", CPU, 2048, TrainState(), 0.0).tokens == 2048
+
+
+def test_the_first_sharded_step_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any step was seen the plan's bytes a token are what the ranks try to allocate."""
+    asked: list[int] = []
+
+    def empty(count: int, **how: object) -> None:
+        asked.append(count)
+        if count > 10_000:
+            raise torch.OutOfMemoryError
+
+    budget = TokenBudget.of("auto", GPU, 500, TrainState(), 30.0)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert not budget.fits(400, Ranks(0, 2, GPU))
+    assert budget.fits(300, Ranks(1, 2, GPU))
+    assert asked == [12_000, 9_000]
 
 
 def test_only_memory_running_out_is_out_of_memory() -> None:

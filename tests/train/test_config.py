@@ -95,9 +95,22 @@ def test_settings_that_may_change_exist() -> None:
         ("lora_dropout", -0.1),
         ("max_grad_norm", -1.0),
         ("seed", -1),
+        ("seed", 2**32),
         ("learning_rate", float("nan")),
     ],
 )
 def test_value_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is {value}"):
         TrainConfig(output_dir="run", **{name: value})
+
+
+def test_rate_by_default_is_trls_for_all_weights_and_the_authors_for_lora() -> None:
+    assert TrainConfig(output_dir="run").peak_rate == 1e-6
+    assert TrainConfig(output_dir="run", lora_rank=8).peak_rate == 1e-5
+    assert TrainConfig(output_dir="run", lora_rank=8, learning_rate=1e-6).peak_rate == 1e-6
+
+
+def test_trls_default_rate_is_the_one_taken() -> None:
+    dpo = pytest.importorskip("trl").DPOConfig
+    (rate,) = (field.default for field in fields(dpo) if field.name == "learning_rate")
+    assert TrainConfig(output_dir="run").peak_rate == rate

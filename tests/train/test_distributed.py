@@ -17,14 +17,19 @@ from mrpo.train.run import train
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(inputs: Any, mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by one process, by two, by two of which one is short of memory, and begun by
-    either number and ended by the other."""
+    either number and ended by the other; and that of a mixture of experts by one and by two."""
     root = tmp_path_factory.mktemp("ranks")
-    changes = {"max_steps": 6, "batch_pairs": 6, "max_tokens": 200, "save_steps": 3}
+    # 20 of the pairs are short enough, and 36 rows are 6 steps.
+    changes = {"max_steps": None, "num_train_epochs": 1.8, "max_length": 50}
+    changes |= {"batch_pairs": 6, "max_tokens": 200, "save_steps": 3}
     train(inputs.config(root / "one", **changes))
+    experts = changes | {"policy": mixture}
+    train(inputs.config(root / "experts, one", **experts | {"max_tokens": 4096}))
     begin(root / "one", root / "one then two")
     two = [
+        inputs.settings(root / "experts, two", **experts),
         inputs.settings(root / "two", **changes),
         inputs.settings(root / "one then two", **changes, resume=True),
         inputs.settings(root / "short", **changes) | {"short_of_memory": True},
@@ -54,6 +59,13 @@ def test_curve_is_that_of_one_process(runs: Path, name: str) -> None:
         expected = curve(runs / "one", value)
         assert len(expected) == (2 if value.startswith("eval") else 6)
         assert curve(runs / name, value) == pytest.approx(expected, rel=1e-3, abs=1e-5), value
+
+
+def test_balancing_loss_is_that_of_one_process(runs: Path) -> None:
+    for value in ("loss", "aux_loss", "grad_norm"):
+        expected = curve(runs / "experts, one", value)
+        assert len(expected) == 6
+        assert curve(runs / "experts, two", value) == pytest.approx(expected, rel=1e-3), value
 
 
 @pytest.mark.parametrize("name", ["two", "one then two", "two then one"])

@@ -32,7 +32,7 @@ def joined(
 
 def rows_of(source: TrainingPairs) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """(shard, row) of the pairs to train on, and of those held out."""
-    training, held_out, unusable = source.usable(parse_method("mrpo", ALIASES))
+    training, held_out, unusable, _ = source.usable(parse_method("mrpo", ALIASES))
     assert unusable == 0
     return tuple(  # type: ignore[return-value]
         {(shard, int(row)) for shard, rows in enumerate(kind) for row in rows}
@@ -61,7 +61,7 @@ def test_weights_are_learned_from_the_fraction_alone(
     joined: tuple[PairShards, JoinedScores],
 ) -> None:
     source = TrainingPairs(*joined, prompt_numbers=True, fraction=0.6)
-    training, _, _ = source.usable(parse_method("mrpo", ALIASES))
+    training, *_ = source.usable(parse_method("mrpo", ALIASES))
     scores = stacked([(source.scores(n)[0], rows) for n, rows in enumerate(training)])
     chosen, rejected = scores.reference_logps([0, 1, 2], "none")
     expected = fit_weights(chosen - rejected, scores.prompts).weights

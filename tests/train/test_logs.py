@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mrpo.errors import UserError
 from mrpo.train.logs import RunLog, check_trackers, open_trackers
+from mrpo.train.run_folder import RunFolder
 
 FAKE = """
 calls = []
@@ -76,22 +80,53 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.fixture
+def fake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], list[tuple[Any, ...]]]]:
+    """A function that puts a fake tracker in place; returns what the fake was called with."""
+    (tmp_path / "fakes").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "fakes")
+
+    def place(name: str) -> list[tuple[Any, ...]]:
+        (tmp_path / "fakes" / f"{name}.py").write_text(FAKE)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return import_module(name).calls
+
+    yield place
+    for name in ("wandb", "trackio"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_hosted_tracker_gets_name_settings_and_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, fake: Callable[[str], list[tuple[Any, ...]]], name: str
 ) -> None:
-    (tmp_path / f"{name}.py").write_text(FAKE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    (tracker,) = open_trackers(f"none,{name}", "my run", tmp_path, {"beta": 0.1}, step=0)
-    tracker.log({"loss": 0.5}, step=3)
-    tracker.finish()
-    (_, known), logged, finished = sys.modules[name].calls
-    assert known["name"] == "my run"
+    calls = fake(name)
+    trackers = open_trackers(f"none,{name}", "my run", RunFolder(tmp_path), {"beta": 0.1}, step=0)
+    log = RunLog(tmp_path / "log.jsonl", trackers, first=True, step=0, total=9, length=0)
+    log.write(3, {"loss": 0.5})
+    log.close()
+    log.close()  # at the end of a run and on the way out
+    (_, known), logged, finished = calls
+    assert known["name"].startswith("my run")
     assert known["config"] == {"beta": 0.1}
     assert known["resume"] == "allow"
-    assert (logged, finished) == (("log", {"loss": 0.5}, 3), ("finish",))
-    monkeypatch.delitem(sys.modules, name)
+    assert (logged, finished) == (("log", {"step": 3, "loss": 0.5}, 3), ("finish",))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_runs_of_one_name_are_different_runs_and_a_resumed_one_is_itself(
+    tmp_path: Path, fake: Callable[[str], list[tuple[Any, ...]]], name: str
+) -> None:
+    calls = fake(name)
+    for folder, step in (("a/seed-42", 0), ("b/seed-42", 0), ("a/seed-42", 5), ("b/seed-42", 0)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        open_trackers(name, "seed-42", RunFolder(tmp_path / folder), {}, step)
+    key = "id" if name == "wandb" else "name"
+    first, second, resumed, from_scratch = (known[key] for _, known in calls)
+    assert first == resumed
+    assert len({first, second, from_scratch}) == 3
 
 
 def test_tracker_that_is_not_installed_is_named_before_anything_else(

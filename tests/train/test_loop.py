@@ -74,7 +74,7 @@ def test_three_steps_are_those_of_the_formula(inputs: Any, tmp_path: Path) -> No
     scores = JoinedScores(tmp_path / "run" / "scores")
     source = TrainingPairs(PairShards(config.pairs), scores, prompt_numbers=False)
     method = parse_method("mrpo", scores.aliases)
-    training, _, _ = source.usable(method)
+    training, *_ = source.usable(method)
     renderer = Renderer.load(folder)
     stream = PairStream(
         source, training, renderer, method, seed=42, batch_pairs=4, total_rows=12, limits={}

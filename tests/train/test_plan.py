@@ -9,10 +9,13 @@ import torch
 from transformers import LlamaConfig
 
 from mrpo.errors import UserError
+from mrpo.model.head import KEEP_BYTES, chunk_rows
 from mrpo.train import memory as plan
+from mrpo.train import policy
 from mrpo.train.config import TrainConfig
 from mrpo.train.distributed import Ranks
 from mrpo.train.memory import GIB, Sizes, memory_plan, refuse_what_cannot_fit
+from mrpo.train.policy import PolicySource
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
@@ -75,12 +78,25 @@ def test_checkpointing_and_shards_take_less(sizes: Sizes) -> None:
     assert shard.activations == whole.activations
 
 
+def test_the_heads_part_is_what_its_chunks_take(sizes: Sizes) -> None:
+    """1,046 rows of 128,256 logits, three times in float32, and 128 MiB of slopes kept."""
+    tokens = {"max_tokens": 8192, "gradient_checkpointing": True}
+    whole = memory_plan(sizes, config(**tokens), on_gpus(1), bf16=True)
+    width = 4096 * (7 * 2 + 6 * 4) + 14336 * 4 * 2 + 32 * 4096 * 4
+    chunk = chunk_rows(128256, torch.device("cuda"))
+    assert chunk == 2**27 // 128256 == 1046
+    assert whole.activations - 8192 * width == 3 * chunk * 128256 * 4 + KEEP_BYTES
+    few = config(max_tokens=100, gradient_checkpointing=True)
+    less = memory_plan(sizes, few, on_gpus(1), bf16=True)
+    assert less.activations - 100 * width == 3 * 100 * 128256 * 4 + 100 * 128256 * 2
+
+
 def test_what_cannot_fit_is_refused_with_the_ways_out(sizes: Sizes) -> None:
     settings, ranks = config(gradient_checkpointing=True), on_gpus(1)
     whole = memory_plan(sizes, settings, ranks, bf16=True)
     with pytest.raises(UserError, match=r"--lora-rank 16 or torchrun --nproc-per-node 2") as raised:
         refuse_what_cannot_fit(whole, sizes, settings, ranks, bf16=True)
-    assert "needs about 135." in str(raised.value)
+    assert "needs about 137." in str(raised.value)
     for fitting, devices in ((config(lora_rank=16), 1), (settings, 2)):
         ranks = on_gpus(devices)
         fits = memory_plan(sizes, fitting, ranks, bf16=True)
@@ -90,3 +106,20 @@ def test_what_cannot_fit_is_refused_with_the_ways_out(sizes: Sizes) -> None:
 def test_free_memory_is_at_most_the_machines() -> None:
     free = plan._free_memory()
     assert 0 < free < 2**45
+
+
+def test_shards_of_gpus_get_the_attention_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP loads on the CPU first: the attention is that of the device it will run on."""
+    asked = []
+
+    def load_model(path: str, **how: object) -> None:
+        asked.append((how["device"], how["attn"]))
+        raise InterruptedError
+
+    monkeypatch.setattr(policy, "load_model", load_model)
+    for world, device in ((2, "cuda"), (1, "cuda"), (2, "cpu")):
+        ranks = Ranks(0, world, torch.device(device))
+        with pytest.raises(InterruptedError):
+            policy.load_policy(PolicySource("model"), config(), ranks, bf16=True)
+    cuda = torch.device("cuda")
+    assert asked == [("cpu", "flex_attention"), (cuda, "flex_attention"), ("cpu", "sdpa")]

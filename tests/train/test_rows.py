@@ -53,7 +53,7 @@ def test_a_resumed_run_knows_its_rows_without_reading_the_scores(
     source: TrainingPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = parse_method("mrpo", source.joined.aliases)
-    training, held_out, unusable = source.usable(method)
+    training, held_out, unusable, _ = source.usable(method)
     total = sum(map(len, training)) + sum(map(len, held_out)) + unusable
     assert total == source.pairs.num_pairs
     monkeypatch.setattr(TrainingPairs, "scores", lambda *_: pytest.fail("read the scores"))

@@ -262,3 +262,44 @@ def test_trackers_get_what_the_log_gets(inputs: Any, run: Path, tmp_path: Path) 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     losses = [event.value for event in events.Scalars("loss")]
     assert losses == pytest.approx([line["loss"] for line in log_of(run) if "loss" in line])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "cosine rate up to 1e-06, the default (TRL's for full fine-tuning)"),
+        ({"lora_rank": 2}, "cosine rate up to 1e-05, the default (MRPO authors' for LoRA)"),
+        ({"learning_rate": 3e-4}, "cosine rate up to 0.0003\n"),
+    ],
+    ids=["all weights", "lora", "given"],
+)
+def test_the_rate_is_said_and_why_and_written(
+    inputs: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    config = inputs.config(tmp_path / "run", **{"learning_rate": None, "max_steps": 1} | changes)
+    train(config)
+    assert said in capsys.readouterr().out
+    settings = yaml.safe_load((tmp_path / "run" / "train.yaml").read_text())
+    assert settings["learning_rate"] == config.peak_rate
+    assert (
+        f"| learning_rate | {config.peak_rate:.4g} |"
+        in (tmp_path / "run" / "model" / "README.md").read_text()
+    )
+
+
+def test_the_largest_seed_trains(inputs: Any, tmp_path: Path) -> None:
+    train(inputs.config(tmp_path / "run", seed=2**32 - 1, max_steps=1, lora_rank=2))
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 2.5])
+def test_clipping_without_an_upper_bound_is_said(
+    inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], epsilon: float
+) -> None:
+    train(inputs.config(tmp_path / "run", epsilon=epsilon, max_steps=1))
+    assert f"WARNING: --epsilon {epsilon:g} leaves clipping (CTRO) without an upper bound" in (
+        capsys.readouterr().out
+    )

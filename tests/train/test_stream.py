@@ -71,7 +71,7 @@ def renderer(inputs: Any) -> Renderer:
 
 def stream(source: TrainingPairs, renderer: Renderer, **changes: Any) -> PairStream:
     method = parse_method("mrpo", source.joined.aliases)
-    training, _, _ = source.usable(method)
+    training, *_ = source.usable(method)
     given: dict[str, Any] = {
         "seed": 3,
         "batch_pairs": 4,

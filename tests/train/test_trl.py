@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
@@ -100,12 +101,13 @@ def paths(folder: Path) -> dict[str, Any]:
     }
 
 
-def train_here(folder: Path, method: str) -> list[dict[str, float]]:
+def train_here(folder: Path, method: str, policy: Path) -> list[dict[str, float]]:
     """The log lines of two full-batch steps of `mrpo train`."""
-    out = folder / f"ours-{method}"
+    out = folder / f"ours-{method}-{policy.name}"
     config = TrainConfig(
         output_dir=str(out),
         method=method,
+        policy=str(policy),
         beta=BETA,
         learning_rate=RATE,
         lr_scheduler_type="constant",
@@ -123,7 +125,7 @@ def train_here(folder: Path, method: str) -> list[dict[str, float]]:
 def train_in_trl(trl: Any, folder: Path, method: str, model: Path) -> list[dict[str, float]]:
     """The same in TRL, with the class that docs/trl.md shows."""
     exported = export(
-        ExportConfig(method=method, out=str(folder / f"out-{method}"), **paths(folder))
+        ExportConfig(method=method, out=str(folder / f"out-{method}-{model.name}"), **paths(folder))
     )
     pairs = load_dataset(str(exported), cache_dir=str(folder / "cache"))
     names: dict[str, Any] = {}
@@ -141,7 +143,7 @@ def train_in_trl(trl: Any, folder: Path, method: str, model: Path) -> list[dict[
     trainer = Recording(
         model=str(model),
         args=trl.DPOConfig(
-            output_dir=str(folder / f"trl-{method}"),
+            output_dir=str(folder / f"trl-{method}-{model.name}"),
             beta=BETA,
             precompute_ref_log_probs=True,
             max_length=None,
@@ -169,7 +171,7 @@ def train_in_trl(trl: Any, folder: Path, method: str, model: Path) -> list[dict[
 def test_two_steps_in_trl_and_in_ours_have_the_same_losses(
     trl: Any, project: Path, tiny_references: dict[str, Path], method: str
 ) -> None:
-    ours = train_here(project, method)
+    ours = train_here(project, method, tiny_references["llama"])
     theirs = train_in_trl(trl, project, method, tiny_references["llama"])
     assert len(ours) == len(theirs) == STEPS
     for mine, other in zip(ours, theirs):
@@ -180,6 +182,38 @@ def test_two_steps_in_trl_and_in_ours_have_the_same_losses(
         assert mine["rewards/accuracies"] == pytest.approx(other["rewards/accuracies"])
     # The second step differs from the first: the optimizers have moved, and alike.
     assert abs(ours[1]["loss"] - ours[0]["loss"]) > 1e-3 * ours[0]["loss"]
+
+
+def test_a_mixture_of_experts_has_the_balancing_loss_of_trl(
+    trl: Any, project: Path, tiny_references: dict[str, Path]
+) -> None:
+    """With the coefficient of the model's config, here 0.3, over the whole batch."""
+    folder = project / "mixture"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_references["llama"])
+    tokenizer.save_pretrained(folder)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_aux_loss_coef=0.3,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    ours = train_here(project, "mrpo", folder)
+    theirs = train_in_trl(trl, project, "mrpo", folder)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["aux_loss"] == pytest.approx(other["aux_loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert mine["loss"] > 0.3 * mine["aux_loss"] > 0.5
 
 
 def test_the_exported_columns_reach_trls_batches_unchanged(

@@ -9,17 +9,27 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from mrpo.demo.config import DemoConfig
 from mrpo.errors import UserError
 from mrpo.evaluation.compare import workers
-from mrpo.evaluation.compare.cells import Cell, fractions_of, methods_of
+from mrpo.evaluation.compare.cells import (
+    Cell,
+    cells_of,
+    fractions_of,
+    methods_of,
+    settings_for,
+)
 from mrpo.evaluation.compare.worker import TORCH_SEED, process_state_kept, run_cell
 from mrpo.evaluation.compare.workers import CellRunner
+from mrpo.evaluation.config import CompareConfig
 from mrpo.files import locked
 
 
@@ -168,3 +178,25 @@ def test_methods_are_named_once() -> None:
     for text in ("", "mrpo,mrpo"):
         with pytest.raises(UserError, match="--methods"):
             methods_of(text)
+
+
+def test_every_run_has_a_name_of_its_own_in_the_trackers(tmp_path: Path) -> None:
+    config = CompareConfig(
+        output_dir=str(tmp_path / "first"), methods="mrpo,dpo:llama", fractions="0.5,1", seeds=2
+    )
+    pairs: Any = SimpleNamespace(path=tmp_path)
+    cells = cells_of(config)
+    names = [settings_for(config, cell, "llama,qwen", pairs).run_name for cell in cells]
+    assert len(set(names)) == len(cells) == 8
+    assert "first: dpo:llama, fraction 0.5, seed 43" in names
+
+
+def test_the_last_seed_of_a_comparison_is_checked(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"output_dir": str(tmp_path), "methods": "mrpo", "seeds": 2}
+    CompareConfig(seed=2**32 - 2, **settings)
+    with pytest.raises(UserError, match="--seeds 2 from --seed 4294967295 end at 4294967296"):
+        CompareConfig(seed=2**32 - 1, **settings)
+    with pytest.raises(UserError, match="--seed is 4294967296; it must be a seed from 0 to 42949"):
+        CompareConfig(seed=2**32, **settings)
+    with pytest.raises(UserError, match="--seed is 4294967296"):
+        DemoConfig(seed=2**32)
