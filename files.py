@@ -63,6 +63,48 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(path: Path, shape: Any, way_out: str) -> Any:
+    """What a JSON file holds, which must have a shape: see `fits`.
+
+    Raises `UserError` that ends in the way out where it has not, `OSError` where there is no file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: damaged, it is not JSON; {way_out}") from None
+    if not fits(value, shape):
+        raise UserError(f"{path}: damaged, something is missing or of a wrong type; {way_out}")
+    return value
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape: a type, [the shape of all items] or {key: its shape}.
+
+    >>> fits({"rows": 3, "names": ["a"], "more": None}, {"rows": int, "names": [str]})
+    True
+    """
+    if isinstance(shape, Mapping):
+        return isinstance(value, dict) and all(
+            key in value and fits(value[key], part) for key, part in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return isinstance(value, shape)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises `ValueError` for other text, `OSError` without a file."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value, default=str)  # fails where an anchor holds itself
+    except Exception as error:  # PyYAML raises nearly any error for tags that do not fit
+        raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
+    return value
+
+
 def output_file(out: str | Path) -> Path:
     """The path of a result that a command will write, its folder made; `UserError` if it can't."""
     path = Path(out).expanduser()

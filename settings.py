@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar
 
 from .errors import UserError
-from .files import write_text
+from .files import read_yaml, write_text
 
 Config = TypeVar("Config")
 Given = ParamSpec("Given")
@@ -313,14 +313,12 @@ def write_resolved(config: Any, path: Path) -> None:
 
 
 def _read_yaml(file: str) -> Mapping[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        values = read_yaml(Path(file)) or {}
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"--config {file}: {error}") from None
     if not isinstance(values, Mapping):
         raise UserError(f"--config {file}: must be a mapping of settings, not {type(values)}")
     return values
@@ -345,7 +343,9 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
     if type(value) in admitted or value in literals:
         return value
     for kind in (int, float, str):
-        exact = not isinstance(value, bool) and (kind is not int or isinstance(value, str))
+        exact = not isinstance(value, bool | Mapping) and (
+            kind is not int or isinstance(value, str)
+        )
         if kind in admitted and exact:
             try:
                 return kind(value)

@@ -11,7 +11,6 @@ time. A joined file has these columns besides `pair_id`:
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections import Counter
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import new_folder, write_json
+from ..files import new_folder, read_json, write_json
 from .ids import IdIndex, digest_of, ids_to_arrow, ids_to_numpy
 from .store import SCORE_SCHEMA, ReferenceRecord, ScoreFiles, Store
 
@@ -60,8 +59,13 @@ class JoinedScores:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        shape = {
+            "references": [{"alias": str, "identity": str, "entry": {}, "missing": {}}],
+            "files": [{"name": str, "rows": int, "digest": str}],
+        }
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
+            way_out = f"delete {self.path} and start the run again"
+            manifest = read_json(self.path / MANIFEST, shape, way_out)
         except FileNotFoundError:
             raise UserError(f"{self.path}: holds no joined scores; start the run again") from None
         self.references = [JoinedReference(**entry) for entry in manifest["references"]]
@@ -74,7 +78,7 @@ class JoinedScores:
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's rows. Raises `UserError` where its bytes have changed."""
         path = self.path / self.names[shard]
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() else b""
         if digest_of(data) != self._digests[shard]:
             raise UserError(f"{path}: damaged; delete {self.path} and start the run again")
         return pq.read_table(pa.BufferReader(data), columns=columns)

@@ -11,16 +11,15 @@ This module only reads and checks: no model is loaded. `precompute/identity.py` 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
-from ..files import to_json
+from ..files import read_yaml, to_json
 from ..settings import comma_separated
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -124,20 +123,31 @@ def from_pretrained(
 ) -> Any:
     """What an Auto class of transformers loads for a Hub id, a model folder or a GGUF file.
 
-    Raises `UserError` for a GGUF file that can't be read, besides what `auto` raises.
+    Raises `UserError` where it can't be loaded.
     """
     path = Path(model)
     if path.suffix != GGUF:
-        return auto.from_pretrained(str(model), revision=revision, **options)
+        with files_of(model):
+            return auto.from_pretrained(str(model), revision=revision, **options)
     if find_spec("gguf") is None:
         raise UserError(f"{model}: GGUF files need the package gguf; `pip install 'mrpo[gguf]'`")
-    try:
+    with files_of(model, "not a GGUF file that transformers reads"):
         return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
-    except Exception as error:  # by a damaged file the readers are led to nearly any error
-        raise UserError(
-            f"{model}: not a GGUF file that transformers reads ({' '.join(str(error).split())}); "
-            "restore the file, or name a model folder"
-        ) from error
+
+
+@contextmanager
+def files_of(model: str | Path, problem: str = "can't be loaded") -> Iterator[None]:
+    """Makes any error of reading a model's files a `UserError`; a device without memory's rises.
+
+    Damaged files lead the libraries that read them to nearly any error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{model}: {problem} ({reason}); restore it, or name another") from error
 
 
 def check_alias(alias: str, where: str = "--refs") -> str:
@@ -152,13 +162,13 @@ def check_alias(alias: str, where: str = "--refs") -> str:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_yaml(path)
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; name an existing file with --refs-config"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _spec(file: str, folder: Path, alias: str, entry: Any) -> ReferenceSpec:

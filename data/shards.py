@@ -22,14 +22,14 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import sync, write_json
+from ..files import fits, read_json, sync, write_json
 from .ids import IdArray, ids_to_numpy
 from .pairs import ID_BYTES, Message, Pair, Turns, canonical_json, response_bytes
 
@@ -79,9 +79,13 @@ class PairShards:
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One shard as an Arrow table, all columns or the named ones."""
         path = self.path / self.names[shard]
+        schema = pair_schema(self.kind)
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
         try:
-            table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
-        except (OSError, pa.ArrowInvalid) as error:
+            table = pq.ParquetFile(path).read(columns=schema.names).select(schema.names)
+            table = table.cast(schema)
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
             raise UserError(
                 f"{path} {reason}, but {MANIFEST} lists it; run `mrpo prepare` again"
@@ -96,7 +100,13 @@ class PairShards:
     def pairs(self, shard: int, rows: Sequence[int] | None = None) -> list[Pair]:
         """The pairs of a shard, all in order or the given rows (numbers within the shard)."""
         table = self.table(shard, PAIR_COLUMNS)
-        return from_table(table if rows is None else table.take(pa.array(rows, pa.int64())))
+        try:
+            return from_table(table if rows is None else table.take(pa.array(rows, pa.int64())))
+        except (ValueError, TypeError, RecursionError):
+            path = self.path / self.names[shard]
+            raise UserError(
+                f"{path} holds something else than pairs; run `mrpo prepare` again"
+            ) from None
 
     def pair_ids(self, shard: int) -> IdArray:
         """The ids of a shard's pairs, [rows] of 16 raw bytes."""
@@ -229,15 +239,15 @@ def shard_name(number: int) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path / MANIFEST, {}, "run `mrpo prepare` again")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path} holds no prepared pairs (no {MANIFEST}); "
             f"run `mrpo prepare SOURCE --out {path}`"
         ) from None
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict) or not {"kind", "shards"} <= manifest.keys():
+    shape = {"kind": str, "shards": [{"name": str, "rows": int}]}
+    valid = fits(manifest, shape) and manifest["kind"] in get_args(Kind)
+    if not valid or not all(fnmatch(shard["name"], SHARDS) for shard in manifest["shards"]):
         raise UserError(f"{path / MANIFEST} is damaged; run `mrpo prepare` again")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(

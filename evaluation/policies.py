@@ -5,7 +5,6 @@ They are scored as stage one scores references.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..data.references import ReferenceSpec
 from ..errors import UserError
+from ..files import read_json
 from ..settings import build
 from ..train.checkpoint import checkpoints
 from ..train.config import TrainConfig
@@ -50,7 +50,8 @@ def policy_at(
         "policy", model, chat_template_kwargs=kwargs or {}, system_role=system_role
     )
     if (folder / ADAPTER_CONFIG).is_file():
-        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        shape = {"base_model_name_or_path": str}
+        adapter = read_json(folder / ADAPTER_CONFIG, shape, "restore the adapter")
         base = adapter["base_model_name_or_path"]
         template = folder / TEMPLATE  # its base model may have another one, or none
         reference = replace(

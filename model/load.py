@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 
-from ..data.references import GGUF, from_pretrained
+from ..data.references import GGUF, files_of, from_pretrained
 from ..errors import UserError
 from .attention import FLEX, SDPA
 
@@ -60,13 +60,19 @@ def load_model(
         remove_dropout(model)
         set_attention(model, attn or default_attention(device))
         if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter)
+            model = with_adapter(model, adapter)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model {path} could not be loaded: {reason}") from error
     return model.to(device).eval()
+
+
+def with_adapter(model: PreTrainedModel, adapter: str | Path) -> nn.Module:
+    """A `PeftModel`: the model with a PEFT adapter on top. Raises `UserError` where it can't be."""
+    from peft import PeftModel
+
+    with files_of(adapter):
+        return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _forget_file(model: Any, path: Path) -> None:

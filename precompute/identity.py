@@ -31,7 +31,7 @@ from ..data.references import DTYPES, ReferenceSpec
 from ..data.rendering import RENDERING_VERSION, Renderer
 from ..data.store import ReferenceRecord
 from ..errors import UserError
-from ..files import write_json
+from ..files import read_json, write_json
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -232,16 +232,12 @@ def _existing(folder: Path, *patterns: str) -> list[str]:
 
 def _json(alias: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path, {}, f"restore it for reference {alias}")
     except FileNotFoundError:
         raise UserError(
             f"reference {alias}: {path.parent} has no {path.name}; name a folder that "
             "`save_pretrained` wrote"
         ) from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"reference {alias}: {path} is not a JSON object; restore it")
     return content
 
 

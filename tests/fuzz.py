@@ -47,8 +47,9 @@ import yaml
 from mrpo import cli
 from mrpo.data.ids import digest_of, identity_of
 from mrpo.demo.models import write_reference
-from mrpo.settings import Several, build, options, settings_of
+from mrpo.settings import Several, options, settings_of
 
+FINDS = ("doctor", "store verify", "store push", "store pull")  # exit code 1: something is wrong
 SECONDS = 120  # a case may take
 MEMORY = 16 << 30  # bytes of address space that a run of its own may take
 
@@ -322,7 +323,7 @@ def _with_alarm(function: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _without_processes() -> Iterator[None]:
-    """References and cells of a comparison in this process; no pretraining."""
+    """References and cells of a comparison in this process, without vLLM; no pretraining."""
     from mrpo.errors import UserError
     from mrpo.evaluation.compare import worker, workers
     from mrpo.precompute.reference_run import ReferenceRun
@@ -342,8 +343,9 @@ def _without_processes() -> Iterator[None]:
     with (
         mock.patch.object(ReferenceRun, "run", lambda self, groups, logs: self.run_here()),
         mock.patch.object(workers.CellRunner, "run", run_cells),
-        mock.patch("mrpo.demo.run.write_data", lambda folder, **_: mock.Mock()),
-        mock.patch("mrpo.demo.run.pretrain_all", lambda *_: 1),
+        mock.patch("mrpo.precompute.reference_run.find_spec", return_value=None),
+        mock.patch("mrpo.demo.run.write_data"),
+        mock.patch("mrpo.demo.run.pretrain_all", return_value=1),
     ):
         yield
 
@@ -364,7 +366,16 @@ YAML += ["{[1]: 2}", "!!set {a}", "{<<: 1}", "12:30:45", "0x", "? a", "*b", "%",
 NUMBERS = ["0", "1", "-1", "2", "0.5", "1e308", "1e-320", "nan", "inf", "-inf", "1e999", "x", ""]
 NUMBERS += [str(2**32), str(2**63), str(-(2**63) - 1), "1" * 5000, "1_0", " 1", "٣", "0x1", "none"]
 PATHS = ["", ".", "no/such", "pairs", "rows/chat.jsonl", "refs.yaml", "a" * 300, "a\tb", "é", "-"]
-PATHS += ["store", "models/llama", "rows/chat.jsonl/x", "x.json", "x.csv", "x.html", "link", "llama"]
+PATHS += [
+    "store",
+    "models/llama",
+    "rows/chat.jsonl/x",
+    "x.json",
+    "x.csv",
+    "x.html",
+    "link",
+    "llama",
+]
 PATHS += ["hub/none:train", "http://localhost:1", "s3:", "run", "compare", "adapter", "~", "a@b"]
 TEXTS = ["", ",", "x", "llama", "llama,llama", "llama,nobody", "llama@", "llama@0", "a=b", "prompt"]
 TEXTS += ["chosen={rejected}", "prompt={", "prompt={0}", "x" * 3000, "\ud800", "none", "0.5,0.5"]
@@ -404,7 +415,9 @@ def damaged_tree(rng: random.Random, tree: Any) -> Any:
         node[key], other[name] = deepcopy(other[name]), deepcopy(value)
     elif isinstance(value, str) and rng.random() < 0.3:
         cut = rng.randint(0, len(value))
-        node[key] = value[:cut] + rng.choice(["\0", "\ud800", "\n", "{{", "é", ""]) + value[cut:][1:]
+        node[key] = (
+            value[:cut] + rng.choice(["\0", "\ud800", "\n", "{{", "é", ""]) + value[cut:][1:]
+        )
     elif isinstance(value, int | float) and rng.random() < 0.4:
         node[key] = rng.choice([-value, value + 1, value * 2, float(value), str(value), 0])
     else:
@@ -517,14 +530,15 @@ def damage(rng: random.Random, path: Path) -> str:
     """Damage one file by its kind; returns what was done."""
     if rng.random() < 0.12:
         return _replaced(rng, path)
-    if rng.random() < 0.2:
-        path.write_bytes(damaged_bytes(rng, path.read_bytes()))
-        return "bytes"
     kind = path.suffix
+    if rng.random() < 0.2 or not path.stat().st_size:
+        kind = ""
     if kind in (".json", ".jsonl"):
         text = path.read_text()
         try:
-            trees = [json.loads(text)] if kind == ".json" else list(map(json.loads, text.splitlines()))
+            trees = (
+                [json.loads(text)] if kind == ".json" else list(map(json.loads, text.splitlines()))
+            )
         except ValueError:
             return "unchanged"
         number = rng.randrange(len(trees))
@@ -622,7 +636,9 @@ def damaged_words(rng: random.Random, command: Command) -> tuple[list[str], str]
     words = command.words.split()
     if rng.random() < 0.06:
         place = rng.randrange(len(words))
-        words[place : place + 1] = rng.choice([[], [words[place]] * 2, ["--"], ["--no-such"], ["é"]])
+        words[place : place + 1] = rng.choice(
+            [[], [words[place]] * 2, ["--"], ["--no-such"], ["é"]]
+        )
         return words, "a word"
     settings = [s for s in settings_of(command.config) if not s.positional]
     setting = rng.choice(settings)
@@ -641,7 +657,9 @@ def damaged_words(rng: random.Random, command: Command) -> tuple[list[str], str]
     if setting.name == "map":
         field = rng.choice(["prompt", "chosen", "source", "split", "scores", "x"])
         value = f"{field}={rng.choice(TEXTS)}"
-    value = value.encode("utf-8", "surrogateescape" if "\udc80" <= value[:1] else "replace").decode()
+    value = value.encode(
+        "utf-8", "surrogateescape" if value[:1] >= "\udc80" else "replace"
+    ).decode()
     if setting.flag in words:
         words[words.index(setting.flag) + 1] = value
     else:
@@ -732,8 +750,8 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def _faults_of_end(command: Command, ran: Ran) -> Iterator[str]:
     lines = [line for line in ran.err.splitlines() if line.strip()]
-    # A broken reference and a damaged store are findings, which exit code 1 reports.
-    finding = command.name in ("doctor", "store verify") and ran.code == 1
+    # A broken reference and a damaged file of a store are findings, which exit code 1 reports.
+    finding = command.name in FINDS and ran.code == 1
     if ran.code is None:
         yield f"an exception: {lines[-1] if lines else ''}"
     elif ran.code not in (0, 2) and not finding and command.name != "demo":
@@ -774,7 +792,9 @@ def _faults_of_files(
 def _below(name: str, allowed: str) -> bool:
     """Whether a path is an allowed one, below it, or a file beside it of the same name."""
     allowed = allowed.removeprefix("./")
-    return allowed in ("", ".") or name == allowed or name.startswith((f"{allowed}/", f"{allowed}."))
+    return (
+        allowed in ("", ".") or name == allowed or name.startswith((f"{allowed}/", f"{allowed}."))
+    )
 
 
 def run_cases(

@@ -11,7 +11,6 @@ checkpoint; `MAY_CHANGE` lists the others.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..data.ids import identity_of
 from ..data.shards import PairShards
 from ..errors import UserError
-from ..files import new_folder, to_json, write_json
+from ..files import new_folder, read_json, to_json, write_json
 from .config import TrainConfig
 from .distributed import Ranks
 from .run_folder import RunFolder
@@ -168,10 +167,16 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    state = TrainState(**content.pop("state"))
-    state.position = Position(*state.position)
-    return Checkpoint(path.parent, state, **content)
+    state = {
+        **{"step": int, "position": [int], "dropped": {}, "pairs": int, "tokens": int},
+        **{"max_tokens": int | None, "asked_tokens": int | str | None, "sums": {}},
+    }
+    shape = {"state": state, "settings": {}, "accuracy": float | int | None, "log_bytes": int}
+    content = read_json(path, shape, f"delete {path.parent} to go on from an earlier checkpoint")
+    values = {name: content["state"][name] for name in state}
+    values["position"] = Position(*values["position"][:3])
+    rest = {name: content[name] for name in shape if name != "state"}
+    return Checkpoint(path.parent, TrainState(**values), **rest)
 
 
 def _remove_old(folder: Path, keep: int) -> None:

@@ -6,7 +6,6 @@ processes FSDP2 shards everything under the one module that maps packed pairs to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import (
 
 from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
+from ..files import read_json
 from ..model.load import load_model
 from ..model.logps import SequenceLogps
 from ..settings import comma_separated
@@ -84,7 +84,8 @@ def policy_source(
     model = str(folder.resolve()) if folder.is_dir() else config.policy
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
-        below = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+        shape = {"base_model_name_or_path": str}
+        below = read_json(adapter_config, shape, "restore the adapter")["base_model_name_or_path"]
         own = model if (folder / "tokenizer_config.json").is_file() else None
         source = PolicySource(below, adapter=model, chat_template=template, tokenizer=own)
         return source, False

@@ -24,6 +24,7 @@ from ...data.pairs import Message, Pair, Turns
 from ...data.references import GGUF, ReferenceSpec, from_pretrained
 from ...data.rendering import TODAY
 from ...data.rendering.renderer import load_tokenizer
+from ...model.load import with_adapter
 
 DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
@@ -74,9 +75,7 @@ class PlainModel:
             AutoModelForCausalLM, model, revision, dtype=getattr(torch, dtype)
         )
         if adapter is not None:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(loaded, adapter)
+            loaded = with_adapter(loaded, adapter)
         self.model = loaded.to(self.device).eval()
 
     @torch.inference_mode()
@@ -103,9 +102,7 @@ class PlainTokenizer:
         if Path(model).suffix == GGUF:  # which transformers alone does not read quite right
             self.tokenizer: Any = load_tokenizer(model)
         else:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                model, revision=revision, mistral_format=False
-            )
+            self.tokenizer = from_pretrained(AutoTokenizer, model, revision, mistral_format=False)
         self.template, self.kwargs = spec.chat_template, dict(spec.chat_template_kwargs or {})
         self._folds = spec.system_role == "fold"
         added = self.tokenizer.added_tokens_decoder
