@@ -812,13 +812,18 @@ def main() -> int:
     """Run cases and print those that fail; exit code 1 where there are any."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="numbers of cases, comma-separated; their folders are kept")
     shared = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser.add_argument("--data", type=Path, default=shared, help="folder of real rows, templates")
     given = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    numbers = list(map(int, given.only.split(","))) if given.only else list(range(given.cases))
+    numbers = (
+        list(map(int, given.only.split(",")))
+        if given.only
+        else list(range(given.first, given.first + given.cases))
+    )
     root = Path(tempfile.mkdtemp(prefix="mrpo-fuzz-"))
     failed, codes = 0, dict.fromkeys((0, 1, 2, None), 0)
     try:
