@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import shutil
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def read_json(path: Path, shape: Any, way_out: str) -> Any:
     Raises `UserError` that ends in the way out where it has not, `OSError` where there is no file.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for halves of characters
     except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged, it is not JSON; {way_out}") from None
     if not fits(value, shape):
@@ -78,17 +82,37 @@ def read_json(path: Path, shape: Any, way_out: str) -> Any:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has a shape: a type, [the shape of all items] or {key: its shape}.
+    """Whether a value of JSON has a shape: a type, [the shape of all items] or {key: its shape}.
 
-    >>> fits({"rows": 3, "names": ["a"], "more": None}, {"rows": int, "names": [str]})
+    A type may also be one of `typing`'s, or a dataclass, whose fields are looked at. A float may
+    be a whole number, and a whole number has 64 bits.
+
+    >>> fits({"rows": 3, "names": ["a"], "more": None}, {"rows": int, "names": list[str]})
     True
     """
+    kind, parts = typing.get_origin(shape), typing.get_args(shape)
     if isinstance(shape, Mapping):
         return isinstance(value, dict) and all(
             key in value and fits(value[key], part) for key, part in shape.items()
         )
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, list) or kind is list:
+        part = parts[0] if parts else shape[0]
+        return isinstance(value, list) and all(fits(item, part) for item in value)
+    if kind is dict:
+        items = value.items() if isinstance(value, dict) else [(value, value)]
+        return all(fits(key, parts[0]) and fits(item, parts[1]) for key, item in items)
+    if kind is typing.Literal:
+        return value in parts
+    if parts:  # a union
+        return any(fits(value, part) for part in parts)
+    if shape in (int, float) and isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if dataclasses.is_dataclass(shape) and isinstance(value, typing.cast(type, shape)):
+        hints = typing.get_type_hints(shape)
+        return all(
+            fits(getattr(value, field.name), hints[field.name])
+            for field in dataclasses.fields(shape)
+        )
     return isinstance(value, shape)
 
 
@@ -99,7 +123,8 @@ def read_yaml(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     try:
         value = yaml.safe_load(text)
-        json.dumps(value, default=str)  # fails where an anchor holds itself
+        # Fails where an anchor holds itself, and for halves of characters.
+        json.dumps(value, default=str, ensure_ascii=False).encode()
     except Exception as error:  # PyYAML raises nearly any error for tags that do not fit
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
     return value

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import sys
 import textwrap
 import types
@@ -188,7 +189,7 @@ def file_type(out: str | None, suffix: str, content: str) -> None:
 def _check(config: Any, names: Iterable[str], rule: Callable[[float], bool], words: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, int | float) and not rule(value):
+        if isinstance(value, int | float) and not (abs(value) < math.inf and rule(value)):
             raise UserError(f"{_flag(name)} is {value}; it must be {words}")
 
 
@@ -339,6 +340,8 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
         value = ",".join(map(str, value))
     if isinstance(value, Path):
         value = str(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{origin}{setting.name} is a number beyond 64 bits; give a smaller one")
     literals = [option for option in admitted if not isinstance(option, type)]
     if type(value) in admitted or value in literals:
         return value
@@ -348,7 +351,9 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
         )
         if kind in admitted and exact:
             try:
-                return kind(value)
+                return _checked(setting, kind(value), origin) if kind is int else kind(value)
+            except UserError:
+                raise
             except (TypeError, ValueError):
                 continue
     names = [option.__name__ if isinstance(option, type) else str(option) for option in admitted]

@@ -716,7 +716,8 @@ def run_case(world: Path, seed: int, number: int, folder: Path) -> Case:
     before = snapshot(folder)
     ran = run(folder, [*command.name.split(), *words])
     faults = list(_faults_of_end(command, ran))
-    faults += _faults_of_files(command, words, ran, before, snapshot(folder))
+    given = words + _outputs_in_settings(words, folder)
+    faults += _faults_of_files(command, given, ran, before, snapshot(folder))
     return Case(number, f"{command.name}: {title}", [*command.name.split(), *words], ran, faults)
 
 
@@ -732,6 +733,17 @@ def _drawn(rng: random.Random, command: Command, folder: Path) -> tuple[list[str
     if rng.random() < 0.7:
         sign(folder, path)
     return command.words.split(), f"{path.relative_to(folder)}, {what}"
+
+
+def _outputs_in_settings(words: Sequence[str], folder: Path) -> list[str]:
+    """What a file of settings says of outputs, as flags."""
+    values: Any = None
+    if "settings.yaml" in words:
+        with contextlib.suppress(Exception):
+            values = yaml.safe_load((folder / "settings.yaml").read_text())
+    outputs = ("out", "output-dir", "store")
+    values = values if isinstance(values, dict) else {}
+    return [word for name in outputs if name in values for word in (f"--{name}", str(values[name]))]
 
 
 def snapshot(folder: Path) -> dict[str, str]:

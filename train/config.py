@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ..errors import UserError
 from ..settings import Also, ScoredPairSettings, above_zero, at_least_zero, share
 
 
@@ -146,9 +147,12 @@ class TrainConfig(MethodConfig):
         above_zero(self, "batch_pairs", "max_length", "max_tokens", "lora_rank", "lora_alpha")
         above_zero(self, "logging_steps", "eval_steps", "eval_pairs", "save_steps")
         above_zero(self, "save_total_limit")
-        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed")
+        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed", "adam_epsilon")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
-        share(self, "train_fraction")
+        share(self, "train_fraction", "adam_beta1", "adam_beta2")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) == 1:
+                raise UserError(f"--{name.replace('_', '-')} is 1; it must be below 1")
 
 
 @dataclass(kw_only=True, slots=True)
