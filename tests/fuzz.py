@@ -47,7 +47,7 @@ import yaml
 from mrpo import cli
 from mrpo.data.ids import digest_of, identity_of
 from mrpo.demo.models import write_reference
-from mrpo.settings import Several, options, settings_of
+from mrpo.settings import Setting, Several, options, settings_of
 
 FINDS = ("doctor", "store verify", "store push", "store pull")  # exit code 1: something is wrong
 SECONDS = 120  # a case may take
@@ -378,7 +378,7 @@ PATHS += [
 ]
 PATHS += ["hub/none:train", "http://localhost:1", "s3:", "run", "compare", "adapter", "~", "a@b"]
 TEXTS = ["", ",", "x", "llama", "llama,llama", "llama,nobody", "llama@", "llama@0", "a=b", "prompt"]
-TEXTS += ["chosen={rejected}", "prompt={", "prompt={0}", "x" * 3000, "\ud800", "none", "0.5,0.5"]
+TEXTS += ["chosen={rejected}", "prompt={", "prompt={0}", "x" * 3000, "none", "0.5,0.5"]
 TEXTS += ["nan,1", "mrpo", "mrpo:qwen/llama", "dpo:x", "mrpo+", "dpo:llama+uniform", "[", "*", "é"]
 
 
@@ -586,6 +586,20 @@ def _replaced(rng: random.Random, path: Path) -> str:
     return f"{change} in its place"
 
 
+def _without_folder(rng: random.Random, folder: Path, path: Path) -> str:
+    """A folder above the file gone, empty, or a file."""
+    above = rng.choice(
+        [part for part in path.parents if part.is_relative_to(folder)][:-1] or [path]
+    )
+    shutil.rmtree(above) if above.is_dir() else above.unlink()
+    change = rng.choice(["gone", "empty", "a file"])
+    if change == "empty":
+        above.mkdir()
+    elif change == "a file":
+        above.write_text("{}")
+    return f"{above.relative_to(folder)} is {change}"
+
+
 def _damaged_yaml(rng: random.Random, path: Path) -> str:
     text = path.read_text()
     tree = yaml.safe_load(text)
@@ -632,47 +646,46 @@ def sign(folder: Path, path: Path) -> None:
 
 
 def damaged_words(rng: random.Random, command: Command) -> tuple[list[str], str]:
-    """The command's words with a flag added or changed, or words damaged as such."""
-    words = command.words.split()
-    if rng.random() < 0.06:
-        place = rng.randrange(len(words))
-        words[place : place + 1] = rng.choice(
-            [[], [words[place]] * 2, ["--"], ["--no-such"], ["é"]]
-        )
-        return words, "a word"
-    settings = [s for s in settings_of(command.config) if not s.positional]
-    setting = rng.choice(settings)
+    """The command's words with a few flags added or changed, or with words damaged as such."""
+    words, titles = command.words.split(), []
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        if rng.random() < 0.06:
+            at = rng.randrange(len(words))
+            words[at : at + 1] = rng.choice([[], [words[at]] * 2, ["--"], ["--no-such"], ["é"]])
+            titles.append("a word")
+            continue
+        setting = rng.choice([s for s in settings_of(command.config) if not s.positional])
+        value = _flag_value(rng, setting)
+        titles.append(f"{setting.flag} {'' if value is None else repr(value[:40])}")
+        if value is None:
+            words.append(setting.flag)
+        elif setting.flag in words[:-1]:
+            words[words.index(setting.flag) + 1] = value
+        else:
+            words += [setting.flag, value]
+    return words, ", ".join(titles)
+
+
+def _flag_value(rng: random.Random, setting: Setting) -> str | None:
+    """A value that a flag may not like; None where it takes none."""
     admitted = options(setting.type)
     if admitted == (bool,):
-        return [*words, setting.flag], setting.flag
+        return None
     literals = [value for value in admitted if isinstance(value, str)]
-    if literals:
-        value = rng.choice([*literals, "x", ""])
-    elif float in admitted or int in admitted:
-        value = rng.choice(NUMBERS)
-    elif Several in admitted or rng.random() < 0.4:
-        value = rng.choice(TEXTS)
-    else:
-        value = rng.choice(PATHS)
     if setting.name == "map":
         field = rng.choice(["prompt", "chosen", "source", "split", "scores", "x"])
-        value = f"{field}={rng.choice(TEXTS)}"
-    value = value.encode(
-        "utf-8", "surrogateescape" if value[:1] >= "\udc80" else "replace"
-    ).decode()
-    if setting.flag in words:
-        words[words.index(setting.flag) + 1] = value
-    else:
-        words += [setting.flag, value]
-    return words, f"{setting.flag} {value[:40]!r}"
+        return f"{field}={rng.choice(TEXTS)}"
+    if literals:
+        return rng.choice([*literals, "x", ""])
+    if float in admitted or int in admitted:
+        return rng.choice(NUMBERS)
+    return rng.choice(TEXTS if Several in admitted or rng.random() < 0.4 else PATHS)
 
 
 def damaged_settings(rng: random.Random, command: Command, folder: Path) -> tuple[list[str], str]:
     """The same settings in a YAML file with something wrong in it."""
-    context = {"words": command.words.split()}
-    values: dict[str, Any] = {}
+    words, values = command.words.split(), dict[str, Any]()
     positional = [s.name for s in settings_of(command.config) if s.positional]
-    words = context["words"]
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -729,6 +742,10 @@ def _drawn(rng: random.Random, command: Command, folder: Path) -> tuple[list[str
     if share < 0.38 and "--config" not in command.words:
         return damaged_settings(rng, command, folder)
     path = rng.choice(files)
+    if share < 0.42:
+        return command.words.split(), _without_folder(rng, folder, path)
+    if path.suffix == ".jinja" and rng.random() < 0.5:  # a real template in its place
+        shutil.copy(rng.choice(sorted((folder / "templates").iterdir())), path)
     what = damage(rng, path)
     if rng.random() < 0.7:
         sign(folder, path)
