@@ -64,6 +64,14 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_text(path: Path) -> str:
+    """A file's text. Raises `UserError` where it is not UTF-8, `OSError` without a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save it as that") from None
+
+
 def read_json(path: Path, shape: Any, way_out: str) -> Any:
     """What a JSON file holds, which must have a shape: see `fits`.
 

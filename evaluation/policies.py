@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.references import ReferenceSpec
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_json, read_text
 from ..settings import build
 from ..train.checkpoint import checkpoints
 from ..train.config import TrainConfig
@@ -59,7 +59,7 @@ def policy_at(
             model=str(Path(base).resolve()) if Path(base).is_dir() else base,
             revision=adapter.get("revision"),
             adapter=model,
-            chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+            chat_template=read_text(template) if template.is_file() else None,
         )
     return Policy(name or path, reference)
 
