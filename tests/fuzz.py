@@ -819,8 +819,10 @@ def _faults_of_files(
 
 
 def _below(name: str, allowed: str) -> bool:
-    """Whether a path is an allowed one, below it, or a file beside it of the same name."""
+    """Whether a path is an allowed one, below it, above it, or a file beside it of its name."""
     allowed = allowed.removeprefix("./")
+    if allowed.startswith(f"{name}/"):
+        return True
     return (
         allowed in ("", ".") or name == allowed or name.startswith((f"{allowed}/", f"{allowed}."))
     )
