@@ -111,8 +111,8 @@ COMMANDS = [
     Command("train", NEW_RUN, f"{MODELS} pairs/* {STORED}", "new", "new", weight=14),
     Command("train", f"{NEW_RUN} --policy models/qwen --lora-rank 2 --resume",
             "models/qwen/*", "new", "new", weight=6),
-    Command("train", "--config run/train.yaml --max-steps 2 --resume", "run/* run/*/* run/*/*/*",
-            "run", "run", weight=10),
+    Command("train", "--config stopped/train.yaml --resume",
+            "stopped/* stopped/*/* stopped/*/*/*", "stopped", "stopped", weight=12),
     Command("evaluate", "--runs run --out new.json", "run/* run/*/* pairs/*", "new store",
             "store", weight=8),
     Command("evaluate", f"{SCORED.replace('--refs llama,qwen', '--base llama')} "
@@ -203,13 +203,16 @@ def make_world(folder: Path, shared: Path) -> None:
     for line in (
         "prepare rows/chat.jsonl --out pairs --validation-fraction 0.3 --shard-pairs 9",
         f"precompute {SCORED} {SCORING}",
-        f"train {SCORED} {STEPS} --output-dir run --save-steps 1 --policy models/llama",
+        f"train {SCORED} {STEPS} --output-dir run --policy models/llama",
+        f"train {SCORED} {STEPS} --output-dir stopped --max-steps 2 --save-steps 1",
         "evaluate --runs run --base llama --out run/evaluation.json",
         f"compare {SCORED} {STEPS} --methods dpo:llama,mrpo --seeds 1 --output-dir compare",
         f"audit {SCORED} --out audit.csv",
     ):
         ran = run(folder, line.split())
         assert ran.code == 0, f"{line}: {ran.err}"
+    shutil.rmtree(folder / "stopped" / "model")
+    shutil.rmtree(folder / "stopped" / "checkpoints" / "step-00000002")
     pairs = pq.read_table(folder / "pairs" / "part-00000.parquet")
     ids = [value.hex() for value in pairs["pair_id"].to_pylist()]
     _write_table(folder / "flip.csv", [{"pair_id": i, "decision": "flip"} for i in ids[:2]])
