@@ -136,7 +136,11 @@ def from_pretrained(
 
 
 @contextmanager
-def files_of(model: str | Path, problem: str = "can't be loaded") -> Iterator[None]:
+def files_of(
+    model: str | Path,
+    problem: str = "can't be loaded",
+    way_out: str = "restore it, or name another",
+) -> Iterator[None]:
     """Makes any error of reading a model's files a `UserError`; a device without memory's rises.
 
     Damaged files lead the libraries that read them to nearly any error.
@@ -147,7 +151,7 @@ def files_of(model: str | Path, problem: str = "can't be loaded") -> Iterator[No
         if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{model}: {problem} ({reason}); restore it, or name another") from error
+        raise UserError(f"{model}: {problem} ({reason}); {way_out}") from error
 
 
 def check_alias(alias: str, where: str = "--refs") -> str:

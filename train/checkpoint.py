@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn, optim
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..data.ids import identity_of
+from ..data.references import files_of
 from ..data.shards import PairShards
 from ..errors import UserError
 from ..files import new_folder, read_json, to_json, write_json
@@ -116,8 +118,7 @@ def save(
 def load(checkpoint: Checkpoint, policy: nn.Module, optimizer: optim.Optimizer) -> None:
     """Load a checkpoint's weights and optimizer, whatever number of processes wrote it."""
     model, moments = get_state_dict(policy, optimizer, options=TRAINED_ONLY)
-    # Loads in place.
-    dcp.load({"model": model, "optimizer": moments}, checkpoint_id=checkpoint.folder)
+    _load_in_place({"model": model, "optimizer": moments}, checkpoint.folder)
     set_state_dict(
         policy, optimizer, model_state_dict=model, optim_state_dict=moments, options=TRAINED_ONLY
     )
@@ -127,8 +128,19 @@ def load(checkpoint: Checkpoint, policy: nn.Module, optimizer: optim.Optimizer) 
 def load_weights(checkpoint: Checkpoint, policy: nn.Module) -> None:
     """Load a checkpoint's weights alone, for evaluation and export."""
     model = get_model_state_dict(policy, options=TRAINED_ONLY)
-    dcp.load({"model": model}, checkpoint_id=checkpoint.folder)
+    _load_in_place({"model": model}, checkpoint.folder)
     set_model_state_dict(policy, model, options=TRAINED_ONLY)
+
+
+def _load_in_place(state: dict[str, Any], folder: Path) -> None:
+    way_out = "delete it to go on from an earlier checkpoint"
+    with files_of(folder, "damaged", way_out):
+        dcp.FileSystemReader(folder).read_metadata()  # `load` would log a traceback
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except CheckpointException as error:  # no `Exception`: it joins those of all ranks
+        with files_of(folder, "damaged", way_out):
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def numeric_settings(config: TrainConfig, pairs: PairShards) -> dict[str, Any]:
