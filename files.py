@@ -153,6 +153,7 @@ def output_file(out: str | Path) -> Path:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder that takes the place of `path` when the block ends without an error."""
+    path = path.absolute()  # pyarrow takes a relative name with a colon for a URL
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -343,6 +343,8 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
         value = str(value)
     if isinstance(value, str) and (value == "~" or value.startswith("~/")):
         value = os.path.expanduser(value)  # the shell does not in --out=~/pairs, nor YAML
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{origin}{setting.name} holds a NUL character; remove it")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{origin}{setting.name} is a number beyond 64 bits; give a smaller one")
     literals = [option for option in admitted if not isinstance(option, type)]

@@ -181,7 +181,7 @@ def replaced_shards(out: Path, beside: Sequence[str]) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob(f"{STAGE}*"):
             shutil.rmtree(leftover)
-        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out))
+        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out.absolute()))
     except OSError as error:
         _remove_empty(missing)
         raise UserError(f"--out {out}: {error.strerror} ({error.filename})") from None

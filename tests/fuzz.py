@@ -748,7 +748,8 @@ def _drawn(rng: random.Random, command: Command, folder: Path) -> tuple[list[str
     if share < 0.42:
         return command.words.split(), _without_folder(rng, folder, path)
     if path.suffix == ".jinja" and rng.random() < 0.5:  # a real template in its place
-        shutil.copy(rng.choice(sorted((folder / "templates").iterdir())), path)
+        template = rng.choice(sorted((folder / "templates").iterdir()))
+        path.write_bytes(template.read_bytes())
     what = damage(rng, path)
     if rng.random() < 0.7:
         sign(folder, path)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pyarrow as pa
 
-from ..data.ids import ids_to_numpy
+from ..data.ids import digest_of, ids_to_numpy
 from ..data.join import JoinedScores, matrix
 from ..data.pairs import Pair, in_fraction, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
@@ -25,6 +25,7 @@ from .config import MethodConfig, TrainConfig
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
 USES = "uses.bin"  # beside the joined scores: a byte a row, which says what it is used for
+DIGEST_LENGTH = 32  # hex digits at its end
 UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT = range(4)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]  # quick to read
 
@@ -145,11 +146,11 @@ class TrainingPairs:
         method is the same, reads it from there.
         """
         path = self.joined.path / USES
-        if resumed and path.exists():
-            kinds = np.fromfile(path, np.uint8)
-        else:
+        data = path.read_bytes() if resumed and path.is_file() else b""
+        kinds = np.frombuffer(data[:-DIGEST_LENGTH], np.uint8)
+        if data[-DIGEST_LENGTH:] != digest_of(kinds.tobytes()).encode():  # absent or damaged
             kinds = np.concatenate([self._kinds(method, n) for n in range(self.num_shards)])
-            write_bytes(path, kinds.tobytes())
+            write_bytes(path, kinds.tobytes() + digest_of(kinds.tobytes()).encode())
         of_shards = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
         training = [np.flatnonzero(rows == TRAINING) for rows in of_shards]
         held_out = [np.flatnonzero(rows == HELD_OUT) for rows in of_shards]

@@ -39,14 +39,14 @@ class RunFolder:
 def read_log(folder: Path) -> Sequence[Mapping[str, float | None]]:
     """The lines of a run's log. Raises `UserError` where the folder has none."""
     path = RunFolder(folder).log
-    number = float | int | None
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise UserError(f"{folder}: no run of `mrpo train` ({path.name} is missing)") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged; a line is not JSON") from None
-    if not all(fits(line, {"step": int} | dict.fromkeys(line, number)) for line in lines):
+    figures = dict[str, float | int | None]
+    if not all(fits(line, {"step": int}) and fits(line, figures) for line in lines):
         raise UserError(f"{path}: damaged; a line is not a step with its figures")
     return lines
 

@@ -266,7 +266,7 @@ def test_a_record_refused_by_the_disk_keeps_the_old_one(
     ("root", "message"),
     [
         (lambda path: path / "file", "is a file; a store is a folder"),
-        (lambda path: "nosuch://bucket/store", "Protocol not known"),
+        (lambda path: "nosuch://bucket/store", "nosuch:// is no store"),
         (lambda path: "s3://key:secret@bucket/store", "credentials in a URL"),
     ],
 )
