@@ -18,7 +18,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..data.references import from_pretrained
+from ..data.references import files_of, from_pretrained
 from ..data.store import Store
 from ..errors import UserError
 from ..model.packing import padded_tokens
@@ -215,7 +215,7 @@ def _num_parameters(model_name: str, revision: str | None) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = from_pretrained(AutoConfig, model_name, revision)
-    with torch.device("meta"):
+    with files_of(model_name, "no such architecture"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..data.references import files_of
 from ..errors import UserError
 from ..settings import comma_separated
 from .checkpoint import TrainState
@@ -77,7 +78,7 @@ class Sizes:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes:
         """From the architecture's modules, created without memory."""
-        with torch.device("meta"):
+        with files_of(config.name_or_path, "no such architecture"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
         text = config.get_text_config()
