@@ -78,7 +78,7 @@ class Sizes:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes:
         """From the architecture's modules, created without memory."""
-        with files_of(config.name_or_path, "no such architecture"), torch.device("meta"):
+        with files_of(str(config.name_or_path), "no such architecture"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
         text = config.get_text_config()
