@@ -1,6 +1,6 @@
 """Files on a local disk, written whole or not at all: the one atomic write, and the one lock.
 
-What is written is there completely and survives a power cut once a function here has returned:
+JSON and YAML that a user or a disk may have damaged is read here and checked. What is written is there completely and survives a power cut once a function here has returned:
 a temporary file beside it, fsync, rename, fsync of the folder.
 """
 
