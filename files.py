@@ -1,7 +1,8 @@
 """Files on a local disk, written whole or not at all: the one atomic write, and the one lock.
 
-JSON and YAML that a user or a disk may have damaged is read here and checked. What is written is there completely and survives a power cut once a function here has returned:
-a temporary file beside it, fsync, rename, fsync of the folder.
+What is written is there completely and survives a power cut once a function here has returned:
+a temporary file beside it, fsync, rename, fsync of the folder. JSON and YAML that may be damaged
+are read here, and checked.
 """
 
 from __future__ import annotations
