@@ -107,7 +107,9 @@ def fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, list) or kind is list:
         part = parts[0] if parts else shape[0]
         return isinstance(value, list) and all(fits(item, part) for item in value)
-    if kind is dict:
+    if shape is Any:
+        return True
+    if kind in (dict, Mapping):
         items = value.items() if isinstance(value, dict) else [(value, value)]
         return all(fits(key, parts[0]) and fits(item, parts[1]) for key, item in items)
     if kind is typing.Literal:

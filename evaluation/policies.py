@@ -18,7 +18,7 @@ from ..settings import build
 from ..train.checkpoint import checkpoints
 from ..train.config import TrainConfig
 from ..train.run_folder import RunFolder
-from ..train.start import POLICY
+from ..train.start import recorded_source
 
 ADAPTER_CONFIG, TEMPLATE = "adapter_config.json", "chat_template.jinja"
 ALIAS_LENGTH = 48  # characters of a policy's name that become its alias
@@ -73,9 +73,10 @@ def policy_of_run(run: str | Path, name: str) -> Policy:
             "`mrpo train --resume`"
         )
     saved = checkpoints(folder.checkpoints)
-    source = saved[-1].settings[POLICY] if saved else {}
-    kwargs, system_role = source.get("chat_template_kwargs"), source.get("system_role")
-    return policy_at(str(folder.model), name, kwargs, system_role)
+    if not saved:
+        return policy_at(str(folder.model), name)
+    source = recorded_source(saved[-1])
+    return policy_at(str(folder.model), name, source.chat_template_kwargs, source.system_role)
 
 
 def run_settings(run: str) -> TrainConfig:

@@ -5,9 +5,9 @@
 A case copies a small world of valid inputs (`make_world`: rows, pairs, tiny models, an adapter,
 chat templates, a score store, a run, a comparison), damages one thing in it (`damage`: a file's
 bytes, a value anywhere in its JSON, YAML or table, the file itself) or the flags, and runs one
-command in this process. What is drawn depends on the seed and the case's number alone. A case fails where
-the command ends otherwise than with success or one `error: ` line and exit code 2, where it takes
-too long, or where it changed or left anything that it should not have.
+command in this process. What is drawn depends on the seed and the case's number alone. A case
+fails where the command ends otherwise than with success or one `error: ` line and exit code 2,
+where it takes too long, or where it changed or left anything that it should not have.
 
 Worker processes are replaced by calls in this process; what `mrpo demo` trains is left out.
 """
