@@ -65,7 +65,7 @@ def recorded_source(checkpoint: Checkpoint) -> PolicySource:
         source = None
     if source is None or not fits(source, PolicySource):
         raise UserError(
-            f"{checkpoint.folder}: damaged, its {POLICY} is {values!r}; delete it to go on from an "
+            f"{checkpoint.folder}: damaged, its {POLICY} can't be read; delete it to go on from an "
             "earlier checkpoint"
         )
     return source
