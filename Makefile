@@ -37,7 +37,7 @@ TORCH    ?= $(shell grep '^torch==' $(LOCK))
 REFERENCES = --refs $(REFS) --refs-config $(REFS_CONFIG) --store $(STORE)
 
 .PHONY: setup setup-dev demo precompute train evaluate compare report test test-newest test-oldest \
-    check lock bench real clean
+    check fuzz lock bench real clean
 
 setup: $(VENV)/.base
 ifneq ($(GPU),)
@@ -98,6 +98,10 @@ real: setup-dev
 
 test: setup-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Bad input of every kind for every command: 500 cases; ARGS='--cases 2000 --seed 1' for others.
+fuzz: setup-dev
+	$(BIN)/python tests/fuzz.py --data $(BENCH_DATA) $(ARGS)
 
 # A throw-away environment: START makes it in $$folder, and it is gone when the recipe ends.
 START = set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mrpo.errors import UserError
+from mrpo.errors import UserError, at_path
 from mrpo.settings import (
     ELSEWHERE,
     Setting,
@@ -60,8 +60,9 @@ def main() -> None:
     arguments = [_hyphened(argument) for argument in sys.argv[1:]]
     try:
         code = application()(arguments, prog_name="mrpo", standalone_mode=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        mistake = at_path(error) if isinstance(error, OSError) else error
+        print(f"error: {mistake}", file=sys.stderr)
         code = 2
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)

@@ -1,7 +1,8 @@
 """Files on a local disk, written whole or not at all: the one atomic write, and the one lock.
 
 What is written is there completely and survives a power cut once a function here has returned:
-a temporary file beside it, fsync, rename, fsync of the folder.
+a temporary file beside it, fsync, rename, fsync of the folder. JSON and YAML that may be damaged
+are read here, and checked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import os
 import secrets
 import shutil
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,82 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_text(path: Path) -> str:
+    """A file's text. Raises `UserError` where it is not UTF-8, `OSError` without a file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save it as that") from None
+
+
+def read_json(path: Path, shape: Any, way_out: str) -> Any:
+    """What a JSON file holds, which must have a shape: see `fits`.
+
+    Raises `UserError` that ends in the way out where it has not, `OSError` where there is no file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails for halves of characters
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: damaged, it is not JSON; {way_out}") from None
+    if not fits(value, shape):
+        raise UserError(f"{path}: damaged, something is missing or of a wrong type; {way_out}")
+    return value
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value of JSON has a shape: a type, [the shape of all items] or {key: its shape}.
+
+    A type may also be one of `typing`'s, or a dataclass, whose fields are looked at. A float may
+    be a whole number, and a whole number has 64 bits.
+
+    >>> fits({"rows": 3, "names": ["a"], "more": None}, {"rows": int, "names": list[str]})
+    True
+    """
+    kind, parts = typing.get_origin(shape), typing.get_args(shape)
+    if isinstance(shape, Mapping):
+        return isinstance(value, dict) and all(
+            key in value and fits(value[key], part) for key, part in shape.items()
+        )
+    if isinstance(shape, list) or kind is list:
+        part = parts[0] if parts else shape[0]
+        return isinstance(value, list) and all(fits(item, part) for item in value)
+    if shape is Any:
+        return True
+    if kind in (dict, Mapping):
+        items = value.items() if isinstance(value, dict) else [(value, value)]
+        return all(fits(key, parts[0]) and fits(item, parts[1]) for key, item in items)
+    if kind is typing.Literal:
+        return value in parts
+    if parts:  # a union
+        return any(fits(value, part) for part in parts)
+    if shape in (int, float) and isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    if dataclasses.is_dataclass(shape) and isinstance(value, typing.cast(type, shape)):
+        hints = typing.get_type_hints(shape)
+        return all(
+            fits(getattr(value, field.name), hints[field.name])
+            for field in dataclasses.fields(shape)
+        )
+    return isinstance(value, shape)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises `ValueError` for other text, `OSError` without a file."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    try:
+        value = yaml.safe_load(text)
+        # Fails where an anchor holds itself, and for halves of characters.
+        json.dumps(value, default=str, ensure_ascii=False).encode()
+    except Exception as error:  # PyYAML raises nearly any error for tags that do not fit
+        raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
+    return value
+
+
 def output_file(out: str | Path) -> Path:
     """The path of a result that a command will write, its folder made; `UserError` if it can't."""
     path = Path(out).expanduser()
@@ -78,6 +156,7 @@ def output_file(out: str | Path) -> Path:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder that takes the place of `path` when the block ends without an error."""
+    path = path.absolute()  # pyarrow takes a relative name with a colon for a URL
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -20,6 +20,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
+import os
 import sys
 import textwrap
 import types
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, Protocol, TypeVar
 
 from .errors import UserError
-from .files import write_text
+from .files import read_yaml, write_text
 
 Config = TypeVar("Config")
 Given = ParamSpec("Given")
@@ -203,7 +205,7 @@ def file_type(out: str | None, suffix: str, content: str) -> None:
 def _check(config: Any, names: Iterable[str], rule: Callable[[float], bool], words: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, int | float) and not rule(value):
+        if isinstance(value, int | float) and not (abs(value) < math.inf and rule(value)):
             raise UserError(f"{_flag(name)} is {value}; it must be {words}")
 
 
@@ -328,14 +330,12 @@ def write_resolved(config: Any, path: Path) -> None:
 
 
 def _read_yaml(file: str) -> Mapping[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        values = read_yaml(Path(file)) or {}
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"--config {file}: {error}") from None
     if not isinstance(values, Mapping):
         raise UserError(f"--config {file}: must be a mapping of settings, not {type(values)}")
     return values
@@ -356,14 +356,24 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
         value = ",".join(map(str, value))
     if isinstance(value, Path):
         value = str(value)
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        value = os.path.expanduser(value)  # the shell does not in --out=~/pairs, nor YAML
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{origin}{setting.name} holds a NUL character; remove it")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{origin}{setting.name} is a number beyond 64 bits; give a smaller one")
     literals = [option for option in admitted if not isinstance(option, type)]
     if type(value) in admitted or value in literals:
         return value
     for kind in (int, float, str):
-        exact = not isinstance(value, bool) and (kind is not int or isinstance(value, str))
+        exact = not isinstance(value, bool | Mapping) and (
+            kind is not int or isinstance(value, str)
+        )
         if kind in admitted and exact:
             try:
-                return kind(value)
+                return _checked(setting, kind(value), origin) if kind is int else kind(value)
+            except UserError:
+                raise
             except (TypeError, ValueError):
                 continue
     names = [option.__name__ if isinstance(option, type) else str(option) for option in admitted]

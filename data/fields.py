@@ -148,7 +148,7 @@ def as_number(name: str, value: Any) -> float | None:
         return float(value.strip().lower() == "true")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Broken(
             name, f"is {str(value)[:40]!r}; it must be a number, or true or false"
         ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_text
 from ..settings import command
 from .config import InspectConfig
 from .pairs import Message, Pair
@@ -71,7 +72,7 @@ def template_table(folder: Path, tokenizer: str | None = None) -> Iterator[str]:
     yield f"| template | {' | '.join(TRIALS)} |"
     yield "|---" * (len(TRIALS) + 1) + "|"
     for path in paths:
-        source = path.read_text(encoding="utf-8")
+        source = read_text(path)
         try:
             renderer = Renderer(loaded or byte_tokenizer(source), chat_template=source)
             cells = [outcome(renderer, pair) for pair in TRIALS.values()]

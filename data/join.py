@@ -13,7 +13,6 @@ Pairs without a score are listed in missing.csv, by which `mrpo prepare --exclud
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections import Counter
@@ -28,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import new_folder, write_json
+from ..files import new_folder, read_json, write_json
 from .ids import IdArray, IdIndex, digest_of, ids_to_arrow, ids_to_numpy
 from .references import load_refs
 from .store import OVER_LIMIT, SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
@@ -64,8 +63,13 @@ class JoinedScores:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        shape = {
+            "references": [{"alias": str, "identity": str, "entry": {}, "missing": {}}],
+            "files": [{"name": str, "rows": int, "digest": str}],
+        }
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
+            way_out = f"delete {self.path} and start the run again"
+            manifest = read_json(self.path / MANIFEST, shape, way_out)
         except FileNotFoundError:
             raise UserError(f"{self.path}: holds no joined scores; start the run again") from None
         self.references = [JoinedReference(**entry) for entry in manifest["references"]]
@@ -79,7 +83,7 @@ class JoinedScores:
     def table(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A shard's rows. Raises `UserError` where its bytes have changed."""
         path = self.path / self.names[shard]
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() else b""
         if digest_of(data) != self._digests[shard]:
             raise UserError(f"{path}: damaged; delete {self.path} and start the run again")
         return pq.read_table(pa.BufferReader(data), columns=columns)

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version as package_version
@@ -26,10 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
-from ..files import to_json, write_json
+from ..files import read_json, read_yaml, to_json, write_json
 from ..settings import comma_separated
 from .ids import digest_of, identity_of
 
@@ -187,38 +185,53 @@ def from_pretrained(
     """What an Auto class of transformers loads for a Hub id, a model folder or a GGUF file.
 
     Code that comes with a model is never run, and nobody is asked whether it may be. Raises
-    `UserError` for a model that needs it, for an architecture that transformers does not have and
-    for a GGUF file that can't be read, besides what `auto` raises.
+    `UserError` where it can't be loaded: for a model that needs code of its own, for an
+    architecture that transformers does not have, for damaged files.
     """
     path = Path(model)
     options["trust_remote_code"] = False
     if path.suffix != GGUF:
-        try:
-            return auto.from_pretrained(str(model), revision=revision, **options)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            if "trust_remote_code" in reason:
-                raise UserError(
-                    f"model {model} needs code of its own, and code that comes with a model is not "
-                    "run here; name a model whose architecture transformers has"
-                ) from None
-            if "does not recognize this architecture" in reason:
-                kind = re.search(r"model type `([^`]*)`", reason)
-                raise UserError(
-                    f"model {model}: its architecture {kind[1] if kind else ''!r} is unknown to "
-                    f"transformers {package_version('transformers')}; install a newer transformers "
-                    "(`pip install -U transformers`), or name another model"
-                ) from None
-            raise
+        with files_of(model):
+            try:
+                return auto.from_pretrained(str(model), revision=revision, **options)
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                if "trust_remote_code" in reason:
+                    raise UserError(
+                        f"model {model} needs code of its own, and code that comes with a model is "
+                        "not run here; name a model whose architecture transformers has"
+                    ) from None
+                if "does not recognize this architecture" in reason:
+                    kind = re.search(r"model type `([^`]*)`", reason)
+                    raise UserError(
+                        f"model {model}: its architecture {kind[1] if kind else ''!r} is unknown "
+                        f"to transformers {package_version('transformers')}; install a newer "
+                        "transformers (`pip install -U transformers`), or name another model"
+                    ) from None
+                raise
     if find_spec("gguf") is None:
         raise UserError(f"{model}: GGUF files need the package gguf; `pip install 'mrpo[gguf]'`")
-    try:
+    with files_of(model, "not a GGUF file that transformers reads"):
         return auto.from_pretrained(str(path.parent), gguf_file=path.name, **options)
-    except Exception as error:  # by a damaged file the readers are led to nearly any error
-        raise UserError(
-            f"{model}: not a GGUF file that transformers reads ({' '.join(str(error).split())}); "
-            "restore the file, or name a model folder"
-        ) from error
+
+
+@contextlib.contextmanager
+def files_of(
+    model: str | Path,
+    problem: str = "can't be loaded",
+    way_out: str = "restore it, or name another",
+) -> Iterator[None]:
+    """Makes any error of reading a model's files a `UserError`; a device without memory's rises.
+
+    Damaged files lead the libraries that read them to nearly any error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{model}: {problem} ({reason}); {way_out}") from error
 
 
 def check_alias(alias: str, where: str = "--refs") -> str:
@@ -260,13 +273,13 @@ def file_digest(path: Path) -> str:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_yaml(path)
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; name an existing file with --refs-config"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _spec(file: str, folder: Path, alias: str, entry: Any) -> ReferenceSpec:
@@ -368,16 +381,12 @@ def _existing(folder: Path, *patterns: str) -> list[str]:
 
 def json_file(alias: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path, {}, f"restore it for reference {alias}")
     except FileNotFoundError:
         raise UserError(
             f"reference {alias}: {path.parent} has no {path.name}; name a folder that "
             "`save_pretrained` wrote"
         ) from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"reference {alias}: {path} is not a JSON object; restore it")
     return content
 
 

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import new_folder, sync, write_json
+from ..files import fits, new_folder, read_json, sync, write_json
 from .ids import IdArray, identity_of, ids_to_numpy
 from .pairs import ID_BYTES, Message, Pair, Turns, canonical_json, response_bytes
 
@@ -92,21 +92,30 @@ class PairShards:
         Raises `UserError` where the file is not the one that the manifest was written with.
         """
         path = self.path / self.names[shard]
+        schema = pair_schema(self.kind)
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
         try:
             with pa.OSFile(str(path)) as file:
                 self._check(shard, file)
                 with pq.ParquetFile(file) as parquet:
                     if parquet.metadata.num_rows != self.rows[shard]:
                         raise self._fault(shard, "has another number of rows")
-                    return parquet.read(columns=None if columns is None else list(columns))
-        except OSError as error:
+                    return parquet.read(columns=schema.names).select(schema.names).cast(schema)
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             missing = isinstance(error, FileNotFoundError)
             raise self._fault(shard, "is missing" if missing else "cannot be read") from None
 
     def pairs(self, shard: int, rows: Sequence[int] | None = None) -> list[Pair]:
         """The pairs of a shard, all in order or the given rows (numbers within the shard)."""
         table = self.table(shard, PAIR_COLUMNS)
-        return from_table(table if rows is None else table.take(pa.array(rows, pa.int64())))
+        try:
+            return from_table(table if rows is None else table.take(pa.array(rows, pa.int64())))
+        except (ValueError, TypeError, RecursionError):
+            path = self.path / self.names[shard]
+            raise UserError(
+                f"{path} holds something else than pairs; run `mrpo prepare` again"
+            ) from None
 
     def pair_ids(self, shard: int) -> IdArray:
         """The ids of a shard's pairs, [rows] of 16 raw bytes."""
@@ -237,7 +246,7 @@ def replaced_shards(out: Path, beside: Sequence[str], *, overwrite: bool = False
         out.mkdir(parents=True, exist_ok=True)
         for leftover in out.glob(f"{STAGE}*"):
             shutil.rmtree(leftover)
-        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out))
+        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=out.absolute()))
     except OSError as error:
         _remove_empty(missing)
         raise UserError(f"--out {out}: {error.strerror} ({error.filename})") from None
@@ -332,15 +341,15 @@ def shard_name(number: int) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path / MANIFEST, {}, "run `mrpo prepare` again")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path} holds no prepared pairs (no {MANIFEST}); "
             f"run `mrpo prepare SOURCE --out {path}`"
         ) from None
-    except ValueError:
-        manifest = None
-    if not _is_manifest(manifest):
+    shape = {"kind": str, "shards": [{"name": str, "rows": int, "sha256": str}]}
+    valid = fits(manifest, shape) and manifest["kind"] in get_args(Kind)
+    if not valid or not all(fnmatch(shard["name"], SHARDS) for shard in manifest["shards"]):
         raise UserError(f"{path / MANIFEST} is damaged; run `mrpo prepare` again")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
@@ -348,19 +357,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"reads {SCHEMA_VERSION}; run `mrpo prepare` again"
         )
     return manifest
-
-
-def _is_manifest(manifest: Any) -> bool:
-    try:
-        return manifest["kind"] in get_args(Kind) and all(
-            fnmatch(shard["name"], SHARDS)
-            and "/" not in shard["name"]
-            and isinstance(shard["rows"], int)
-            and isinstance(shard["sha256"], str)
-            for shard in manifest["shards"]
-        )
-    except (TypeError, KeyError):
-        return False
 
 
 def pair_schema(kind: Kind) -> pa.Schema:

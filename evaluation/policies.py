@@ -5,7 +5,6 @@ They are scored as stage one scores references.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +13,12 @@ from typing import Any
 
 from ..data.references import ReferenceSpec
 from ..errors import UserError
+from ..files import read_json, read_text
 from ..settings import build
 from ..train.checkpoint import checkpoints
 from ..train.config import TrainConfig
 from ..train.run_folder import RunFolder
-from ..train.start import POLICY
+from ..train.start import recorded_source
 
 ADAPTER_CONFIG, TEMPLATE = "adapter_config.json", "chat_template.jinja"
 ALIAS_LENGTH = 48  # characters of a policy's name that become its alias
@@ -50,7 +50,8 @@ def policy_at(
         "policy", model, chat_template_kwargs=kwargs or {}, system_role=system_role
     )
     if (folder / ADAPTER_CONFIG).is_file():
-        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        shape = {"base_model_name_or_path": str}
+        adapter = read_json(folder / ADAPTER_CONFIG, shape, "restore the adapter")
         base = adapter["base_model_name_or_path"]
         template = folder / TEMPLATE  # its base model may have another one, or none
         reference = replace(
@@ -58,7 +59,7 @@ def policy_at(
             model=str(Path(base).resolve()) if Path(base).is_dir() else base,
             revision=adapter.get("revision"),
             adapter=model,
-            chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+            chat_template=read_text(template) if template.is_file() else None,
         )
     return Policy(name or path, reference)
 
@@ -72,9 +73,10 @@ def policy_of_run(run: str | Path, name: str) -> Policy:
             "`mrpo train --resume`"
         )
     saved = checkpoints(folder.checkpoints)
-    source = saved[-1].settings[POLICY] if saved else {}
-    kwargs, system_role = source.get("chat_template_kwargs"), source.get("system_role")
-    return policy_at(str(folder.model), name, kwargs, system_role)
+    if not saved:
+        return policy_at(str(folder.model), name)
+    source = recorded_source(saved[-1])
+    return policy_at(str(folder.model), name, source.chat_template_kwargs, source.system_role)
 
 
 def run_settings(run: str) -> TrainConfig:

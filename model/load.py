@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 
-from ..data.references import GGUF, from_pretrained
+from ..data.references import GGUF, files_of, from_pretrained
 from ..errors import UserError
 from .attention import FLEX, SDPA
 
@@ -67,24 +67,27 @@ def load_model(
         remove_dropout(model)
         set_attention(model, attn or default_attention(device))
         if adapter is not None:
-            model = _with_adapter(model, str(adapter), adapter_revision)
-    except UserError:
-        raise
+            model = with_adapter(model, adapter, adapter_revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model {path} could not be loaded: {reason}") from error
     return model.to(device).eval()
 
 
-def _with_adapter(model: Any, adapter: str, revision: str | None) -> nn.Module:
-    """The model with a PEFT adapter in its layers; `UserError` where that is not all of it."""
+def with_adapter(
+    model: PreTrainedModel, adapter: str | Path, revision: str | None = None
+) -> nn.Module:
+    """A `PeftModel`: the model with a PEFT adapter in its layers.
+
+    Raises `UserError` where the adapter can't be read, or is not all in the layers.
+    """
     from peft import PeftModel
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), files_of(adapter):
         # PEFT warns of weights that the adapter lacks, and leaves these layers as they are.
         warnings.filterwarnings("error", message=".*missing adapter keys")
         try:
-            adapted: Any = PeftModel.from_pretrained(model, adapter, revision=revision)
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter), revision=revision)
         except UserWarning as warning:
             reason = " ".join(str(warning).split())[:300]
             raise UserError(

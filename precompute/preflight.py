@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.ids import IdArray, IdIndex, ids_to_numpy
-from ..data.references import from_pretrained
+from ..data.references import files_of, from_pretrained
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store
 from ..errors import UserError
@@ -250,12 +250,8 @@ def _num_parameters(model_name: str, revision: str | None) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = from_pretrained(AutoConfig, model_name, revision)
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"model {model_name}: not a causal language model ({reason})") from None
+    with files_of(model_name, "no causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, at_path
 
 PYTHON = (sys.executable, "-P", "-m")
 GRACE = 30.0  # seconds a worker may take to exit after it closed its event stream
@@ -144,8 +144,9 @@ def serve(handle: Callable[[dict[str, Any], Report], None], *, once: bool = Fals
             code, last = 0, {"event": "finished"}
             try:
                 handle(jobs.get(), report)
-            except UserError as error:
-                code, last = 2, {"event": "error", "text": str(error)}
+            except (UserError, OSError) as error:
+                mistake = at_path(error) if isinstance(error, OSError) else error
+                code, last = 2, {"event": "error", "text": str(mistake)}
             report(last)
             if once:
                 return code

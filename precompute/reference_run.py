@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..data.references import GGUF, ReferenceSpec
 from ..data.store import Store
-from ..errors import UserError
+from ..errors import UserError, at_path
 from ..settings import comma_separated, no_effect
 from .config import HEEDED_BY, PrecomputeConfig
 from .engines import EngineName
@@ -161,8 +161,9 @@ class ReferenceRun:
         with self._bar:
             try:
                 run_job(self._job, lambda event: self._hear(event, running))
-            except UserError as error:
-                self._outcome.mistakes.append(str(error))
+            except (UserError, OSError) as error:
+                mistake = at_path(error) if isinstance(error, OSError) else error
+                self._outcome.mistakes.append(str(mistake))
         return self._outcome
 
     def _start(self, running: _Running) -> None:

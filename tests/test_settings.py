@@ -60,6 +60,12 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
         ("rate: 1", ["source is missing"]),
         ("- a list", ["mapping"]),
         ("a: [", ["not YAML"]),
+        ("source: &a [*a]", ["not YAML"]),
+        ("source: !!int x", ["not YAML"]),
+        ("source: 2024-13-45", ["not YAML"]),
+        ("source: {a: b}", ["source is {'a': 'b'}", "str"]),
+        ('source: "a\\0b"', ["source holds a NUL"]),
+        (f"source: x\nsteps: {10**400}", ["steps is a number beyond 64 bits"]),
         ("gradient_accumulation_steps: 4", ["unknown key", "--batch-pairs"]),
         ("policy: a\nmodel_name_or_path: b", ["'policy' and 'model_name_or_path' are one"]),
         ("model_name_or_path: b\npolicy: a", ["'model_name_or_path' and 'policy' are one"]),
@@ -106,6 +112,13 @@ def test_a_flag_that_has_no_effect_is_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=message):
         config(**settings)
+
+
+def test_a_folder_of_the_home_is_found_also_where_no_shell_expands_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert build(Example, {"source": "~/pairs"}).source == "/home/me/pairs"
 
 
 def test_every_field_knows_its_help_and_default() -> None:

@@ -11,7 +11,6 @@ checkpoint; `MAY_CHANGE` lists the others.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn, optim
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from ..data.references import files_of
 from ..data.shards import PairShards
 from ..errors import UserError
-from ..files import new_folder, to_json, write_json
+from ..files import new_folder, read_json, to_json, write_json
 from .config import TrainConfig
 from .distributed import Ranks
 from .run_folder import RunFolder
@@ -117,8 +118,7 @@ def save(
 def load(checkpoint: Checkpoint, policy: nn.Module, optimizer: optim.Optimizer) -> None:
     """Load a checkpoint's weights and optimizer, whatever number of processes wrote it."""
     model, moments = get_state_dict(policy, optimizer, options=TRAINED_ONLY)
-    # Loads in place.
-    dcp.load({"model": model, "optimizer": moments}, checkpoint_id=checkpoint.folder)
+    _load_in_place({"model": model, "optimizer": moments}, checkpoint.folder)
     set_state_dict(
         policy, optimizer, model_state_dict=model, optim_state_dict=moments, options=TRAINED_ONLY
     )
@@ -128,8 +128,19 @@ def load(checkpoint: Checkpoint, policy: nn.Module, optimizer: optim.Optimizer) 
 def load_weights(checkpoint: Checkpoint, policy: nn.Module) -> None:
     """Load a checkpoint's weights alone, for evaluation and export."""
     model = get_model_state_dict(policy, options=TRAINED_ONLY)
-    dcp.load({"model": model}, checkpoint_id=checkpoint.folder)
+    _load_in_place({"model": model}, checkpoint.folder)
     set_model_state_dict(policy, model, options=TRAINED_ONLY)
+
+
+def _load_in_place(state: dict[str, Any], folder: Path) -> None:
+    way_out = "delete it to go on from an earlier checkpoint"
+    with files_of(folder, "damaged", way_out):
+        dcp.FileSystemReader(folder).read_metadata()  # `load` would log a traceback
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except CheckpointException as error:  # no `Exception`: it joins those of all ranks
+        with files_of(folder, "damaged", way_out):
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def numeric_settings(config: TrainConfig, pairs: PairShards) -> dict[str, Any]:
@@ -177,10 +188,16 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    state = TrainState(**content.pop("state"))
-    state.position = Position(*state.position)
-    return Checkpoint(path.parent, state, **content)
+    state = {
+        **{"step": int, "position": [int], "dropped": {}, "pairs": int, "tokens": int},
+        **{"max_tokens": int | None, "asked_tokens": int | str | None, "sums": {}},
+    }
+    shape = {"state": state, "settings": {}, "accuracy": float | int | None, "log_bytes": int}
+    content = read_json(path, shape, f"delete {path.parent} to go on from an earlier checkpoint")
+    values = {name: content["state"][name] for name in state}
+    values["position"] = Position(*values["position"][:3])
+    rest = {name: content[name] for name in shape if name != "state"}
+    return Checkpoint(path.parent, TrainState(**values), **rest)
 
 
 def _remove_old(folder: Path, keep: int) -> None:

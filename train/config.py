@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from ..errors import UserError
 from ..settings import Also, ScoredPairSettings, above_zero, at_least_zero, no_effect, seed, share
 
 # Peak learning rates: TRL's default for DPO, and that of the MRPO authors' code, which trains LoRA
@@ -158,10 +159,13 @@ class TrainConfig(MethodConfig):
         above_zero(self, "batch_pairs", "max_length", "max_tokens", "lora_rank", "lora_alpha")
         above_zero(self, "logging_steps", "eval_steps", "eval_pairs", "save_steps")
         above_zero(self, "save_total_limit")
-        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight")
+        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "adam_epsilon")
         seed(self, "seed")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
-        share(self, "train_fraction")
+        share(self, "train_fraction", "adam_beta1", "adam_beta2")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) == 1:
+                raise UserError(f"--{name.replace('_', '-')} is 1; it must be below 1")
         if self.lora_rank is None:
             lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
             no_effect(self, "without --lora-rank", *lora)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ..data.ids import ids_to_numpy
+from ..data.ids import digest_of, ids_to_numpy
 from ..data.join import JoinedScores, matrix
 from ..data.pairs import Pair, in_fraction, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
@@ -28,6 +28,7 @@ from .distributed import ALONE, Ranks
 
 Rows = np.ndarray  # [n] int64, row numbers within a shard
 USES = "uses.bin"  # beside the joined scores: a byte a row, which says what it is used for
+DIGEST_LENGTH = 32  # hex digits at its end
 UNUSABLE, TRAINING, HELD_OUT, LEFT_OUT, REFUSED = range(5)
 SHORT_COLUMNS = ["split", "chosen_bytes", "rejected_bytes"]  # quick to read
 
@@ -165,9 +166,9 @@ class TrainingPairs:
         run, whose method and policy are the same, reads it from there.
         """
         path, refused = self.joined.path / USES, Counter[str]()
-        if resumed and path.exists():
-            kinds = np.fromfile(path, np.uint8)
-        else:
+        data = path.read_bytes() if resumed and path.is_file() else b""
+        kinds = np.frombuffer(data[:-DIGEST_LENGTH], np.uint8)
+        if data[-DIGEST_LENGTH:] != digest_of(kinds.tobytes()).encode():  # absent or damaged
             of_shards = [self._kinds(method, shard) for shard in range(self.num_shards)]
             if reasons_of is not None:
                 own = range(ranks.rank, self.num_shards, ranks.world)
@@ -178,7 +179,7 @@ class TrainingPairs:
                     refused.update(taken[shard][1])
             kinds = np.concatenate(of_shards)
             if ranks.first:
-                write_bytes(path, kinds.tobytes())
+                write_bytes(path, kinds.tobytes() + digest_of(kinds.tobytes()).encode())
         split = np.split(kinds, np.cumsum(self.pairs.rows)[:-1])
         training = [np.flatnonzero(rows == TRAINING) for rows in split]
         held_out = [np.flatnonzero(rows == HELD_OUT) for rows in split]

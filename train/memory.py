@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..data.references import files_of
 from ..errors import UserError
 from ..model.head import KEEP_BYTES, chunk_rows
 from ..settings import comma_separated
@@ -84,7 +85,7 @@ class Sizes:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes:
         """From the architecture's modules, created without memory."""
-        with torch.device("meta"):
+        with files_of(str(config.name_or_path), "no causal language model"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
         text = config.get_text_config()

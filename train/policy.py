@@ -6,7 +6,6 @@ processes FSDP2 shards everything under the one module that maps packed pairs to
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from transformers.utils import cached_file
 
 from ..data.references import ReferenceSpec, from_pretrained
 from ..errors import UserError
+from ..files import read_json
 from ..model.load import BALANCED, balancing_coefficient, default_attention, load_model
 from ..model.logps import SequenceLogps
 from ..settings import comma_separated, no_effect
@@ -92,7 +92,8 @@ def policy_source(
         no_effect(config, "on a policy in a folder", "policy_revision")
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
-        below = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+        shape = {"base_model_name_or_path": str}
+        below = read_json(adapter_config, shape, "restore the adapter")["base_model_name_or_path"]
         own = model if (folder / "tokenizer_config.json").is_file() else None
         source = PolicySource(below, adapter=model, chat_template=template, tokenizer=own)
         return source, False

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import fits, read_json, write_json
 
 
 class RunFolder:
@@ -44,19 +44,22 @@ def read_log(folder: Path) -> Sequence[Mapping[str, float | None]]:
     """The lines of a run's log. Raises `UserError` where the folder has none."""
     path = RunFolder(folder).log
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise UserError(f"{folder}: no run of `mrpo train` ({path.name} is missing)") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged; a line is not JSON") from None
+    figures = dict[str, float | int | None]
+    if not all(fits(line, {"step": int}) and fits(line, figures) for line in lines):
+        raise UserError(f"{path}: damaged; a line is not a step with its figures")
+    return lines
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """What an evaluation.json holds; empty where there is none."""
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(content, dict), path
+    content: dict[str, Any] = read_json(path, {}, "remove it, or name another file")
     return content
 
 

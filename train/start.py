@@ -24,6 +24,7 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import OVER_LIMIT, open_store
 from ..errors import UserError
+from ..files import fits
 from ..method.grammar import aliases_of
 from ..method.objective import ReferenceLogps
 from .checkpoint import Checkpoint, checkpoint_to_resume, numeric_settings
@@ -57,6 +58,21 @@ class Start:
     tolerance: float | None = None  # for `compare_with_base`, if the policy is the base reference
 
 
+def recorded_source(checkpoint: Checkpoint) -> PolicySource:
+    """What the policy of a checkpoint was loaded from. Raises `UserError` where it is damaged."""
+    values = checkpoint.settings.get(POLICY)
+    try:
+        source = PolicySource(**values)  # type: ignore[arg-type]
+    except TypeError:
+        source = None
+    if source is None or not fits(source, PolicySource):
+        raise UserError(
+            f"{checkpoint.folder}: damaged, its {POLICY} can't be read; delete it to go on from an "
+            "earlier checkpoint"
+        )
+    return source
+
+
 def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     """Check everything that can be checked; create the run's folder and its joined scores."""
     check_trackers(config.report_to)
@@ -65,7 +81,7 @@ def find_start(config: TrainConfig, ranks: Ranks, bf16: bool) -> Start:
     settings = numeric_settings(config, pairs)
     checkpoint = checkpoint_to_resume(config, settings)
     if checkpoint is not None:
-        source = PolicySource(**checkpoint.settings[POLICY])
+        source = recorded_source(checkpoint)
         planned = (0, 0.0) if folder.finished else _plan(config, source, ranks, bf16)
         scores = JoinedScores(folder.scores)
         if folder.pairs.is_dir() and (kept := PairShards(folder.pairs)).digest == pairs.digest:

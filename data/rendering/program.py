@@ -24,8 +24,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # The date that Llama 3.2's own template falls back to. Part of the rendering version.
 TODAY = datetime(2024, 7, 26, 12, 0, 0)
 # What a template raises for messages it doesn't accept: an error of its own, or Python's for a
-# field that is missing or has an unexpected type.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+# field that is missing or has an unexpected type, or what the sandbox refuses to compute.
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 class GenerationTag(Extension):

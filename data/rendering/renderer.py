@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from ..references import GGUF, from_pretrained
+from ..references import GGUF, files_of, from_pretrained
 from .template import ChatTemplate, Refusal, RenderedText
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..pairs import Pair
 
+LONG_ID = re.compile(rb'(?<!\\)":\s*\d{8}')  # tokenizers counts up to the largest id, for minutes
 RENDERING_VERSION = 1  # part of a score's identity: raise it when any token id changes
 
 
@@ -246,6 +247,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     way_out = "name a model with one, or save one there with tokenizer.save_pretrained"
+    file = Path(model) / "tokenizer.json"
+    if file.is_file() and LONG_ID.search(file.read_bytes()):
+        raise UserError(f"{file}: damaged, it has a token id of 8 or more digits; restore it")
     try:
         # With mistral-common installed, AutoTokenizer may return its tokenizer, without offsets.
         loaded = from_pretrained(AutoTokenizer, model, revision, mistral_format=False)
@@ -258,7 +262,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     if Path(model).suffix == GGUF:
         tokenizer = _as_in_gguf(tokenizer, model)
     # For a folder without tokenizer files, transformers makes a tokenizer without any word.
-    if not {*tokenizer("a", add_special_tokens=False).input_ids} - {*tokenizer.all_special_ids}:
+    with files_of(model):
+        words = {*tokenizer("a", add_special_tokens=False).input_ids}
+    if not words - {*tokenizer.all_special_ids}:
         raise UserError(f"model {model}: no tokenizer there; {way_out}")
     return tokenizer
 

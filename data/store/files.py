@@ -26,6 +26,10 @@ WRITERS = 8  # files sent at a time
 COMMIT_FILES, COMMIT_BYTES = 500, 256 * 2**20  # what one commit on the Hub takes at most
 
 
+# Protocols that can put a file; memory:// is for tests.
+REMOTE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory")
+
+
 def open_files(root: str | Path) -> Files:
     """The files under a local path or an fsspec URL.
 
@@ -43,6 +47,8 @@ def open_files(root: str | Path) -> Files:
         )
     if scheme in ("file", "local"):
         return _local_files(Path(rest).expanduser())
+    if scheme not in REMOTE:
+        raise UserError(f"--store {text}: {scheme}:// is no store; use a folder, s3:// or gs://")
     import fsspec
 
     try:

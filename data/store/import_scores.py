@@ -221,7 +221,7 @@ def _logp(name: str, value: Any) -> float | None:
         return None
     try:
         logp = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Broken(name, f"is {value!r}; a log-prob is a number") from None
     if math.isnan(logp):
         return None
@@ -240,8 +240,8 @@ def _token_count(name: str, row: Mapping[str, Any]) -> int | None:
         return None
     try:
         count = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = -1
-    if count < 1 or count != float(value):
+    if not 1 <= count < 2**31 or count != float(value):
         raise Broken(name, f"is {value!r}; a count of tokens is a whole number from 1")
     return count

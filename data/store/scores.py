@@ -100,7 +100,7 @@ class ScoreFiles:
         """Rows by the files' footers; a row that two racing writers added counts twice."""
 
         def rows(name: str) -> int:
-            with self._parsed(name) as file:
+            with self._opened(name) as file:
                 return int(file.metadata.num_rows)
 
         return sum(_parallel(rows, self.names()))
@@ -175,7 +175,7 @@ class ScoreFiles:
             data = self.read_file(name)
             if not intact(name, data):
                 raise UserError(self._damage(name))
-            with pq.ParquetFile(pa.BufferReader(data)) as file:
+            with self._parsed(name, pa.BufferReader(data)) as file:
                 table = file.read(columns=list(columns))
             for column in TOKEN_COLUMNS:
                 if column in columns and column not in table.column_names:
@@ -219,15 +219,25 @@ class ScoreFiles:
 
     def ids_of(self, name: str) -> IdArray:
         """The pairs of one file. Raises `UserError` where it can't be read as Parquet."""
-        with self._parsed(name) as file:
+        with self._opened(name) as file:
             return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
 
+    def _opened(self, name: str) -> contextlib.AbstractContextManager[pq.ParquetFile]:
+        return self._parsed(name, self._files.open(f"{self._folder}/{name}"))
+
     @contextlib.contextmanager
-    def _parsed(self, name: str) -> Iterator[pq.ParquetFile]:
+    def _parsed(self, name: str, source: pa.NativeFile) -> Iterator[pq.ParquetFile]:
+        """A score file to read; raises `UserError` where it is none, also while it is read."""
         try:
-            with pq.ParquetFile(self._files.open(f"{self._folder}/{name}")) as file:
+            with pq.ParquetFile(source) as file:
+                there = {field.name: field.type for field in file.schema_arrow}
+                if any(there.get(field.name) != field.type for field in SCORE_SCHEMA):
+                    raise UserError(
+                        f"{self._files.root}/{self._folder}/{name}: its columns are not those of "
+                        "scores; remove it, and `mrpo precompute` scores its rows again"
+                    )
                 yield file
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             # Without a number it is Arrow's, for a page that it cannot decode.
             if isinstance(error, OSError) and error.errno is not None:
                 raise

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import UserError
+from ...files import fits
 from ..ids import identity_of
 from ..pairs import canonical_json
 from ..references import ALIAS, PARTS, ReferenceSpec, check_alias, inputs_here
@@ -31,6 +32,11 @@ from .scores import BAD, ScoreFiles
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
 POLICIES = "policies"
+RECORD_SHAPE = {
+    **{"identity": str, "inputs": {}, "resolved_commit": str | None, "created": str},
+    "names": [{"alias": str, "entry": {}, "recorded": str}],
+    "runs": [{}],
+}
 
 
 def open_store(given: str | None) -> Store:
@@ -344,7 +350,7 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
     try:
         content = json.loads(data)
         digest = content.pop("digest")
-        valid = digest == identity_of(content)
+        valid = fits(content, RECORD_SHAPE) and digest == identity_of(content)
         shared = {key: content[key] for key in ("inputs", "resolved_commit", "created")}
         records = [
             ReferenceRecord(**name, **shared, runs=tuple(content["runs"]))
@@ -352,6 +358,6 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
         ]
         valid &= all(r.identity == identity and bool(ALIAS.fullmatch(r.alias)) for r in records)
         valid &= all(isinstance(path, str) for r in records for path in r.folders.values())
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return []
     return records if valid else []

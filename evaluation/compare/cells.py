@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import product
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data.shards import PairShards
+from ...data.store.store import IDENTITY
 from ...errors import UserError
-from ...files import write_json
+from ...files import read_json, write_json
 from ...settings import comma_separated, write_resolved
 from ...train.checkpoint import DIGEST
 from ...train.config import TrainConfig
@@ -57,10 +57,16 @@ class Cell:
     @property
     def identity(self) -> str | None:
         """Of the trained policy's scores in the store; None where the cell is not finished."""
+        number = float | int
+        shape = {"identity": str, "seconds": {"train": number, "evaluate": number}}
+        way_out = "remove it to evaluate this run again"
         try:
-            return json.loads(self.result.read_text(encoding="utf-8")).get("identity")
+            identity: str = read_json(self.result, shape, way_out)["identity"]
         except FileNotFoundError:
             return None
+        if not IDENTITY.fullmatch(identity):
+            raise UserError(f"{self.result}: damaged, identity {identity!r}; {way_out}")
+        return identity
 
     @property
     def finished(self) -> bool:
@@ -123,7 +129,7 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
     path = cell.folder / INPUTS
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path, {}, f"remove {cell.folder} to run this cell again")
     for name, value in inputs.items():
         if earlier.get(name) != value:
             flag = name if " " in name else f"--{name.replace('_', '-')}"
@@ -138,7 +144,8 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
 
 def refuse_other_scores(cell: Cell, identities: Mapping[str, str]) -> None:
     """Raise `UserError` where an alias no longer means what it meant when the comparison began."""
-    begun = json.loads((cell.folder / INPUTS).read_text(encoding="utf-8"))[SCORED]
+    way_out = f"remove {cell.folder} to run this cell again"
+    begun = read_json(cell.folder / INPUTS, {SCORED: dict[str, str]}, way_out)[SCORED]
     for alias, identity in identities.items():
         if begun[alias] != identity:
             raise UserError(

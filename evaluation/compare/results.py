@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ...errors import UserError
+from ...files import fits
 from ...terminal import table_lines
 from ..config import Metric
 from ..evaluate import HEADS, METRICS
@@ -104,10 +105,13 @@ def read_comparison(path: Path) -> Comparison:
         content["results"] = [Result(**entry) for entry in content["results"]]
         content["runs"] = [RunResult(**entry) for entry in content["runs"]]
         content["scoring"] = [ScoringCost(**entry) for entry in content["scoring"]]
-        return Comparison(**content)
+        comparison = Comparison(**content)
+        if not fits(comparison, Comparison):
+            raise TypeError
+        return comparison
     except FileNotFoundError:
         raise UserError(f"{path} is not there yet; finish the comparison first") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged, or of another version; run `mrpo compare` again"
         ) from None

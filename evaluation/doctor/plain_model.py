@@ -24,6 +24,7 @@ from ...data.pairs import Message, Pair, Turns
 from ...data.references import GGUF, ReferenceSpec, from_pretrained
 from ...data.rendering import TODAY
 from ...data.rendering.renderer import load_tokenizer
+from ...model.load import with_adapter
 
 DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
@@ -81,9 +82,7 @@ class PlainModel:
             AutoModelForCausalLM, model, revision, dtype=getattr(torch, dtype)
         )
         if adapter is not None:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(loaded, adapter, revision=adapter_revision)
+            loaded = with_adapter(loaded, adapter, adapter_revision)
         self.model = loaded.to(self.device).eval()
 
     @torch.inference_mode()

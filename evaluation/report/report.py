@@ -10,7 +10,6 @@ sections in a file of its own, and one line in `SECTIONS`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from markupsafe import Markup
 
 from ...data.store import open_store
 from ...errors import UserError
-from ...files import output_file, write_json, write_text
+from ...files import output_file, read_json, write_json, write_text
 from ...method.grammar import aliases_of
 from ...settings import build, comma_separated, command, write_resolved
 from ...train.config import TrainConfig
@@ -103,12 +102,11 @@ def audit_section(config: ReportConfig) -> list[Section]:
     if config.audit is None:
         return []
     path = Path(f"{config.audit}.json")
+    shape = {"sources": dict[str, dict[str, int]], "unlikely_below": float}
     try:
-        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(
-            f"--audit {config.audit}: {path} is missing or damaged; run `mrpo audit`"
-        ) from None
+        figures: dict[str, Any] = read_json(path, shape, "run `mrpo audit` again")
+    except OSError:
+        raise UserError(f"--audit {config.audit}: {path} is missing; run `mrpo audit`") from None
     rows = [("source", "pairs", *REASONS)]
     rows += [
         (name, *(f"{count:,}" for count in counts.values()))

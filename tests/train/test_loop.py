@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mrpo.data.shards import PairShards
 from mrpo.errors import UserError
 from mrpo.method import losses
 from mrpo.method.grammar import parse_method
+from mrpo.train import loop
 from mrpo.train.dataset import TrainingPairs
 from mrpo.train.forward import PairForward
 from mrpo.train.loop import learning_rate, total_steps
@@ -215,3 +217,20 @@ def test_rate_warms_up_from_zero_and_follows_its_course(kind: str, end: float) -
     )
     assert [learning_rate(config, step, 10) for step in (0, 1, 2)] == [0.0, 0.5, 1.0]
     assert learning_rate(config, 6, 10) == pytest.approx(end)
+
+
+def test_a_rank_out_of_memory_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "micro_batches", run_out)
+    ranks = SimpleNamespace(world=2, rank=1, any=bool)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(seed=0),
+        state=SimpleNamespace(step=6),
+        optimizer=torch.optim.SGD([torch.zeros(1)]),
+        forward=SimpleNamespace(ranks=ranks, shares=lambda pairs, tokens: [([], 1.0)]),
+        budget=SimpleNamespace(tokens=512, watch=lambda _: None, fits=lambda *_: True),
+    )
+    with pytest.raises(UserError, match=r"step 7: rank 1 .* 512 tokens; continue with --resume"):
+        loop.backward(run, SimpleNamespace(pairs=[]))  # type: ignore[arg-type]

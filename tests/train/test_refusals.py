@@ -21,6 +21,18 @@ from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.train.run import train
 
+TWO_STEPS = {"max_steps": 2, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def stopped(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that can be resumed behind its first step."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    train(inputs.config(folder, **TWO_STEPS))
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+    return folder
+
 
 def test_pairs_missing_for_good(inputs: Any, tmp_path: Path, scored: Any) -> None:
     """In the base: dropped. In another: the others' weights. In too many: refused."""
@@ -176,3 +188,36 @@ def test_damaged_scores_of_a_run_are_noticed(inputs: Any, tmp_path: Path) -> Non
     pq.write_table(table.slice(0, len(table) - 1), part)
     with pytest.raises(UserError, match="damaged"):
         train(inputs.config(tmp_path / "run", max_steps=1, resume=True))
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json"])
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_a_damaged_checkpoint_is_refused(
+    stopped: Path, inputs: Any, tmp_path: Path, name: str, keep: float
+) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000001" / name
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(
+        UserError, match=r"step-00000001.*: damaged.*; delete .*checkpoint"
+    ) as raised:
+        train(inputs.config(tmp_path / "run", **TWO_STEPS, resume=True))
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_notes_on_the_rows_of_a_run_are_made_again(
+    stopped: Path, inputs: Any, tmp_path: Path
+) -> None:
+    logs = []
+    for name, flipped in (("whole", False), ("damaged", True)):
+        shutil.copytree(stopped, tmp_path / name)
+        file = tmp_path / name / "scores" / "uses.bin"
+        data = bytearray(file.read_bytes())
+        data[3] ^= flipped  # a pair that is trained on becomes one that is held out, or the reverse
+        file.write_bytes(data)
+        train(inputs.config(tmp_path / name, **TWO_STEPS, resume=True))
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
+        assert file.read_bytes() == (stopped / "scores" / "uses.bin").read_bytes()
+    assert logs[0] == logs[1]

@@ -169,3 +169,10 @@ def test_changed_setting_is_refused_by_name(
 def test_folder_with_a_run_is_refused_without_resume(inputs: Any, finished: Path) -> None:
     with pytest.raises(UserError, match="holds a run; add --resume"):
         train(inputs.config(finished))
+
+
+def test_resume_without_a_checkpoint_begins_at_the_start(inputs: Any, tmp_path: Path) -> None:
+    train(inputs.config(tmp_path / "new", max_steps=1))
+    train(inputs.config(tmp_path / "resumed", max_steps=1, resume=True))
+    logs = [log_of(tmp_path / name) for name in ("new", "resumed")]
+    assert logs[0] == logs[1] != []

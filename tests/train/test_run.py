@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,17 @@ def test_model_folder_loads_and_generates(inputs: Any, run: Path) -> None:
         name for name, weight in model.state_dict().items() if not weight.equal(before[name])
     ]
     assert len(changed) == len(before)
+
+
+def test_the_log_has_the_names_that_the_page_lists(run: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`([a-z_/]+(?:/ALIAS)?)`", page.split("## The log")[1].split("##")[0]))
+    named = [{re.sub("llama|mistral|qwen", "ALIAS", name) for name in line} for line in log_of(run)]
+    for names in named:
+        of_evaluation = {name.removeprefix("eval_") for name in names if name.startswith("eval_")}
+        assert names - {f"eval_{name}" for name in of_evaluation} - {"step"} <= listed
+        assert of_evaluation - {"pairs"} <= listed
+    assert set().union(*named) >= listed - {"eval_"}
 
 
 def test_card_has_recipe_data_references_and_held_out_figures(inputs: Any, run: Path) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mrpo import files as root_files
+from mrpo.data.ids import digest_of
 from mrpo.data.store import ScoreFiles, Store
 from mrpo.data.store.files import LocalFiles, open_files
+from mrpo.data.store.scores import to_bytes
 from mrpo.errors import UserError
 
 
@@ -92,6 +95,22 @@ def test_a_file_whose_pages_do_not_decode_is_damage_to_every_reader(
             reader()
     assert scores.check() == [name]
     assert scores.missing(make.ids(500)).all()
+
+
+def test_a_file_of_other_columns_is_no_score_file_whatever_its_digest(
+    scores: ScoreFiles, tmp_path: Path, make: Any
+) -> None:
+    folder = folder_of(scores, tmp_path) if scores.add(make.scores(make.ids(20))) else tmp_path
+    (path,) = folder.iterdir()
+    table = pq.read_table(path)
+    for other in (table.drop_columns(["reason"]), table.set_column(1, "chosen_logp", [["x"] * 20])):
+        path.unlink()
+        data = to_bytes(other)
+        path = folder / f"{path.name[:32]}-{digest_of(data)}.parquet"
+        path.write_bytes(data)
+        for reader in (scores.read, scores.pair_ids, scores.num_rows):
+            with pytest.raises(UserError, match="its columns are not those of scores; remove it"):
+                reader()
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
@@ -266,7 +285,7 @@ def test_a_record_refused_by_the_disk_keeps_the_old_one(
     ("root", "message"),
     [
         (lambda path: path / "file", "is a file; a store is a folder"),
-        (lambda path: "nosuch://bucket/store", "Protocol not known"),
+        (lambda path: "nosuch://bucket/store", "nosuch:// is no store"),
         (lambda path: "s3://key:secret@bucket/store", "credentials in a URL"),
     ],
 )
