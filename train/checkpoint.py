@@ -35,6 +35,7 @@ from ..data.ids import identity_of
 from ..data.shards import PairShards
 from ..errors import UserError
 from ..files import new_folder, to_json, write_json
+from ..method.weightings import OnlineWeights
 from .config import TrainConfig
 from .distributed import Ranks
 from .run_folder import RunFolder
@@ -62,6 +63,7 @@ class TrainState:
     max_tokens: int | None = None  # the token budget in force
     asked_tokens: int | str | None = None  # --max-tokens as given
     sums: dict[str, float] = field(default_factory=dict)  # of the steps since the log's last line
+    online: OnlineWeights | None = None  # of a method that learns its weights while training
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,8 @@ def _read(path: Path) -> Checkpoint:
     content = json.loads(path.read_text(encoding="utf-8"))
     state = TrainState(**content.pop("state"))
     state.position = Position(*state.position)
+    if state.online is not None:
+        state.online = OnlineWeights(**state.online)  # type: ignore[arg-type]
     return Checkpoint(path.parent, state, **content)
 
 

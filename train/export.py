@@ -45,6 +45,12 @@ def export(config: ExportConfig) -> Path:
             f"method {config.method!r} averages losses and has no virtual reference to export; "
             "export mrpo or geometric, or train it here with `mrpo train`"
         )
+    if method.reliable or method.online:
+        part = "+reliable" if method.reliable else f"+{method.weighting}"
+        raise UserError(
+            f"method {config.method!r}: {part} acts on the loss while it trains, which an export "
+            "can't hold; leave it out, or train it here with `mrpo train`"
+        )
     pairs = PairShards(config.pairs)
     store, specs = open_store(config.store), load_refs(config.refs_config)
     records = [store.resolve(alias, specs) for alias in method.references]
@@ -58,7 +64,7 @@ def export(config: ExportConfig) -> Path:
         shutil.rmtree(joined.path)
         write_resolved(config, folder / SETTINGS)
     print(f"method     {method}")
-    for line in method.fitted.describe(method.references) if method.fitted else []:
+    for line in method.describe():
         print(line)
     for split in SPLITS:
         print(f"{split:<10} {counts[split]:,} pairs")

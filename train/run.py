@@ -218,7 +218,7 @@ def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> s
     lines = [
         f"method      {method}: {method.kind}, epsilon {epsilon}, loss {method.loss_type}, "
         f"beta {method.beta:g}",
-        *(method.fitted.describe(method.references) if method.fitted else ()),
+        *method.describe(),
         f"policy      {start.source.name}",
         f"steps       {steps:,} of {config.batch_pairs} pairs, rate {config.learning_rate:g} "
         f"{config.lr_scheduler_type}",
@@ -248,6 +248,11 @@ def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
     if method.weights is not None:  # all pairs share them
         weights = zip(method.references, method.weights)
         combined += f" Weights: {', '.join(f'{alias} {weight:.3f}' for alias, weight in weights)}."
+    if method.reliability is not None:
+        combined += (
+            f" Labels: {method.reliability.full.noise:.1%} judged wrong by the references; each "
+            "pair's loss is smoothed by its own chance of a wrong label."
+        )
     trained = {
         "optimizer steps": step,
         "pairs trained on": run.state.pairs,
