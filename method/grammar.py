@@ -89,7 +89,7 @@ def parse_method(
         if (weighting or text_weighting or implied) != "base" or weights is not None:
             raise UserError(
                 f"method {text!r}: dpo is held to one reference and has no weights; "
-                "leave out the weighting, or use geometric+arwc+reliable"
+                "leave out the weighting, or use geometric+reliable"
             )
     method = Method(
         name=name,

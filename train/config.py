@@ -24,7 +24,7 @@ class MethodConfig(ScoredPairSettings):
     ] = None
     method: Annotated[
         str,
-        "METHOD[:ref/ref…][+weighting][+reliable], such as mrpo, dpo:x, geometric+arwc+reliable.",
+        "METHOD[:ref/ref…][+weighting][+reliable], such as mrpo, dpo:x, geometric+reliable.",
     ] = "mrpo"
     reference_kind: Annotated[
         Literal["harmonic", "geometric", "arithmetic"] | None,

@@ -32,7 +32,7 @@ def test_gains_are_paired_with_the_best_single_reference(
     """Gains of 1 and 3 points on two subsets: 2, ± 12.7 (t of one degree) times 1."""
     best, lines = [70.0, 80.0], []
     for subset in range(2):
-        values = {method: best[subset] - 5 for method in label_noise.SINGLE}
+        values = dict.fromkeys(label_noise.SINGLE, best[subset] - 5)
         values["dpo:qwen"] = best[subset]
         values["geometric"] = best[subset] + 1 + 2 * subset
         for method, value in values.items():
