@@ -84,7 +84,7 @@ class CompareConfig(TrainConfig):
     """
 
     output_dir: Annotated[str, "Folder of the comparison: settings, cells/, compare.json."]
-    methods: Annotated[str, "METHOD[:ref/ref…][+weighting], comma-separated."]
+    methods: Annotated[str, "METHOD[:ref/ref…][+weighting][+reliable], comma-separated."]
     refs: Annotated[
         str | None,
         "Aliases of references, comma-separated, the base first. By default those that --methods "

@@ -1,27 +1,35 @@
-"""Weights learned from the human labels: which references predict what people preferred.
+"""What the human labels teach of the references, and the references of the labels.
 
 With the geometric virtual reference, DPO's implied preference is a logistic model of the margins
 D_k = log pi_k(chosen) − log pi_k(rejected). So the weights are the coefficients of a logistic
 regression of the label on (D_1 … D_K), without intercept and none below 0: exact for the geometric
 kind, a heuristic for the others. A training pair gets the weights fitted to the prompts of other
 folds, which have not seen its label; a bootstrap over prompts gives intervals, and the references
-that may be dropped. Numpy and scipy.
+that may be dropped.
+
+The same regression with a noise rate (`fit_reliability`) tells how likely each label is wrong.
+Numpy and scipy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit, log_expit, logit
 
 from ..errors import UserError
 
 FOLDS = 5
 RIDGE = 1e-4
 """On margins scaled to a mean square of 1; it matters only where labels are separable."""
+
+NOISES = np.linspace(0, 0.35, 15)
+"""Noise rates that are weighed against one another, [G]. People contradict one another in a quarter
+to a third of the pairs; a higher rate looks the same as references that are surely wrong."""
 
 CONFIDENCE = 0.95
 """Of all K intervals together; each has 1 − 0.05/K (Bonferroni)."""
@@ -104,6 +112,150 @@ def fit_weights(
         intervals=intervals,
         drop=drop,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NoisyFit:
+    """A regression under every noise rate of `NOISES`, and how probable the labels make each."""
+
+    probabilities: np.ndarray  # [G], sum 1
+    coefficients: np.ndarray  # [G, K], per nat of margin
+
+    @property
+    def noise(self) -> float:
+        """The mean noise rate."""
+        return float(self.probabilities @ NOISES)
+
+    def interval(self) -> tuple[float, float]:
+        """The rates between which 95 % of the probability lies, in steps of `NOISES`."""
+        total = self.probabilities.cumsum()
+        low, high = np.searchsorted(total, [0.025, 0.975])
+        return float(NOISES[low]), float(NOISES[min(high, len(NOISES) - 1)])
+
+    def chance_wrong(self, margins: np.ndarray) -> np.ndarray:
+        """[N] chance that the label is wrong, from margins [N, K]; NaN margins say nothing."""
+        support = np.nan_to_num(margins) @ self.coefficients.T  # [N, G]
+        with np.errstate(divide="ignore"):  # logit(0) is −inf, and the chance 0
+            return expit(logit(NOISES) - support) @ self.probabilities
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reliability:
+    """How likely each label is wrong, by what the references say of the pair.
+
+    A pair's true preference follows the references, P(as the label says) = sigmoid(w·D), and a
+    share eps of the labels is turned round, whatever the pair. Then a label is wrong with chance
+
+        s = eps sigmoid(−w·D) / [eps + (1 − 2 eps) sigmoid(w·D)] = sigmoid(logit(eps) − w·D)
+
+    so the label is one more witness, of weight logit(1 − eps) in log-odds. Few pairs can't tell
+    noise from references that are seldom sure, so s is the mean over the rates of `NOISES`, each
+    as probable as it makes the labels.
+    """
+
+    full: NoisyFit
+    folds: tuple[NoisyFit, ...]  # number f was fitted without the prompts of fold f
+    pairs: int  # pairs that every reference has scored, the ones that were used
+    doubted: int  # of these, labels that are wrong with a chance above 1/2
+
+    def chance_wrong(self, margins: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """[N]: for each training pair, by the fit that has not seen its prompt.
+
+        Args:
+            margins: [N, K] D in nats, NaN where a reference is missing; it then says nothing.
+            prompts: [N] integers, as for `fit_reliability`.
+        """
+        fold, chances = _fold_of(prompts), np.empty(len(margins))
+        for f, fit in enumerate(self.folds):
+            chances[fold == f] = fit.chance_wrong(margins[fold == f])
+        return chances
+
+    def describe(self, aliases: Sequence[str]) -> list[str]:
+        """Lines for the user: the noise rate, the references' say, and the labels doubted."""
+        low, high = self.full.interval()
+        say = self.full.probabilities @ self.full.coefficients
+        return [
+            f"labels      {self.full.noise:.1%} of {self.pairs:,} wrong by the references' word "
+            f"({low:.1%} to {high:.1%}); {self.doubted:,} count more as their opposite",
+            f"            log-odds per nat: {', '.join(map('{} {:.3g}'.format, aliases, say))}",
+        ]
+
+
+def fit_reliability(margins: np.ndarray, prompts: np.ndarray) -> Reliability:
+    """Fit noise rate and coefficients to pairs whose first response is the one people chose.
+
+    Labels are symmetric (a pair may be written either way round), so noise is no intercept of the
+    logit, but P(label) = eps + (1 − 2 eps) sigmoid(w·D) with w ≥ 0. Deterministic.
+
+    Args:
+        margins: [N, K] D in nats, NaN where a reference is missing (such pairs are left out).
+        prompts: [N] integers, equal for equal prompts; the fold is the number modulo `FOLDS`.
+
+    A quarter of the labels is turned round, under a reference that is sure and right:
+
+    >>> rng = np.random.default_rng(0)
+    >>> d = np.where(rng.random(2000) < 0.25, -1, 1) * abs(rng.logistic(0, 20, 2000))
+    >>> fit = fit_reliability(d[:, None], np.arange(2000))
+    >>> bool(0.22 < fit.full.noise < 0.28), fit.doubted > 400
+    (True, True)
+    """
+    complete = ~np.isnan(margins).any(axis=1)
+    if not complete.any():
+        raise UserError(
+            "+reliable found no pair that every reference has scored; "
+            "leave it out, or leave out the reference that misses most"
+        )
+    margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
+    fold = _fold_of(prompts)
+    fit = Reliability(
+        full=fit_noise(margins, np.ones(len(prompts), bool)),
+        folds=tuple(fit_noise(margins, fold != f) for f in range(FOLDS)),
+        pairs=len(prompts),
+        doubted=0,
+    )
+    return replace(fit, doubted=int((fit.chance_wrong(margins, prompts) > 0.5).sum()))
+
+
+def fit_noise(margins: np.ndarray, used: np.ndarray) -> NoisyFit:
+    """The fits to the pairs `used` [N] of margins [N, K].
+
+    For each rate of `NOISES`, w ≥ 0 minimizes −mean log(eps + (1 − 2 eps) sigmoid(w·x)) +
+    ridge/2 |w|² on scaled margins x, found from the w of the rate before (for eps > 0 it is not
+    convex). A rate's probability is the likelihood there, normalized: a flat prior.
+    """
+    scale = np.sqrt(np.mean(margins**2)) or 1.0
+    x = np.ascontiguousarray(margins[used].T) / scale  # [K, n]
+    size, n = x.shape
+
+    def objective(w: np.ndarray, noise: float) -> tuple[float, np.ndarray]:
+        """The value and the gradient [K]."""
+        z = w @ x
+        with np.errstate(divide="ignore"):
+            right, wrong = np.log1p(-noise) + log_expit(z), np.log(noise) + log_expit(-z)
+        log_p = np.logaddexp(right, wrong)
+        turned = np.exp(wrong - log_p)  # the chance that the label is wrong, given the label
+        gradient = -(x @ (expit(-z) - turned)) / n + RIDGE * w
+        return RIDGE / 2 * w @ w - log_p.mean(), gradient
+
+    w = _coefficients(x.T, np.ones(n)) if n else np.zeros(size)
+    coefficients, log_likelihoods = [], []
+    for noise in NOISES if n else ():
+        fit = minimize(
+            objective,
+            w,
+            args=(noise,),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0, None)] * size,
+            options={"gtol": 1e-9, "ftol": 0, "maxcor": 20, "maxiter": 1000},
+        )
+        w = fit.x
+        coefficients.append(w / scale)
+        log_likelihoods.append(-n * fit.fun)
+    if not n:  # all prompts are in one fold: nothing is known of the labels
+        return NoisyFit(np.eye(len(NOISES))[0], np.zeros((len(NOISES), size)))
+    likelihoods = np.exp(np.array(log_likelihoods) - max(log_likelihoods))
+    return NoisyFit(likelihoods / likelihoods.sum(), np.stack(coefficients))
 
 
 def logistic_regression(

@@ -1,4 +1,6 @@
-"""A method in one line of text: `METHOD[:ref/ref…][+weighting]`, for `train` and `compare` alike.
+"""A method in one line of text, for `train` and `compare` alike:
+
+    METHOD[:ref/ref…][+weighting][+reliable]
 
 `parse_method` reads the text, lets flags override its parts, and returns a frozen `Method`
 (`objective.py`), which checks its parts and computes weights, targets and losses. `METHODS` has
@@ -24,6 +26,7 @@ class MethodDefaults(NamedTuple):
     epsilon: float | None = None
 
 
+FORM = "METHOD[:ref/ref…][+weighting][+reliable]"
 METHODS = {
     "mrpo": MethodDefaults("harmonic", "arwc", 0.1),
     "multi-dpo": MethodDefaults(SEPARATE),
@@ -44,12 +47,14 @@ def parse_method(
     epsilon: float | Literal["none"] | None = None,
     **options: Any,
 ) -> Method:
-    """Read `METHOD[:ref/ref…][+weighting]`; every keyword that is not None overrides its part.
+    """Read `METHOD[:ref/ref…][+weighting][+reliable]`; keywords that are not None override parts.
 
     Args:
         text: for example "mrpo", "mrpo:llama/qwen+fitted", "dpo:qwen", "multi-dpo+vaw".
         aliases: the run's references, in the order of the scores' columns; the first is the base.
-            Without a list in the text a method uses all of them, and dpo the first.
+            Without a list in the text a method uses all of them, and dpo the first. Under
+            +reliable dpo is held to the first that it names; the others, by default all that the
+            run has, judge the labels.
         reference_kind: "harmonic", "geometric" or "arithmetic".
         weighting: one of `WEIGHTINGS`.
         weights: one number for each reference of the method, as "0.5,0.3,0.2"; implies the
@@ -64,17 +69,28 @@ def parse_method(
     ('mrpo:llama/qwen+arwc', (1, 2), 'harmonic', 0.1)
     >>> str(parse_method("dpo", ["llama", "qwen"]))
     'dpo:llama'
+    >>> str(parse_method("dpo:qwen+reliable", ["llama", "qwen"]))
+    'dpo:qwen/llama+reliable'
     """
-    name, named, text_weighting = _split(text)
+    name, named, text_weighting, reliable = _split(text)
     default = METHODS[name]
     references = named or tuple(aliases[:1] if name == "dpo" else aliases)
-    _check_references(text, name, references, aliases)
+    _check_references(text, name, references, aliases, reliable)
     if reference_kind is not None and name == "multi-dpo":
         raise UserError(
             f"method {text!r} averages losses and has no reference kind; "
             f"leave out --reference-kind {reference_kind}, or use the method {reference_kind}"
         )
     implied = default.weighting if weights is None else "fixed"
+    if name == "dpo" and reliable:
+        if named[1:] == ():
+            references += tuple(alias for alias in aliases if alias not in references)
+        implied = "base"
+        if (weighting or text_weighting or implied) != "base" or weights is not None:
+            raise UserError(
+                f"method {text!r}: dpo is held to one reference and has no weights; "
+                "leave out the weighting, or use geometric+reliable"
+            )
     method = Method(
         name=name,
         references=references,
@@ -82,6 +98,7 @@ def parse_method(
         kind=reference_kind or default.kind,
         weighting=weighting or text_weighting or implied,
         epsilon=default.epsilon if epsilon is None else None if epsilon == "none" else epsilon,
+        reliable=reliable,
         **options,
     )
     if weights is not None:
@@ -150,20 +167,25 @@ def epsilon_warning(epsilon: float | str | None) -> str | None:
     )
 
 
-def _split(text: str) -> tuple[str, tuple[str, ...], str]:
-    """The method's name, the references named and the weighting, "" where there is none."""
-    body, plus, weighting = text.partition("+")
+def _split(text: str) -> tuple[str, tuple[str, ...], str, bool]:
+    """The method's name, the references named, the weighting ("": none), and whether reliable."""
+    body, *parts = text.split("+")
+    weightings = [part for part in parts if part != "reliable"]
     name, colon, names = body.partition(":")
     if name not in METHODS:
         raise UserError(f"method {text!r}: {name!r} is unknown; choose one of {', '.join(METHODS)}")
     references = tuple(names.split("/")) if colon else ()
-    if "" in references or (plus and not weighting):
-        raise UserError(f"method {text!r} is incomplete; the form is METHOD[:ref/ref…][+weighting]")
-    return name, references, weighting
+    if "" in references or "" in parts:
+        raise UserError(f"method {text!r} is incomplete; the form is {FORM}")
+    if len(weightings) > 1 or len(parts) > len(weightings) + 1:
+        raise UserError(
+            f"method {text!r} has more than one weighting, or +reliable twice; the form is {FORM}"
+        )
+    return name, references, "".join(weightings), "reliable" in parts
 
 
 def _check_references(
-    text: str, name: str, references: tuple[str, ...], aliases: Sequence[str]
+    text: str, name: str, references: tuple[str, ...], aliases: Sequence[str], reliable: bool
 ) -> None:
     unknown = [reference for reference in references if reference not in aliases]
     if unknown:
@@ -175,8 +197,11 @@ def _check_references(
         raise UserError(f"method {text!r} names a reference twice; name each once")
     if not references:
         raise UserError(f"method {text!r} has no reference; give at least one with --refs")
-    if name == "dpo" and len(references) > 1:
-        raise UserError(f"method {text!r}: dpo takes one reference; use mrpo or multi-dpo for more")
+    if name == "dpo" and len(references) > 1 and not reliable:
+        raise UserError(
+            f"method {text!r}: dpo takes one reference; use mrpo or multi-dpo for more, or "
+            "+reliable, under which the further ones judge the labels"
+        )
 
 
 def _fixed(text: str, method: Method, weights: str) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ def preference_loss(
     virtual_rejected_logps: Array,
     beta: float,
     loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
 ) -> Array:
     """The loss of each pair against one (virtual) reference; with "sigmoid" the loss of MRPO.
 
@@ -47,7 +47,8 @@ def preference_loss(
         virtual_rejected_logps: [N], likewise.
         beta: strength of the pull to the reference (for "ipo" its tau), > 0.
         loss_type: "sigmoid", "ipo", "hinge" or "robust".
-        label_smoothing: chance that a label is wrong, in [0, 0.5); for "sigmoid" and "robust".
+        label_smoothing: chance that a label is wrong: one for all pairs, in [0, 0.5), for
+            "sigmoid" and "robust"; or [N], one a pair, in [0, 1], for all but "robust".
 
     Returns:
         [N] in the policy's dtype.
@@ -81,7 +82,7 @@ def multi_dpo_loss(
     weights: Array,
     beta: float,
     loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
 ) -> Array:
     """Multi-DPO, the baseline of the MRPO paper: Σ_k alpha_k · (DPO loss against reference k).
 
@@ -109,14 +110,21 @@ def multi_dpo_loss(
     present = present_in_both(chosen, rejected)
     alpha = like(renormalized(weights_like(weights, chosen), present), policy)
     margins = policy - like(torch.where(present, chosen - rejected, 0.0), policy)
+    if isinstance(label_smoothing, torch.Tensor) and label_smoothing.ndim:
+        label_smoothing = label_smoothing[..., None]  # a pair's is that of all its references
     return (alpha * margin_loss(margins, beta, loss_type, label_smoothing)).sum(-1)
 
 
 @accepts_numpy
 def margin_loss(
-    margin: Array, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0
+    margin: Array,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float | Array = 0.0,
 ) -> Array:
     """The named loss of margins of any shape; see `preference_loss` for the arguments."""
+    if isinstance(label_smoothing, torch.Tensor) and label_smoothing.ndim:
+        return expected_loss(margin, beta, loss_type, label_smoothing)
     check_loss(loss_type, label_smoothing)
     if loss_type in PLAIN_LOSSES and label_smoothing == 0:
         return PLAIN_LOSSES[loss_type](margin, beta)
@@ -147,6 +155,26 @@ def smoothed_sigmoid_loss(margin: Array, beta: float, label_smoothing: float) ->
     """
     right, wrong = sigmoid_loss(margin, beta), sigmoid_loss(-margin, beta)
     return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+@accepts_numpy
+def expected_loss(margin: Array, beta: float, loss_type: str, wrong: Array) -> Array:
+    """(1 − s)·L(h) + s·L(−h): the loss L to be expected where the label is wrong with chance s.
+
+    Here s is a pair's own, given all that is known of the pair, its label included. Above 1/2 the
+    pair counts more as turned round than as it stands. With L "sigmoid" and one s for all pairs
+    it is `smoothed_sigmoid_loss`. Args: h, of any shape, and s [N], which goes with that shape.
+
+    >>> import numpy as np
+    >>> margin = np.full(3, np.log(3))
+    >>> loss = expected_loss(margin, 1.0, "sigmoid", np.array([0, 0.25, 1]))
+    >>> right, wrong = np.log(4/3), np.log(4)
+    >>> bool(np.allclose(loss, [right, 0.75 * right + 0.25 * wrong, wrong]))
+    True
+    """
+    check_pair_loss(loss_type)
+    share, plain = like(wrong, margin), PLAIN_LOSSES[loss_type]
+    return (1 - share) * plain(margin, beta) + share * plain(-margin, beta)
 
 
 @accepts_numpy
@@ -219,4 +247,14 @@ def check_loss(loss_type: str, label_smoothing: float) -> None:
         raise UserError(
             f"label smoothing {label_smoothing} does not go with loss type {loss_type}; "
             f"use {' or '.join(SMOOTHED_LOSSES)}, or label smoothing 0"
+        )
+
+
+def check_pair_loss(loss_type: str) -> None:
+    """Raise `UserError` for a loss that does not take a label smoothing of each pair's own."""
+    check_choice("loss type", loss_type, LOSS_TYPES)
+    if loss_type not in PLAIN_LOSSES:
+        raise UserError(
+            f"loss type {loss_type} corrects for one noise rate of all labels, and here each pair "
+            f"has its own chance of a wrong label; use {', '.join(PLAIN_LOSSES)}"
         )

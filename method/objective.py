@@ -23,9 +23,9 @@ from torch import Tensor
 from ..errors import UserError
 from . import losses
 from .arrays import NORMALIZATIONS, check_choice, like, normalize_logps, renormalized
-from .fitted import FittedWeights, fit_weights
+from .fitted import FittedWeights, Reliability, fit_reliability, fit_weights
 from .virtual_reference import KINDS, ctro_clip, virtual_reference
-from .weightings import FROM_HELD_OUT, PER_PAIR, WEIGHTINGS
+from .weightings import FROM_HELD_OUT, ONLINE, PER_PAIR, WEIGHTINGS, vdw_weights
 
 SEPARATE = "separate"  # the kind of multi-dpo: the losses are averaged, not the references
 
@@ -40,7 +40,7 @@ class ReferenceLogps:
     ref_rejected_tokens: np.ndarray  # [N, K]
     chosen_bytes: np.ndarray  # [N] UTF-8 bytes of the response's contents
     rejected_bytes: np.ndarray  # [N]
-    prompts: np.ndarray  # [N] integers, equal for equal prompts; only `fitted` reads them
+    prompts: np.ndarray  # [N] integers, equal for equal prompts; see `reads_prompts`
 
     def __len__(self) -> int:
         return len(self.ref_chosen_logps)
@@ -68,6 +68,7 @@ class ReferenceTargets:
     ref_rejected_logps: Tensor  # [N, K]
     weights: Tensor  # [N, K], rows sum to 1; 0 where a reference is missing
     clipped: Tensor  # [N, K] share of the two responses that CTRO moved; NaN where missing
+    label_smoothing: Tensor  # [N] chance that the label is wrong, of a method with `reliable`
     chosen_bytes: Tensor  # [N]
     rejected_bytes: Tensor  # [N]
 
@@ -108,6 +109,8 @@ class Method:
     sft_weight: float = 0.0
     weights: tuple[float, ...] | None = None  # one vector for all pairs, once it is known
     fitted: FittedWeights | None = None
+    reliable: bool = False  # each pair's own label smoothing, learned from the references
+    reliability: Reliability | None = None
 
     def __post_init__(self) -> None:
         if self.kind != SEPARATE:
@@ -121,43 +124,65 @@ class Method:
         if not 0 <= self.sft_weight < float("inf"):
             raise UserError(f"the SFT weight is {self.sft_weight}; it must be 0 or more")
         losses.check_loss(self.loss_type, self.label_smoothing)
+        if self.reliable:
+            losses.check_pair_loss(self.loss_type)
+            if self.label_smoothing:
+                raise UserError(
+                    f"label smoothing {self.label_smoothing} does not go with +reliable, which "
+                    "finds each pair's own; leave out one of the two"
+                )
         if self.loss_type == "ipo" and self.normalize != "token":
             raise UserError("loss type ipo works on log-probs per token; add --normalize token")
 
     def __str__(self) -> str:
         """The canonical text, with every reference named."""
-        weighting = f"+{self.weighting}" if len(self.references) > 1 else ""
-        return f"{self.name}:{'/'.join(self.references)}{weighting}"
+        weighted = len(self.references) > 1 and self.name != "dpo"
+        parts = [f"+{self.weighting}"] * weighted + ["+reliable"] * self.reliable
+        return f"{self.name}:{'/'.join(self.references)}{''.join(parts)}"
+
+    def describe(self) -> list[str]:
+        """Lines for the user on what was learned from the scores."""
+        learned = [part for part in (self.fitted, self.reliability) if part is not None]
+        return [line for part in learned for line in part.describe(self.references)]
 
     @property
     def reads_prompts(self) -> bool:
         """Whether `ReferenceLogps.prompts` must be filled."""
-        return self.weighting == "fitted"
+        return self.weighting == "fitted" or self.reliable
 
     @property
-    def learns_weights(self) -> bool:
+    def learns(self) -> bool:
         """Whether `prepare` has anything to do."""
-        return self.weighting == "fitted" or self.weighting in FROM_HELD_OUT
+        return self.reads_prompts or self.weighting in (*FROM_HELD_OUT, "thompson")
+
+    @property
+    def online(self) -> bool:
+        """Whether the weights are learned while training, see `OnlineWeights`."""
+        return self.weighting in ONLINE
 
     def prepare(
         self, training: ReferenceLogps, held_out: ReferenceLogps, bootstrap: int = 200
     ) -> Method:
-        """The method with the weights that are learned from data.
+        """The method with what it learns from data before training.
 
         vdw and vaw come from the held-out pairs; fitted comes from the training pairs, with
-        intervals from `bootstrap` resamples of their prompts. Other weightings need nothing.
+        intervals from `bootstrap` resamples of their prompts, and so does the labels' reliability.
         """
         columns = list(self.columns)
+        if self.reliable and self.reliability is None:
+            chosen, rejected = training.reference_logps(columns, self.normalize)
+            fit_labels = fit_reliability(chosen - rejected, training.prompts)
+            return replace(self, reliability=fit_labels).prepare(training, held_out, bootstrap)
+        if self.weighting in (*FROM_HELD_OUT, "thompson") and len(held_out) == 0:
+            raise UserError(
+                f"weighting {self.weighting} needs held-out pairs and there are none; prepare "
+                "the pairs with --validation-fraction, or use --weighting arwc"
+            )
         if self.weighting == "fitted":
             chosen, rejected = training.reference_logps(columns, self.normalize)
             fit = fit_weights(chosen - rejected, training.prompts, bootstrap=bootstrap)
             return replace(self, weights=tuple(fit.weights.tolist()), fitted=fit)
         if self.weighting in FROM_HELD_OUT:
-            if len(held_out) == 0:
-                raise UserError(
-                    f"weighting {self.weighting} needs held-out pairs and there are none; prepare "
-                    "the pairs with --validation-fraction, or use --weighting arwc"
-                )
             logps = held_out.reference_logps(columns, self.normalize)
             return replace(self, weights=tuple(FROM_HELD_OUT[self.weighting](*logps).tolist()))
         return self
@@ -170,18 +195,32 @@ class Method:
         virtual = [self.targets(scores, held).virtual_chosen_logps for held in (False, True)]
         return ~torch.stack(virtual).isnan().any(0).numpy()
 
-    def targets(self, scores: ReferenceLogps, held_out: bool = False) -> ReferenceTargets:
+    def targets(
+        self,
+        scores: ReferenceLogps,
+        held_out: bool = False,
+        online: Sequence[float] | None = None,
+    ) -> ReferenceTargets:
         """What the references say about these pairs: float64, on the CPU.
 
-        `held_out` pairs get the weights of the full fit, training pairs those of the fold that
-        has not seen their label; without the weighting `fitted` it makes no difference.
+        `held_out` pairs get the weights of the full fit and no label smoothing, training pairs
+        those of the fold that has not seen their label; without the weighting `fitted` and
+        `reliable` it makes no difference. `online` [K] are the weights of a method that learns
+        them while it trains; without them they are uniform, as for held-out pairs, whose figures
+        then compare from step to step.
         """
         raw_chosen, raw_rejected = map(
             torch.from_numpy, scores.reference_logps(list(self.columns), self.normalize)
         )
         # A pair without its base is unusable whatever the others say.
         present = ~(raw_chosen.isnan() | raw_chosen[:, :1].isnan())
-        weights = renormalized(self._weights(scores, raw_chosen, raw_rejected, held_out), present)
+        weights = self._weights(scores, raw_chosen, raw_rejected, held_out)
+        if self.online:
+            weights = torch.tensor(online or [1.0] * len(self.columns), dtype=torch.float64)
+            # Where no reference of positive weight has scored a pair, all that have count alike.
+            none = torch.where(present, weights, 0.0).sum(-1, keepdim=True) == 0
+            weights = torch.where(none, 1.0, weights)
+        weights = renormalized(weights, present)
         chosen, rejected = raw_chosen, raw_rejected
         if self.epsilon is not None:
             chosen, rejected = ctro_clip(chosen, rejected, self.epsilon, self.adaptive_epsilon)
@@ -196,9 +235,15 @@ class Method:
             ref_rejected_logps=rejected,
             weights=weights,
             clipped=torch.where(present, moved, torch.nan),
+            label_smoothing=self._label_smoothing(scores, raw_chosen - raw_rejected, held_out),
             chosen_bytes=torch.tensor(scores.chosen_bytes),
             rejected_bytes=torch.tensor(scores.rejected_bytes),
         )
+
+    def batch_weights(self, scores: ReferenceLogps) -> list[float]:
+        """[K] swcw (Wu & Echarghaoui, arXiv 2512.10040): VDW's formula on one batch of pairs."""
+        logps = scores.reference_logps(list(self.columns), self.normalize)
+        return vdw_weights(*logps).tolist()
 
     def loss(
         self,
@@ -224,7 +269,8 @@ class Method:
             policy_rejected_logps, self.normalize, rejected_tokens, targets.rejected_bytes
         )
         policy, beta = (chosen, rejected), self.beta
-        loss_type, smoothing = self.loss_type, self.label_smoothing
+        loss_type = self.loss_type
+        smoothing = targets.label_smoothing if self.reliable else self.label_smoothing
         virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
         if self.kind == SEPARATE:
             references = targets.ref_chosen_logps, targets.ref_rejected_logps
@@ -247,7 +293,16 @@ class Method:
         """[N, K], before they are renormalized over the references present."""
         if self.weighting in PER_PAIR:
             return PER_PAIR[self.weighting](chosen, rejected)
+        if self.online:
+            return torch.ones_like(chosen)
         assert self.weights is not None, f"{self} was not prepared"
         if self.fitted is not None and not held_out:
             return torch.from_numpy(self.fitted.for_prompts(scores.prompts))
         return torch.tensor(self.weights, dtype=torch.float64).expand(chosen.shape)
+
+    def _label_smoothing(self, scores: ReferenceLogps, margins: Tensor, held_out: bool) -> Tensor:
+        """[N]: of training pairs, where the method estimates it; otherwise 0."""
+        if not self.reliable or held_out:
+            return torch.zeros(len(margins), dtype=torch.float64)
+        assert self.reliability is not None, f"{self} was not prepared"
+        return torch.from_numpy(self.reliability.chance_wrong(margins.numpy(), scores.prompts))

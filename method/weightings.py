@@ -2,14 +2,16 @@
 
 Per pair, from that pair's own scores: `uniform_weights`, `arwc_weights`, `max_margin_weights`
 -> [N, K]. One vector for all pairs, from held-out pairs: `vdw_weights`, `vaw_weights` -> [K]; the
-user's own numbers: `fixed_weights` -> [K]. Weights learned from the labels are in `fitted.py`.
-D_k = log pi_k(chosen) − log pi_k(rejected) on raw log-probs, before any clipping. Torch tensors
-and numpy arrays alike; NaN marks a reference that could not score a pair.
+user's own numbers: `fixed_weights` -> [K]. Learned while training (`OnlineWeights`): swcw from the
+last batch, thompson from what each reference did for the policy. Weights learned from the labels
+are in `fitted.py`. D_k = log pi_k(chosen) − log pi_k(rejected) on raw log-probs, before any
+clipping. Torch tensors and numpy arrays alike; NaN marks a reference that could not score a pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -127,9 +129,74 @@ def vaw_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
     return _column_shares((present & (chosen > rejected)).to(chosen.dtype), present)
 
 
-PER_PAIR = {"uniform": uniform_weights, "arwc": arwc_weights, "max-margin": max_margin_weights}
+@accepts_numpy
+def base_weights(ref_chosen_logps: Array, ref_rejected_logps: Array) -> Array:
+    """All weight on the base, column 0: the others only judge labels (`+reliable`).
+
+    [N, K] log-probs -> one-hot [N, K]; NaN where the base is missing.
+
+    >>> base_weights(np.array([[-1.0, -9.0]]), np.array([[-2.0, -4.0]])).tolist()
+    [[1.0, 0.0]]
+    """
+    chosen = in_float64(ref_chosen_logps)
+    columns = torch.arange(chosen.shape[-1], device=chosen.device)
+    base = (columns == 0).to(chosen.dtype).expand(chosen.shape)
+    return renormalized(base, present_in_both(chosen, in_float64(ref_rejected_logps)))
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineWeights:
+    """The weights of the next batch, and what they were learned from; part of a checkpoint.
+
+    Draws depend on seed and step alone, so nothing else has to be kept for an exact resume.
+    """
+
+    weights: Sequence[float]  # [K]
+    wins: Sequence[int] = ()  # thompson: [K] batches after which held-out accuracy had risen
+    losses: Sequence[int] = ()  # [K] the others
+    accuracy: float | None = None  # thompson: after the last batch, None before the first
+
+    @classmethod
+    def start(cls, references: int) -> OnlineWeights:
+        """Uniform weights, and nothing learned."""
+        return cls([1 / references] * references, [0] * references, [0] * references)
+
+    def drawn(self, seed: int, step: int) -> OnlineWeights:
+        """Thompson sampling: the reference whose draw from Beta(1 + wins, 1 + losses) is largest.
+
+        >>> state = OnlineWeights([0.5, 0.5], wins=[0, 500], losses=[500, 0])
+        >>> state.drawn(seed=0, step=3).weights
+        [0.0, 1.0]
+        """
+        wins, losses = np.array(self.wins), np.array(self.losses)
+        drawn = np.random.default_rng((seed, step, 1)).beta(1 + wins, 1 + losses)
+        return replace(self, weights=np.eye(len(drawn))[drawn.argmax()].tolist())
+
+    def rewarded(self, accuracy: float) -> OnlineWeights:
+        """The reference of the last batch wins if accuracy has risen, and loses if it has not.
+
+        >>> OnlineWeights([0.0, 1.0], [0, 0], [0, 0], accuracy=0.5).rewarded(0.75)
+        OnlineWeights(weights=[0.0, 1.0], wins=[0, 1], losses=[0, 0], accuracy=0.75)
+        """
+        assert self.accuracy is not None, "no accuracy to compare with"
+        rose = accuracy > self.accuracy
+        wins = [count + int(rose and weight == 1) for count, weight in zip(self.wins, self.weights)]
+        losses = [
+            count + int(not rose and weight == 1)
+            for count, weight in zip(self.losses, self.weights)
+        ]
+        return OnlineWeights(self.weights, wins, losses, accuracy)
+
+
+PER_PAIR = {
+    "uniform": uniform_weights,
+    "arwc": arwc_weights,
+    "max-margin": max_margin_weights,
+    "base": base_weights,
+}
 FROM_HELD_OUT = {"vdw": vdw_weights, "vaw": vaw_weights}
-WEIGHTINGS = (*PER_PAIR, *FROM_HELD_OUT, "fitted", "fixed")
+ONLINE = ("swcw", "thompson")
+WEIGHTINGS = (*PER_PAIR, *FROM_HELD_OUT, *ONLINE, "fitted", "fixed")
 
 
 def _column_shares(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

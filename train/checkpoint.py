@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
 from ..data.references import files_of
 from ..data.shards import PairShards
 from ..errors import UserError
-from ..files import new_folder, read_json, to_json, write_json
+from ..files import fits, new_folder, read_json, to_json, write_json
+from ..method.weightings import OnlineWeights
 from .config import TrainConfig
 from .distributed import Ranks
 from .run_folder import RunFolder
@@ -63,6 +64,7 @@ class TrainState:
     max_tokens: int | None = None  # the token budget in force
     asked_tokens: int | str | None = None  # --max-tokens as given
     sums: dict[str, float] = field(default_factory=dict)  # of the steps since the log's last line
+    online: OnlineWeights | None = None  # of a method that learns its weights while training
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +195,15 @@ def _read(path: Path) -> Checkpoint:
         **{"max_tokens": int | None, "asked_tokens": int | str | None, "sums": {}},
     }
     shape = {"state": state, "settings": {}, "accuracy": float | int | None, "log_bytes": int}
-    content = read_json(path, shape, f"delete {path.parent} to go on from an earlier checkpoint")
+    way_out = f"delete {path.parent} to go on from an earlier checkpoint"
+    content = read_json(path, shape, way_out)
     values = {name: content["state"][name] for name in state}
     values["position"] = Position(*values["position"][:3])
+    if (online := content["state"].get("online")) is not None:  # earlier versions had none
+        learned = {"weights": [float], "wins": [int], "losses": [int], "accuracy": float | None}
+        if not fits(online, learned):
+            raise UserError(f"{path}: damaged, the weights learned so far are not there; {way_out}")
+        values["online"] = OnlineWeights(**{name: online[name] for name in learned})
     rest = {name: content[name] for name in shape if name != "state"}
     return Checkpoint(path.parent, TrainState(**values), **rest)
 

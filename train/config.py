@@ -28,9 +28,10 @@ class MethodConfig(ScoredPairSettings):
         "Aliases of references, comma-separated, the base first. By default those that --method "
         "names.",
     ] = None
-    method: Annotated[str, "METHOD[:ref/ref…][+weighting], such as mrpo, multi-dpo, dpo:x."] = (
-        "mrpo"
-    )
+    method: Annotated[
+        str,
+        "METHOD[:ref/ref…][+weighting][+reliable], such as mrpo, dpo:x, geometric+reliable.",
+    ] = "mrpo"
     reference_kind: Annotated[
         Literal["harmonic", "geometric", "arithmetic"] | None,
         "How several references become one. By default the method's.",

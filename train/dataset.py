@@ -143,8 +143,8 @@ class TrainingPairs:
         return Chunk(table, self._scores(table, joined))
 
     def prepared(self, method: Method) -> Method:
-        """The method with the weights that it learns from the data, if it learns any."""
-        if not method.learns_weights:
+        """The method with what it learns from the data, if it learns anything."""
+        if not method.learns:
             return method
         parts = [(*self.scores(shard), self._left_out(shard)) for shard in range(self.num_shards)]
         training = stacked([(scores, np.flatnonzero(~held & ~out)) for scores, held, out in parts])

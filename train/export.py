@@ -45,6 +45,12 @@ def export(config: ExportConfig) -> Path:
             f"method {config.method!r} averages losses and has no virtual reference to export; "
             "export mrpo or geometric, or train it here with `mrpo train`"
         )
+    if method.reliable or method.online:
+        part = "+reliable" if method.reliable else f"+{method.weighting}"
+        raise UserError(
+            f"method {config.method!r}: {part} acts on the loss while it trains, which an export "
+            "can't hold; leave it out, or train it here with `mrpo train`"
+        )
     pairs = PairShards(config.pairs)
     store = open_store(config.store)
     records = resolve_references(pairs, store, method.references, config.refs_config)
@@ -60,7 +66,7 @@ def export(config: ExportConfig) -> Path:
     print(f"method     {method}")
     if warning := epsilon_warning(method.epsilon):
         print(f"WARNING: {warning}")
-    for line in method.fitted.describe(method.references) if method.fitted else []:
+    for line in method.describe():
         print(line)
     for split in SPLITS:
         print(f"{split:<10} {counts[split]:,} pairs")

@@ -128,6 +128,7 @@ class HeldOut:
         self.stream, self.forward, self.method = stream, forward, method
         self._num_batches = -(-num_pairs // EVALUATION_PAIRS)
         self._batches: list[StepBatch] | None = None
+        self._sample: list[StepBatch] | None = None
         self._latest: tuple[int, dict[str, float]] | None = None  # the step and its figures
 
     def evaluate(self, step: int, max_tokens: int) -> dict[str, float]:
@@ -138,6 +139,13 @@ class HeldOut:
             self._batches = list(islice(self.stream.batches(), self._num_batches))
         self._latest = step, self._figures(self._batches, max_tokens)
         return self._latest[1]
+
+    def sample_accuracy(self, max_tokens: int) -> float:
+        """The accuracy on the first batch of held-out pairs, which thompson goes by."""
+        assert self.stream is not None, "no held-out pairs, which `Method.prepare` refuses"
+        if self._sample is None:
+            self._sample = list(islice(self.stream.batches(), 1))
+        return self._figures(self._sample, max_tokens)["eval_rewards/accuracies"]
 
     def evaluate_all(self, step: int, max_tokens: int) -> dict[str, float]:
         """Figures of all held-out pairs; empty where there are none."""

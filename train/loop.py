@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn, optim
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..method.objective import Method
+from ..method.weightings import OnlineWeights
 from ..model.logps import balancing_loss
 from ..model.packing import packed_tokens
 from . import checkpoint
@@ -92,6 +93,8 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
+    if run.method.online:
+        batch = choose_weights(run, batch)
     backward(run, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -111,10 +114,43 @@ def optimizer_step(run: Run, batch: StepBatch) -> dict[str, float]:
     state.pairs += len(batch)
     state.position, state.dropped = batch.position, batch.dropped
     state.max_tokens = run.budget.tokens
+    if run.method.online:
+        learn_weights(run, batch)
     meter = run.meter
     run.log.show(state.step, meter.loss, meter.accuracy, meter.tokens_per_second)
     epoch = run.stream.epochs_before(state.position)
     return {"epoch": epoch, "grad_norm": grad_norm, "learning_rate": rate}
+
+
+def choose_weights(run: Run, batch: StepBatch) -> StepBatch:
+    """The batch under the weights learned so far (swcw), or under one drawn reference (thompson).
+
+    Every rank does the same: what it goes by, scores and the ranks' common accuracy, is the same.
+    """
+    state, method = run.state, run.method
+    online = state.online or OnlineWeights.start(len(method.references))
+    if method.weighting == "thompson":
+        if online.accuracy is None:
+            online = replace(online, accuracy=sample_accuracy(run))
+        online = online.drawn(run.config.seed, state.step)
+    state.online = online
+    return replace(batch, targets=method.targets(batch.scores, online=online.weights))
+
+
+def learn_weights(run: Run, batch: StepBatch) -> None:
+    """Learn from the batch that was just trained on."""
+    assert run.state.online is not None
+    if run.method.weighting == "thompson":
+        run.state.online = run.state.online.rewarded(sample_accuracy(run))
+    else:
+        weights = run.method.batch_weights(batch.scores)
+        run.state.online = replace(run.state.online, weights=weights)
+
+
+def sample_accuracy(run: Run) -> float:
+    """On a fixed sample of held-out pairs, not timed."""
+    with run.meter.paused():
+        return run.held_out.sample_accuracy(run.budget.tokens)
 
 
 def backward(run: Run, batch: StepBatch) -> None:

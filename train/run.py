@@ -253,7 +253,7 @@ def _summary(config: TrainConfig, method: Method, start: Start, steps: int) -> s
     lines = [
         f"method      {method}: {method.kind}, epsilon {epsilon}, loss {method.loss_type}, "
         f"beta {method.beta:g}",
-        *(method.fitted.describe(method.references) if method.fitted else ()),
+        *method.describe(),
         f"policy      {start.source.name}",
         f"steps       {steps:,} of {config.batch_pairs} pairs, {config.lr_scheduler_type} rate "
         f"up to {config.peak_rate:g}{default}",
@@ -283,6 +283,11 @@ def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
     if method.weights is not None:  # all pairs share them
         weights = zip(method.references, method.weights)
         combined += f" Weights: {', '.join(f'{alias} {weight:.3f}' for alias, weight in weights)}."
+    if method.reliability is not None:
+        combined += (
+            f" Labels: {method.reliability.full.noise:.1%} judged wrong by the references; each "
+            "pair's loss is smoothed by its own chance of a wrong label."
+        )
     trained = {
         "optimizer steps": step,
         "pairs trained on, over all epochs": run.state.pairs,

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from mrpo.train.checkpoint import checkpoints
 from mrpo.train.run import train
 
+LEARNING = ["geometric+swcw", "geometric+thompson", "dpo:llama+reliable"]
+
 
 @pytest.fixture(scope="module")
 def runs(inputs: Any, mixture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,10 +30,13 @@ def runs(inputs: Any, mixture: str, tmp_path_factory: pytest.TempPathFactory) ->
     experts = changes | {"policy": mixture}
     train(inputs.config(root / "experts, one", **experts | {"max_tokens": 4096}))
     begin(root / "one", root / "one then two")
+    for method in LEARNING:
+        train(inputs.config(root / f"one {method}", **changes, method=method))
     two = [
         inputs.settings(root / "experts, two", **experts),
         inputs.settings(root / "two", **changes),
         inputs.settings(root / "one then two", **changes, resume=True),
+        *(inputs.settings(root / f"two {m}", **changes, method=m) for m in LEARNING),
         inputs.settings(root / "short", **changes) | {"short_of_memory": True},
     ]
     (root / "runs.json").write_text(json.dumps(two))
@@ -81,3 +86,13 @@ def test_halved_budget_is_that_of_all_ranks(runs: Path) -> None:
     assert last.state.max_tokens is not None
     assert last.state.max_tokens < 200
     assert last.state.step == 6
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_what_is_learned_is_that_of_one_process(runs: Path, method: str) -> None:
+    for value in ("loss", "grad_norm", "refs/weight/qwen", "eval_loss"):
+        expected = curve(runs / f"one {method}", value)
+        got = curve(runs / f"two {method}", value)
+        assert got == pytest.approx(expected, rel=1e-3, abs=1e-5), value
+    states = [checkpoints(runs / f"{n} {method}" / "checkpoints")[-1].state for n in ("one", "two")]
+    assert states[0].online == states[1].online
