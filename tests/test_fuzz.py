@@ -8,7 +8,7 @@ import pytest
 
 from mrpo.tests.fuzz import make_world, run_cases
 
-SEED, CASES = 0, 80
+SEED, CASES = 0, 60
 
 
 @pytest.fixture(scope="module")
