@@ -4,10 +4,10 @@ A pair is a prompt with a chosen and a rejected response: all three are text, or
 lists of chat messages. The id is a digest of the content alone, so the same pair has the same id
 in any file format, data set, order or shard, and its scores are found again everywhere.
 
-The held-out split (by first user turn), a training fraction, folds and bootstraps (all by prompt)
-must keep equal prompts together, and
-a prompt must not change sides when data is added, shuffled or mixed. Each uses its own bits of a
-digest of the prompt, so that they are independent of each other.
+The held-out split (by first user turn), a training fraction, label noise, folds and bootstraps (all
+by prompt) must keep equal prompts together, and a prompt must not change sides when data is added,
+shuffled or mixed. Each uses its own bits of a digest of the prompt, or a digest of its own, so that
+they are independent of each other.
 """
 
 from __future__ import annotations
@@ -139,6 +139,15 @@ def in_fraction(prompt: Turns, fraction: float) -> bool:
     Fractions are nested: a prompt in 5 % is also in 20 %, and 1 has all.
     """
     return int.from_bytes(_digest(prompt)[8:16]) < fraction * 2**64
+
+
+def label_turned(prompt: Turns, share: float, seed: int) -> bool:
+    """Whether a share of label noise turns the labels of a prompt's pairs round.
+
+    Shares are nested: what is turned round at 0.15 is at 0.3 too. Another seed draws other prompts.
+    """
+    digest = sha256(f"label noise {seed}\n{canonical_json(prompt)}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def _digest(prompt: Turns) -> bytes:

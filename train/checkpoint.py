@@ -48,6 +48,7 @@ MAY_CHANGE = {
     "refs_config", "report_to", "resume", "run_name", "save_steps", "save_total_limit", "store",
     "torch_compile",
 }  # fmt: skip
+SINCE = {"label_noise": 0.0}  # settings that runs of earlier versions lack: what these did
 
 
 @dataclass(slots=True)
@@ -156,7 +157,7 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
         return None
     if not saved:
         return None
-    earlier = saved[-1].settings
+    earlier = {**SINCE, **saved[-1].settings}
     for name, value in settings.items():
         if earlier.get(name) != value:
             flag = name if " " in name else f"--{name.replace('_', '-')}"

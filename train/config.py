@@ -97,10 +97,17 @@ class TrainConfig(MethodConfig):
     train_fraction: Annotated[
         float, "Share of the training pairs to use, by prompt; part of every larger share."
     ] = 1.0
+    label_noise: Annotated[
+        float,
+        "Share of the training prompts whose labels are turned round, drawn by --seed; part of "
+        "every larger share. Held-out labels stay.",
+    ] = 0.0
     num_train_epochs: Annotated[float, "Passes over the training pairs."] = 1.0
     max_steps: Annotated[int | None, "Optimizer steps; overrides --num-train-epochs."] = None
     batch_pairs: Annotated[int, "Pairs per optimizer step, over all devices."] = 8
-    seed: Annotated[int, "Seed of the order of pairs and the LoRA initialization."] = 42
+    seed: Annotated[
+        int, "Seed of the order of pairs, the LoRA initialization and the label noise."
+    ] = 42
 
     max_length: Annotated[
         int | None,
@@ -148,7 +155,7 @@ class TrainConfig(MethodConfig):
         above_zero(self, "save_total_limit")
         at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
-        share(self, "train_fraction")
+        share(self, "train_fraction", "label_noise")
 
 
 @dataclass(kw_only=True, slots=True)

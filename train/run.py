@@ -45,7 +45,8 @@ ENDLESS = 2**62  # rows: --max-steps ends the run
 RECIPE = (
     "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
     "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
-    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
+    "train_fraction", "label_noise", "num_train_epochs", "max_steps", "max_length", "lora_rank",
+    "bf16", "seed",
 )  # fmt: skip  # the settings that the model card shows
 
 
@@ -181,7 +182,14 @@ def _read_scores(
 ) -> tuple[TrainingPairs, Method, list[Rows], list[Rows]]:
     """The pairs with their scores, the method with its weights, rows to train on and held out."""
     method = method_of(config)
-    source = TrainingPairs(start.pairs, start.scores, method.reads_prompts, config.train_fraction)
+    source = TrainingPairs(
+        start.pairs,
+        start.scores,
+        method.reads_prompts,
+        config.train_fraction,
+        config.label_noise,
+        config.seed,
+    )
     method = source.prepared(method)
     training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)
     if not _count(training):
@@ -191,6 +199,9 @@ def _read_scores(
         f"pairs       {_count(training):,} to train on, {_count(held_out):,} held out, "
         f"{unusable:,} without a score of the base"
     )
+    if config.label_noise:
+        turned = sum(int(source.turned(shard)[rows].sum()) for shard, rows in enumerate(training))
+        ranks.say(f"label noise {turned:,} of the pairs to train on have their label turned round")
     return source, method, training, held_out
 
 
@@ -263,7 +274,7 @@ def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
         _table("| alias | model | identity of its scores |\n|---|---|---|", references),
         combined,
         "## Recipe",
-        _table("| setting | value |\n|---|---|", {name: settings[name] for name in RECIPE}),
+        _table("| setting | value |\n|---|---|", {name: settings.get(name) for name in RECIPE}),
         "## Data",
         f"Digest of the pairs: `{settings['pairs digest']}`.",
         _table("| | |\n|---|---|", trained),

@@ -3,7 +3,7 @@
     settings -> cells (cells.py) -> train and evaluate each (workers.py) -> outcome.py -> verdict.py
 
 Run again, the command goes on where it was: finished cells are kept, failed ones are tried again,
-and further methods, seeds and fractions only add cells.
+and further methods, seeds, fractions, noise levels, betas and epsilons only add cells.
 
     <output-dir>/compare.yaml   the settings in force
     <output-dir>/cells/         a folder of `mrpo train` for each run
@@ -22,7 +22,6 @@ from ...data.shards import PairShards
 from ...data.store import Store, open_store
 from ...errors import UserError
 from ...files import write_json
-from ...method.grammar import aliases_of, named_references
 from ...settings import command, write_resolved
 from ...train.checkpoint import numeric_settings
 from ...train.dataset import method_of
@@ -30,9 +29,11 @@ from ..config import CompareConfig
 from ..score_table import scored_records
 from .cells import (
     Cell,
+    aliases_over,
     cells_of,
     fractions_of,
     methods_of,
+    noises_of,
     refuse_changed_inputs,
     settings_for,
     write_inputs,
@@ -87,12 +88,6 @@ def compare(config: CompareConfig) -> Comparison:
     return comparison
 
 
-def aliases_over(refs: str | None, methods: Sequence[str]) -> list[str]:
-    """The references of --refs, the base first; by default all that the methods name, in order."""
-    named = dict.fromkeys(alias for method in methods for alias in named_references(method))
-    return aliases_of(refs or ",".join(named), methods[0])
-
-
 def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonPlan:
     """What is compared; raises `UserError` for every mistake that can be seen beforehand."""
     methods = methods_of(config.methods)
@@ -104,9 +99,11 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         )
     references: dict[str, list[str]] = {}
     written: dict[str, str] = {}  # by the method in full, as the user wrote it
-    for cell in cells_of(config)[: len(methods)]:
+    for cell in cells_of(config):
+        if cell.name in references:
+            continue
         method = method_of(settings_for(config, cell, ",".join(aliases), pairs))
-        references[cell.method] = list(method.references)
+        references[cell.name] = list(method.references)
         earlier = written.setdefault(str(method), cell.method)
         if earlier != cell.method:
             raise UserError(f"--methods: {earlier} and {cell.method} are the same ({method})")
@@ -115,6 +112,7 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         records=scored_records(pairs, store, aliases, config.refs_config),
         references=references,
         fractions=fractions_of(config.fractions),
+        label_noises=noises_of(config.label_noise),
         metric=config.metric,
     )
 
@@ -135,6 +133,8 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
     """What was derived from the settings, a line each."""
     finished = sum(cell.finished for cell in cells)
     fractions = ", ".join(f"{fraction:g}" for fraction in plan.fractions)
+    noises = ", ".join(f"{noise:g}" for noise in plan.label_noises)
+    noise = [f"label noise {noises} of the training prompts have their labels turned round"]
     splits: Mapping[str, int] = plan.pairs.manifest["splits"]
     return "\n".join(
         [
@@ -142,6 +142,7 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
             f"base        {plan.base}: the policies start from it and rewards are measured from it",
             f"pairs       {splits['train']:,} to train on, of these {fractions}; "
             f"{splits['validation']:,} held out to compare on",
+            *(noise if plan.label_noises != [0] else []),
             f"runs        {len(cells):,}, of which {finished:,} are finished; {at_once} at once",
         ]
     )

@@ -22,8 +22,8 @@ from ..evaluate import METRICS, right
 from ..intervals import Interval, mean_intervals
 from ..score_table import ScoreTable, load_score_table
 from .cells import Cell
-from .results import Comparison, RunResult, ScoringCost
-from .verdict import Draws, growth, judge, resample, tied_singles, verdict
+from .results import Comparison, Condition, RunResult, ScoringCost, conditions_of
+from .verdict import Draws, change, judge, resample, tied_singles, verdict
 
 METRIC_WORDS: dict[Metric, str] = {
     "reward": "implicit reward against the base",
@@ -41,6 +41,7 @@ class ComparisonPlan:
     records: list[ReferenceRecord]  # the base first
     references: dict[str, list[str]]  # of each method, as the user wrote it
     fractions: list[float]  # rising
+    label_noises: list[float]  # rising
     metric: Metric  # what decides
 
     @property
@@ -61,11 +62,13 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
     )
     answers = {cell: right(table, k) for k, cell in enumerate(identities, 1)}
     methods, seeds = list(plan.references), sorted({cell.seed for cell in cells})
+    conditions = conditions_of(plan.fractions, plan.label_noises)
     draws: dict[Metric, Draws] = {}
     for metric in METRICS:
-        values = np.full((len(table), len(methods), len(plan.fractions), len(seeds)), np.nan)
+        values = np.full((len(table), len(methods), len(conditions), len(seeds)), np.nan)
         for cell, answer in answers.items():
-            place = methods.index(cell.method), plan.fractions.index(cell.fraction)
+            condition = Condition(cell.fraction, cell.label_noise)
+            place = methods.index(cell.name), conditions.index(condition)
             values[:, *place, seeds.index(cell.seed)] = answer[metric]
         draws[metric] = resample(values, table.prompts)
     deciding = draws[plan.metric]
@@ -78,14 +81,18 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
         methods=methods,
         references=plan.references,
         fractions=plan.fractions,
+        label_noises=plan.label_noises,
         seeds=seeds,
         base_accuracy=_base_accuracy(table),
         results=[
             result
             for metric in METRICS
-            for result in judge(draws[metric], plan.references, plan.fractions, metric)
+            for result in judge(draws[metric], plan.references, conditions, metric)
         ],
-        growth=growth(deciding, methods),
+        growth=change(deciding, methods, -2, -1) if len(plan.fractions) > 1 else {},
+        noise_cost=change(deciding, methods, -1, len(plan.fractions) - 1)
+        if len(plan.label_noises) > 1
+        else {},
         runs=[_run(cell, identities[cell], answers[cell]) for cell in identities],
         missing=[str(cell) for cell in cells if cell not in identities],
         scoring=[_scoring(record) for record in plan.records],
@@ -113,8 +120,9 @@ def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> Run
         elapsed = step_seconds * (step - last_step)  # a line has the means since the one before
         pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
     return RunResult(
-        method=cell.method,
+        method=cell.name,
         fraction=cell.fraction,
+        label_noise=cell.label_noise,
         seed=cell.seed,
         folder=str(cell.folder),
         identity=identity,

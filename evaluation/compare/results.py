@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import UserError
 from ...terminal import table_lines
@@ -17,12 +17,24 @@ from ..evaluate import HEADS, METRICS
 from ..intervals import Interval
 
 
+class Condition(NamedTuple):
+    """What methods are trained on: a share of the pairs, with a share of labels turned round."""
+
+    fraction: float
+    label_noise: float = 0.0
+
+    def __str__(self) -> str:
+        noise = f", {percent(self.label_noise)} of their labels turned round"
+        return f"{percent(self.fraction)} of the pairs{noise if self.label_noise else ''}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """A method trained on a fraction, by one metric, over all seeds."""
 
     method: str
     fraction: float
+    label_noise: float = 0.0
     metric: Metric
     accuracy: Interval
     seed_spread: float  # standard deviation over seeds; NaN for fewer than two
@@ -36,6 +48,7 @@ class RunResult:
 
     method: str
     fraction: float
+    label_noise: float = 0.0
     seed: int
     folder: str
     identity: str  # of its scores in the store
@@ -64,13 +77,15 @@ class Comparison:
     prompts: int
     metric: Metric
     metrics: dict[Metric, str]
-    methods: list[str]
+    methods: list[str]  # as the user wrote them, with what --betas and --epsilons add
     references: dict[str, list[str]]
-    fractions: list[float]
+    fractions: list[float]  # rising
+    label_noises: list[float] = field(default_factory=lambda: [0.0])  # rising
     seeds: list[int]
     base_accuracy: dict[Metric, Interval]  # of the base itself, untrained; its reward is 0
     results: list[Result]
-    growth: dict[str, Interval]  # from the last fraction but one to the last
+    growth: dict[str, Interval]  # from the last fraction but one to the last, at least noise
+    noise_cost: dict[str, Interval] = field(default_factory=dict)  # from least noise to most
     runs: list[RunResult]
     missing: list[str]  # runs that are not finished
     scoring: list[ScoringCost]
@@ -81,12 +96,17 @@ class Comparison:
         """1 where a run failed."""
         return int(bool(self.missing))
 
-    def results_at(self, fraction: float, metric: Metric) -> dict[str, Result]:
+    @property
+    def conditions(self) -> list[Condition]:
+        """What the methods were trained on; the last decides: all pairs, labels as they are."""
+        return conditions_of(self.fractions, self.label_noises)
+
+    def results_at(self, condition: Condition, metric: Metric) -> dict[str, Result]:
         """By method, the best first; those without a finished run come last."""
         results = {
             result.method: result
             for result in self.results
-            if (result.fraction, result.metric) == (fraction, metric)
+            if (result.fraction, result.label_noise, result.metric) == (*condition, metric)
         }
         values = {method: result.accuracy.value for method, result in results.items()}
         order = sorted(values, key=lambda method: 0.0 if isnan(values[method]) else -values[method])
@@ -95,6 +115,11 @@ class Comparison:
     def words(self, metric: Metric) -> str:
         """What a metric is, with the name of the base."""
         return self.metrics[metric].replace("the base", self.base)
+
+
+def conditions_of(fractions: Sequence[float], label_noises: Sequence[float]) -> list[Condition]:
+    """Every combination of two rising lists: most noise first, at each level fractions rising."""
+    return [Condition(f, noise) for noise in reversed(label_noises) for f in fractions]
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -130,11 +155,18 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
         f"accuracy in % on {comparison.pairs:,} held-out pairs, with 95 % intervals over prompts "
         f"and seeds; rewards measured from {base}"
     )
-    for fraction in reversed(comparison.fractions):
+    for condition in reversed(comparison.conditions):
         yield ""
-        if len(comparison.fractions) > 1:
-            yield f"trained on {percent(fraction)} of the pairs"
-        yield from table_lines(accuracy_rows(comparison, fraction))
+        if len(comparison.conditions) > 1:
+            yield f"trained on {condition}"
+        yield from table_lines(accuracy_rows(comparison, condition))
+    for fraction in reversed(comparison.fractions) if len(comparison.label_noises) > 1 else ():
+        yield ""
+        yield (
+            f"trained on {Condition(fraction)}, by {comparison.words(comparison.metric)}, against "
+            "the share of labels turned round"
+        )
+        yield from table_lines(noise_rows(comparison, fraction))
     yield ""
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
@@ -147,18 +179,33 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     yield ""
 
 
-def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
-    """The table at one fraction, the best method by the deciding metric first."""
+def noise_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
+    """Accuracy and gain of each method at each noise level; the best at least noise first."""
+    noises = comparison.label_noises
+    results = {
+        noise: comparison.results_at(Condition(fraction, noise), comparison.metric)
+        for noise in noises
+    }
+    rows = [["", *map(percent, noises), *(f"gain at {percent(noise)}" for noise in noises)]]
+    for method in results[noises[0]]:
+        of_method = [results[noise][method] for noise in noises]
+        gains = [points(result.gain) if result.gain else "" for result in of_method]
+        rows.append([method, *(result.accuracy.percent() for result in of_method), *gains])
+    return rows
+
+
+def accuracy_rows(comparison: Comparison, condition: Condition) -> list[list[str]]:
+    """The table at one condition, the best method by the deciding metric first."""
     rows = [["", *HEADS.values(), "gain", "training", "pairs/s"]]
     base = comparison.base_accuracy
     cells = [base[metric].percent() if metric in base else "–" for metric in METRICS]
     rows.append([f"base {comparison.base}, untrained", *cells, "", "", ""])
-    by_metric = {metric: comparison.results_at(fraction, metric) for metric in METRICS}
+    by_metric = {metric: comparison.results_at(condition, metric) for metric in METRICS}
     for method, result in by_metric[comparison.metric].items():
         runs = [
             run
             for run in comparison.runs
-            if (run.method, run.fraction) == (method, fraction) and run.seconds
+            if (run.method, run.fraction, run.label_noise) == (method, *condition) and run.seconds
         ]
         cost = ["", ""]
         if runs:
