@@ -114,6 +114,8 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         fractions=fractions_of(config.fractions),
         label_noises=noises_of(config.label_noise),
         metric=config.metric,
+        beta=config.beta,
+        normalize=config.normalize,
     )
 
 

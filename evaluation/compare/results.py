@@ -16,6 +16,11 @@ from ..config import Metric
 from ..evaluate import HEADS, METRICS
 from ..intervals import Interval
 
+CALIBRATION = (
+    "accuracy in % by each method's own reward, measured from its own virtual reference; log-loss "
+    "in nats and Brier score of the reward from BASE, times beta, as a preference model"
+)
+
 
 class Condition(NamedTuple):
     """What methods are trained on: a share of the pairs, with a share of labels turned round."""
@@ -53,9 +58,27 @@ class RunResult:
     folder: str
     identity: str  # of its scores in the store
     accuracy: dict[Metric, float]
+    own_accuracy: float = float("nan")  # by the reward against the method's own virtual reference
     pairs: float  # trained on, repeats counted
     seconds: float  # of optimizer steps
     pairs_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """How sure a method's reward against the base is of the held-out labels, and how right.
+
+    The reward as a preference model: the chosen response wins with probability sigmoid(beta times
+    the reward margin). The lists are of tenths of the pairs, from the least sure to the surest.
+    """
+
+    method: str
+    fraction: float
+    label_noise: float
+    log_loss: Interval  # nats; ln 2 = 0.693 is that of knowing nothing
+    brier: Interval  # mean of (1 − probability)²; 0.25 is that of knowing nothing
+    confidence: list[float]  # mean probability of the response that the reward prefers
+    accuracy: list[float]  # how often that is the chosen one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +109,7 @@ class Comparison:
     results: list[Result]
     growth: dict[str, Interval]  # from the last fraction but one to the last, at least noise
     noise_cost: dict[str, Interval] = field(default_factory=dict)  # from least noise to most
+    calibration: list[Calibration] = field(default_factory=list)
     runs: list[RunResult]
     missing: list[str]  # runs that are not finished
     scoring: list[ScoringCost]
@@ -112,6 +136,12 @@ class Comparison:
         order = sorted(values, key=lambda method: 0.0 if isnan(values[method]) else -values[method])
         return {method: results[method] for method in order}
 
+    def calibration_at(self, condition: Condition) -> list[Calibration]:
+        """Of the methods that have a finished run there, in their order."""
+        return [
+            entry for entry in self.calibration if (entry.fraction, entry.label_noise) == condition
+        ]
+
     def words(self, metric: Metric) -> str:
         """What a metric is, with the name of the base."""
         return self.metrics[metric].replace("the base", self.base)
@@ -128,6 +158,7 @@ def read_comparison(path: Path) -> Comparison:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_restored)
         content["results"] = [Result(**entry) for entry in content["results"]]
         content["runs"] = [RunResult(**entry) for entry in content["runs"]]
+        content["calibration"] = [Calibration(**c) for c in content.get("calibration", [])]
         content["scoring"] = [ScoringCost(**entry) for entry in content["scoring"]]
         return Comparison(**content)
     except FileNotFoundError:
@@ -167,6 +198,10 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
             "the share of labels turned round"
         )
         yield from table_lines(noise_rows(comparison, fraction))
+    if comparison.calibration:
+        yield ""
+        yield f"trained on {comparison.conditions[-1]}: {CALIBRATION.replace('BASE', base)}"
+        yield from table_lines(calibration_rows(comparison))
     yield ""
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
@@ -191,6 +226,22 @@ def noise_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
         of_method = [results[noise][method] for noise in noises]
         gains = [points(result.gain) if result.gain else "" for result in of_method]
         rows.append([method, *(result.accuracy.percent() for result in of_method), *gains])
+    return rows
+
+
+def calibration_rows(comparison: Comparison) -> list[list[str]]:
+    """Own reward's accuracy, log-loss and Brier score at the last condition, least loss first."""
+    last = comparison.conditions[-1]
+    rows = [["", "own reward", "log-loss", "Brier"]]
+    for entry in sorted(comparison.calibration_at(last), key=lambda entry: entry.log_loss.value):
+        own = [
+            run.own_accuracy
+            for run in comparison.runs
+            if (run.method, run.fraction, run.label_noise) == (entry.method, *last)
+            and not isnan(run.own_accuracy)
+        ]
+        shown = f"{100 * fmean(own):.1f}" if own else ""
+        rows.append([entry.method, shown, str(entry.log_loss), str(entry.brier)])
     return rows
 
 

@@ -17,10 +17,12 @@ from ...settings import comma_separated
 from ...train.run_folder import read_log
 from ..compare.compare import RESULT, SETTINGS
 from ..compare.results import (
+    CALIBRATION,
     Comparison,
     Condition,
     Result,
     accuracy_rows,
+    calibration_rows,
     noise_rows,
     percent,
     read_comparison,
@@ -147,6 +149,17 @@ def _comparison(comparison: Comparison) -> Section:
         for fraction in reversed(comparison.fractions if _noisy(comparison) else [])
         for heading, *rows in [noise_rows(comparison, fraction)]
     ]
+    if comparison.calibration:
+        head, *calibrated = calibration_rows(comparison)
+        words = CALIBRATION.replace("BASE", comparison.base)
+        tables.append(
+            Table(
+                title="Each method's own reward, and the reward as a preference model, trained on "
+                f"{comparison.conditions[-1]}",
+                rows=[["method", *head[1:]], *calibrated],
+                note=f"{words[0].upper()}{words[1:]}. Knowing nothing is 0.693 and 0.25.",
+            )
+        )
     costs = [
         (cost.alias, f"{cost.pairs:,}", f"{cost.tokens:,}", f"{cost.seconds:,.0f}")
         for cost in comparison.scoring
@@ -156,6 +169,7 @@ def _comparison(comparison: Comparison) -> Section:
     tables.append(Table(title="Scoring, paid once for all runs", rows=[heading, *costs]))
     charts: list[Chart] = [_accuracies(comparison), *_gains(comparison)]
     charts += [*_noise(comparison), *_noise_gains(comparison), *_learning(comparison)]
+    charts += _reliability(comparison)
     return Section(title="Comparison", words=comparison.verdict, tables=tables, charts=charts)
 
 
@@ -260,6 +274,24 @@ def _learning(comparison: Comparison) -> list[Lines]:
         )
         for noise in (comparison.label_noises if len(fractions) > 1 else [])
     ]
+
+
+def _reliability(comparison: Comparison) -> list[Lines]:
+    """How often the reward is right where it is this sure, at the last condition."""
+    entries = comparison.calibration_at(comparison.conditions[-1])
+    curves = [Curve(name=e.method, x=e.confidence, y=e.accuracy) for e in entries]
+    chart = Lines(
+        title="How right the reward is where it is this sure, trained on "
+        f"{comparison.conditions[-1]}",
+        x_label="probability that the reward gives the response it prefers",
+        y_label="share right",
+        curves=[*curves, Curve(name="as right as sure", x=[0.5, 1.0], y=[0.5, 1.0])],
+        percent=True,
+        note=f"Reward from {comparison.base}, times beta, as a preference model. Below the "
+        "straight line it is surer than it is right.",
+        palette=comparison.methods,
+    )
+    return [chart] if curves else []
 
 
 def _curves(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrpo.evaluation.compare import results as results_module
-from mrpo.evaluation.compare.outcome import METRIC_WORDS
+from mrpo.evaluation.compare.outcome import METRIC_WORDS, calibrations
 from mrpo.evaluation.compare.results import Comparison, Condition, Result, conditions_of
 from mrpo.evaluation.compare.verdict import (
     Draws,
@@ -142,6 +142,24 @@ def test_a_missing_run_leaves_the_mean_of_the_other_seeds() -> None:
     gone = judged(right)["mrpo"]
     assert np.isnan(gone.accuracy.value)
     assert gone.gain is None
+
+
+def test_calibration_by_hand() -> None:
+    """Margins of ln 3 are a probability of 3/4; of the surer half all are right, else a half."""
+    surer, unsure = np.full(100, np.log(9.0)), np.log(3.0) * np.tile([1.0, -1.0], 50)
+    margins = np.concatenate([unsure, surer])[:, None, None, None]
+    margins = np.concatenate([margins, np.full_like(margins, np.nan)], axis=1)
+    entries = calibrations(margins, np.arange(200), ["dpo:llama", "not run"], [Condition(0.5, 0.3)])
+    assert [(entry.method, entry.fraction, entry.label_noise) for entry in entries] == [
+        ("dpo:llama", 0.5, 0.3)
+    ]
+    loss = -(np.log(0.75) * 50 + np.log(0.25) * 50 + np.log(0.9) * 100) / 200
+    assert entries[0].log_loss.value == pytest.approx(loss)
+    assert entries[0].log_loss.low < loss < entries[0].log_loss.high
+    assert entries[0].brier.value == pytest.approx((50 / 16 + 50 * 9 / 16 + 100 * 0.01) / 200)
+    assert entries[0].confidence == pytest.approx([0.75] * 5 + [0.9] * 5)
+    assert np.mean(entries[0].accuracy[:5]) == pytest.approx(0.5)
+    assert entries[0].accuracy[5:] == [1.0] * 5
 
 
 # In words
