@@ -33,6 +33,7 @@ from mrpo.evaluation.report.charts import (
     Ranges,
     Section,
     Table,
+    legend,
     ticks,
     to_svg,
 )
@@ -326,6 +327,13 @@ def test_charts_of_little_or_nothing_are_drawn(chart: Any) -> None:
     assert "inf" not in svg
     section = Section(title="s", tables=[Table(title="t", rows=[("a",)])], charts=[chart])
     Page(to_html("title", [], [section])).assert_harmless()
+
+
+def test_more_curves_than_colors_are_told_apart() -> None:
+    curves = [Curve(name=f"method {number}", x=[0, 1], y=[0, number]) for number in range(11)]
+    chart = Lines(title="t", x_label="x", y_label="y", curves=curves)
+    assert len({look for look, _ in legend(chart)}) == 11
+    assert 'class="curve c2 dashed"' in to_svg(chart)
 
 
 def test_places_in_a_drawing_by_hand() -> None:
