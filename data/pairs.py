@@ -133,12 +133,16 @@ def is_validation(prompt: Turns, fraction: float) -> bool:
     return int.from_bytes(_digest(prompt)[:8]) < fraction * 2**64
 
 
-def in_fraction(prompt: Turns, fraction: float) -> bool:
+def in_fraction(prompt: Turns, fraction: float, subset: int = 0) -> bool:
     """Whether a prompt belongs to a fraction of the training pairs.
 
-    Fractions are nested: a prompt in 5 % is also in 20 %, and 1 has all.
+    Fractions are nested: a prompt in 5 % is also in 20 %, and 1 has all. Another `subset` draws
+    other prompts.
     """
-    return int.from_bytes(_digest(prompt)[8:16]) < fraction * 2**64
+    digest = _digest(prompt)[8:16]
+    if subset:
+        digest = sha256(f"subset {subset}\n{canonical_json(prompt)}".encode()).digest()[:8]
+    return int.from_bytes(digest) < fraction * 2**64
 
 
 def label_turned(prompt: Turns, share: float, seed: int) -> bool:

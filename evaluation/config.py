@@ -94,6 +94,10 @@ class CompareConfig(TrainConfig):
     fractions: Annotated[
         str, "Shares of the training pairs, by prompt; a smaller one is part of every larger one."
     ] = "1"
+    vary_subset: Annotated[
+        bool,
+        "Each seed draws fractions of its own, so that intervals hold over subsets too.",
+    ] = False
     label_noise: Annotated[
         str,
         "Shares of the training prompts whose labels are turned round, as 0,0.15,0.3; a smaller "
@@ -119,6 +123,7 @@ class CompareConfig(TrainConfig):
     # Set for each run.
     method: Annotated[str, "Of one run."] = field(init=False, default="")
     train_fraction: Annotated[float, "Of one run."] = field(init=False, default=1.0)
+    train_subset: Annotated[int, "Of one run."] = field(init=False, default=0)
     resume: Annotated[bool, "Always."] = field(init=False, default=True)
     run_name: Annotated[str | None, "Of one run."] = field(init=False, default=None)
 

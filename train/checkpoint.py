@@ -48,7 +48,10 @@ MAY_CHANGE = {
     "refs_config", "report_to", "resume", "run_name", "save_steps", "save_total_limit", "store",
     "torch_compile",
 }  # fmt: skip
-SINCE = {"label_noise": 0.0}  # settings that runs of earlier versions lack: what these did
+SINCE = {
+    "label_noise": 0.0,
+    "train_subset": 0,
+}  # settings that runs of earlier versions lack: what these did
 
 
 @dataclass(slots=True)

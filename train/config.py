@@ -97,6 +97,9 @@ class TrainConfig(MethodConfig):
     train_fraction: Annotated[
         float, "Share of the training pairs to use, by prompt; part of every larger share."
     ] = 1.0
+    train_subset: Annotated[
+        int, "Which random draw of --train-fraction: 0, 1, …; each has other prompts."
+    ] = 0
     label_noise: Annotated[
         float,
         "Share of the training prompts whose labels are turned round, drawn by --seed; part of "
@@ -153,7 +156,7 @@ class TrainConfig(MethodConfig):
         above_zero(self, "batch_pairs", "max_length", "max_tokens", "lora_rank", "lora_alpha")
         above_zero(self, "logging_steps", "eval_steps", "eval_pairs", "save_steps")
         above_zero(self, "save_total_limit")
-        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed")
+        at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "seed", "train_subset")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
         share(self, "train_fraction", "label_noise")
 

@@ -106,11 +106,12 @@ class TrainingPairs:
         fraction: float = 1.0,
         label_noise: float = 0.0,
         seed: int = 0,
+        subset: int = 0,
     ) -> None:
         """
         Args:
             prompt_numbers: fill `ReferenceLogps.prompts`, for which every prompt is read.
-            fraction: share of the training prompts to use.
+            fraction: share of the training prompts to use; `subset` says which draw of it.
             label_noise: share of the training prompts whose chosen and rejected responses change
                 places, with their scores; `seed` draws them.
         """
@@ -121,7 +122,7 @@ class TrainingPairs:
             )
         self.pairs, self.joined, self.num_shards = pairs, scores, len(pairs.names)
         self.prompt_numbers, self.fraction = prompt_numbers, fraction
-        self.label_noise, self.seed = label_noise, seed
+        self.label_noise, self.seed, self.subset = label_noise, seed, subset
         self._turned: dict[int, np.ndarray] = {}  # by shard
 
     def scores(self, shard: int) -> tuple[ReferenceLogps, np.ndarray]:
@@ -193,7 +194,7 @@ class TrainingPairs:
         if self.fraction >= 1:
             return np.zeros(self.pairs.rows[shard], bool)
         pairs = self.pairs.pairs(shard)
-        return np.array([not in_fraction(pair.prompt, self.fraction) for pair in pairs])
+        return np.array([not in_fraction(p.prompt, self.fraction, self.subset) for p in pairs])
 
     def _scores(self, table: pa.Table, joined: pa.Table) -> ReferenceLogps:
         prompts = np.zeros(len(table), np.int64)

@@ -45,8 +45,8 @@ ENDLESS = 2**62  # rows: --max-steps ends the run
 RECIPE = (
     "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
     "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
-    "train_fraction", "label_noise", "num_train_epochs", "max_steps", "max_length", "lora_rank",
-    "bf16", "seed",
+    "train_fraction", "train_subset", "label_noise", "num_train_epochs", "max_steps", "max_length",
+    "lora_rank", "bf16", "seed",
 )  # fmt: skip  # the settings that the model card shows
 
 
@@ -189,6 +189,7 @@ def _read_scores(
         config.train_fraction,
         config.label_noise,
         config.seed,
+        config.train_subset,
     )
     method = source.prepared(method)
     training, held_out, unusable = source.usable(method, resumed=start.checkpoint is not None)

@@ -2,8 +2,8 @@
 
 <output-dir>/cells/mrpo/fraction-0.2/seed-43/     a folder of `mrpo train`, and besides
 
-Label noise, another beta than --beta and an epsilon of --epsilons are in the name of the folder in
-the middle: `fraction-0.2-noise-0.15-beta-0.5`. A run's folder has:
+A subset, label noise, another beta than --beta and an epsilon of --epsilons are in the name of the
+folder in the middle: `fraction-0.2-subset-43-noise-0.15-beta-0.5`. A run's folder has:
 
     cell.yaml         its settings, as `mrpo train --config` reads them
     cell.json         its inputs, which make its numbers: settings, pairs, references' identities
@@ -46,6 +46,7 @@ class Cell:
     label_noise: float = 0.0
     beta: float | None = None  # of --betas; None: without them
     epsilon: float | Literal["none"] | None = None  # of --epsilons, likewise
+    subset: int = 0  # which draw of the fraction
 
     @property
     def name(self) -> str:
@@ -139,8 +140,9 @@ def _cell(
     epsilon: float | Literal["none"] | None,
 ) -> Cell:
     name = method.replace(":", "=").replace("/", "~")  # not in aliases, nor in weightings
-    usual = {"noise": 0.0, "beta": config.beta, "epsilon": None}
-    axes = {"noise": noise, "beta": beta, "epsilon": epsilon}
+    subset = seed if config.vary_subset and fraction < 1 else 0
+    usual = {"subset": 0, "noise": 0.0, "beta": config.beta, "epsilon": None}
+    axes = {"subset": subset, "noise": noise, "beta": beta, "epsilon": epsilon}
     words = [f"fraction-{fraction:g}"]
     words += [
         f"{axis}-{_text(value)}"
@@ -148,7 +150,7 @@ def _cell(
         if value is not None and value != usual[axis]
     ]
     folder = Path(config.output_dir) / CELLS / name / "-".join(words) / f"seed-{seed}"
-    return Cell(method, fraction, seed, folder, noise, beta, epsilon)
+    return Cell(method, fraction, seed, folder, noise, beta, epsilon, subset)
 
 
 def _text(value: float | str) -> str:
@@ -228,6 +230,7 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
         "refs": refs,
         "method": cell.method,
         "train_fraction": cell.fraction,
+        "train_subset": cell.subset,
         "label_noise": cell.label_noise,
         "seed": cell.seed,
     }
