@@ -233,7 +233,7 @@ def _elsewhere(comparison: Comparison) -> list[str]:
         gains = _gains(comparison, condition)
         if gains and final and stance(gains) != stance(final):
             first, gain = gains[0]
-            pairs = str(condition).replace("the pairs", "the training pairs")
+            pairs = str(condition).replace("the pairs", "the training pairs").replace(",", " and")
             lines.append(
                 f"With {pairs} the answer is another: "
                 f"{first.method} against {first.over} {points(gain)}."
@@ -277,7 +277,7 @@ def _by_noise(comparison: Comparison) -> list[str]:
         + f"; {best} is the most accurate then."
     ]
     gains = _gains(comparison, Condition(largest, most))
-    if gains:
+    if gains and stance(gains) == stance(_gains(comparison, comparison.conditions[-1])):
         first, gain = gains[0]
         lines.append(
             f"With {percent(most)} turned round {first.method}, the best with several references, "

@@ -18,6 +18,7 @@ from mrpo import cli
 from mrpo.data.store import Store
 from mrpo.evaluation.compare import workers
 from mrpo.evaluation.compare.results import Comparison, comparison_lines, read_comparison
+from mrpo.files import to_json
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
@@ -234,21 +235,21 @@ def test_noise_betas_and_epsilons_are_axes_and_each_cell_is_train_by_hand(
     """On a copy: the runs without noise and with the usual beta stay and are not repeated."""
     out = tmp_path / "compare"
     shutil.copytree(compared.out, out)
-    axes = ["--label-noise", "0,0.4", "--betas", "0.1,0.5", "--epsilons", "0.1,none"]
+    axes = ["--label-noise", "0,0.4", "--betas", "0.1,0.5", "--epsilons", "none"]
     grid = ["--methods", ",".join(METHODS), "--seeds", 1, "--jobs", 2, "--output-dir", out]
     ran = mrpo("compare", *compared.flags, *grid, *axes)
     assert ran.code == 0, ran.err
     assert "label noise 0, 0.4 of the training prompts have their labels turned round" in ran.out
-    assert "12, of which 1 are finished" in ran.out  # dpo:llama with beta 0.1
+    assert "8, of which 1 are finished" in ran.out  # dpo:llama with beta 0.1
     copy = Compared(compared.scored, compared.flags, out, ran.out)
     comparison = copy.comparison
     names = ["dpo:llama beta=0.1", "dpo:llama beta=0.5"]  # one reference is never clipped
-    names += [f"mrpo beta={b} epsilon={e}" for b in ("0.1", "0.5") for e in ("0.1", "none")]
+    names += ["mrpo beta=0.1 epsilon=none", "mrpo beta=0.5 epsilon=none"]
     assert comparison.methods == names
     assert comparison.label_noises == [0, 0.4]
     assert comparison.noise_cost.keys() == set(names)
     cells = {run.folder for run in comparison.runs}
-    assert len(cells) == 12
+    assert len(cells) == 8
     assert str(copy.cell("dpo:llama", 1.0)) in cells
 
     cell = copy.cell("mrpo", 1.0, "-noise-0.4-beta-0.5-epsilon-none")
@@ -259,8 +260,8 @@ def test_noise_betas_and_epsilons_are_axes_and_each_cell_is_train_by_hand(
     assert (by_hand / WEIGHTS).read_bytes() == (cell / WEIGHTS).read_bytes()
     clean = copy.cell("mrpo", 1.0, "-beta-0.5-epsilon-none")
     assert losses(clean) != losses(cell)
-    for method in comparison.methods:
-        assert sum(line.startswith(method) for line in ran.out.splitlines()) == 3
+    for method in comparison.methods:  # at each noise level, against noise, calibration
+        assert sum(line.startswith(method) for line in ran.out.splitlines()) == 4
     report = mrpo("report", out)
     assert report.code == 0, report.err
 
@@ -353,7 +354,7 @@ def test_a_comparison_of_a_version_without_label_noise_is_still_read(
     (tmp_path / "compare.json").write_text(json.dumps(content))
     earlier = read_comparison(tmp_path / "compare.json")
     assert earlier.conditions == compared.comparison.conditions
-    assert earlier.results == compared.comparison.results
+    assert to_json(earlier.results) == to_json(compared.comparison.results)  # NaN equals NaN
     assert list(comparison_lines(earlier))
 
 

@@ -219,19 +219,25 @@ def test_the_learning_curve_is_put_into_words() -> None:
 def test_what_noise_costs_is_put_into_words() -> None:
     """Without noise qwen alone is best; at 30 % mrpo holds its 80 % and qwen falls to 60 %."""
     clean, noisy = simulated([0.6, 0.8, 0.8], 9), simulated([0.5, 0.6, 0.8], 9)
-    draws = drawn(np.concatenate([noisy, clean], axis=2))
-    lines = words(draws, noises=(0.0, 0.3))
+    lines = words(drawn(np.concatenate([noisy, clean], axis=2)), noises=(0.0, 0.3))
     assert lines[0].startswith("One reference is enough here")
     elsewhere = next(line for line in lines if "the answer is another" in line)
     assert elsewhere.startswith(
-        "With 100 % of the training pairs, 30 % of their labels turned round the answer is another:"
-        " mrpo against dpo:qwen +20.0 points"
+        "With 100 % of the training pairs and 30 % of their labels turned round the answer is "
+        "another: mrpo against dpo:qwen +20.0 points"
     )
     cost = next(line for line in lines if line.startswith("From 0 % to 30 % of the labels"))
     assert "mrpo changes by +0.0 points" in cost
     assert cost.endswith("mrpo is the most accurate then.")
+
+
+def test_the_same_answer_under_noise_comes_with_its_gain() -> None:
+    lines = words(drawn(np.repeat(simulated([0.6, 0.8, 0.7], 9), 2, axis=2)), noises=(0.0, 0.3))
+    assert not any("the answer is another" in line for line in lines)
     assert any(
-        line.startswith("With 30 % turned round mrpo, the best with several references")
+        line.startswith(
+            "With 30 % turned round mrpo, the best with several references, stands at −"
+        )
         for line in lines
     )
 
