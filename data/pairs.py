@@ -4,9 +4,10 @@ A pair is a prompt with a chosen and a rejected response: all three are text, or
 lists of chat messages. The id is a digest of the content alone, so the same pair has the same id
 in any file format, data set, order or shard, and its scores are found again everywhere.
 
-The held-out split (by first user turn), a training fraction, folds and bootstraps (all by prompt)
-must keep equal prompts together, and a prompt must not change sides when data is added, shuffled or
-mixed. Each uses its own bits of a digest of the prompt, so that they are independent of each other.
+The held-out split (by first user turn), a training fraction, label noise, folds and bootstraps (all
+by prompt) must keep equal prompts together, and a prompt must not change sides when data is added,
+shuffled or mixed. Each uses its own bits of a digest of the prompt, or a digest of its own, so that
+they are independent of each other.
 
 `EvaluationTexts` finds the prompts that contain a text which models will be evaluated on.
 """
@@ -150,12 +151,25 @@ def is_validation(prompt: Turns, fraction: float) -> bool:
     return int.from_bytes(_digest(prompt)[:8]) < fraction * 2**64
 
 
-def in_fraction(prompt: Turns, fraction: float) -> bool:
+def in_fraction(prompt: Turns, fraction: float, subset: int = 0) -> bool:
     """Whether a prompt belongs to a fraction of the training pairs.
 
-    Fractions are nested: a prompt in 5 % is also in 20 %, and 1 has all.
+    Fractions are nested: a prompt in 5 % is also in 20 %, and 1 has all. Another `subset` draws
+    other prompts.
     """
-    return int.from_bytes(_digest(prompt)[8:16]) < fraction * 2**64
+    digest = _digest(prompt)[8:16]
+    if subset:
+        digest = sha256(f"subset {subset}\n{canonical_json(prompt)}".encode()).digest()[:8]
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def label_turned(prompt: Turns, share: float, seed: int) -> bool:
+    """Whether a share of label noise turns the labels of a prompt's pairs round.
+
+    Shares are nested: what is turned round at 0.15 is at 0.3 too. Another seed draws other prompts.
+    """
+    digest = sha256(f"label noise {seed}\n{canonical_json(prompt)}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def _digest(prompt: Turns) -> bytes:

@@ -74,10 +74,10 @@ class EvaluateConfig:
 class CompareConfig(TrainConfig):
     """Train several methods from one store, and say which does better and how sure that is.
 
-    Every combination of --methods, --fractions and --seeds is one `mrpo train`, from the same
-    policy; each is then judged by `mrpo evaluate` on the same held-out pairs. Run the command
-    again and it continues: finished runs stay, failed ones are tried again. All other settings
-    are those of `mrpo train` and hold for every run.
+    Every combination of --methods (with --betas and --epsilons), --fractions, --label-noise and
+    --seeds is one `mrpo train`, from the same policy; each is then judged by `mrpo evaluate` on the
+    same held-out pairs. Run the command again and it continues: finished runs stay, failed ones are
+    tried again. All other settings are those of `mrpo train` and hold for every run.
 
     Example: `mrpo compare --pairs pairs --refs llama,mistral,qwen --methods
     dpo:llama,dpo:mistral,dpo:qwen,mrpo --seeds 3 --fractions 0.05,0.2,1 --output-dir runs/compare`
@@ -95,6 +95,24 @@ class CompareConfig(TrainConfig):
     fractions: Annotated[
         str, "Shares of the training pairs, by prompt; a smaller one is part of every larger one."
     ] = "1"
+    vary_subset: Annotated[
+        bool,
+        "Each seed draws fractions of its own, so that intervals hold over subsets too.",
+    ] = False
+    label_noise: Annotated[
+        str,
+        "Shares of the training prompts whose labels are turned round, as 0,0.15,0.3; a smaller "
+        "one is part of every larger one. Held-out labels stay.",
+    ] = "0"  # type: ignore[assignment]
+    betas: Annotated[
+        str | None,
+        "Values of beta, as 0.1,0.5; every method has a run with each. By default --beta.",
+    ] = None
+    epsilons: Annotated[
+        str | None,
+        "Values of epsilon, as 0.1,1,none, for each method that clips: mrpo, and with --epsilon "
+        "every method with several references.",
+    ] = None
     metric: Annotated[
         Metric,
         "What decides: implicit reward against the base, or likelihood (summed, per token, per "
@@ -106,6 +124,7 @@ class CompareConfig(TrainConfig):
     # Set for each run.
     method: Annotated[str, "Of one run."] = field(init=False, default="")
     train_fraction: Annotated[float, "Of one run."] = field(init=False, default=1.0)
+    train_subset: Annotated[int, "Of one run."] = field(init=False, default=0)
     resume: Annotated[bool, "Always."] = field(init=False, default=True)
     run_name: Annotated[str | None, "Of one run."] = field(init=False, default=None)
 

@@ -174,6 +174,18 @@ def right(table: ScoreTable, k: int) -> dict[Metric, np.ndarray]:
     return {name: np.where(usable, preferred(logps[name]), np.nan) for name in METRICS}
 
 
+def reward_margins(table: ScoreTable, k: int, normalize: str = "none") -> np.ndarray:
+    """[N] how much more than the base the k-th entry prefers the chosen response; NaN unknown.
+
+    In nats, of log-probs normalized as in training; times beta it is the margin of DPO's reward.
+    """
+    policy, base = (
+        normalize_logps(entry.logps, normalize, entry.tokens, table.response_bytes)
+        for entry in (table.references[k], table.references[0])
+    )
+    return (policy - base) @ np.array([1.0, -1.0])
+
+
 def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     """The printed tables, line by line."""
     base, sources = evaluation.base, list(evaluation.base.by_source)

@@ -50,6 +50,10 @@ MAY_CHANGE = {
     "refs_config", "report_to", "resume", "run_name", "save_steps", "save_total_limit", "store",
     "torch_compile",
 }  # fmt: skip
+SINCE = {
+    "label_noise": 0.0,
+    "train_subset": 0,
+}  # settings that runs of earlier versions lack: what these did
 
 
 @dataclass(slots=True)
@@ -169,7 +173,7 @@ def checkpoint_to_resume(config: TrainConfig, settings: Mapping[str, Any]) -> Ch
         return None
     if not saved:
         return None
-    earlier = saved[-1].settings
+    earlier = {**SINCE, **saved[-1].settings}
     for name, value in settings.items():
         if earlier.get(name) != value and name == DIGEST:
             way_out = (

@@ -109,10 +109,20 @@ class TrainConfig(MethodConfig):
     train_fraction: Annotated[
         float, "Share of the training pairs to use, by prompt; part of every larger share."
     ] = 1.0
+    train_subset: Annotated[
+        int, "Which random draw of --train-fraction: 0, 1, …; each has other prompts."
+    ] = 0
+    label_noise: Annotated[
+        float,
+        "Share of the training prompts whose labels are turned round, drawn by --seed; part of "
+        "every larger share. Held-out labels stay.",
+    ] = 0.0
     num_train_epochs: Annotated[float, "Passes over the training pairs."] = 1.0
     max_steps: Annotated[int | None, "Optimizer steps; overrides --num-train-epochs."] = None
     batch_pairs: Annotated[int, "Pairs per optimizer step, over all devices."] = 8
-    seed: Annotated[int, "Seed of the order of pairs and the LoRA initialization."] = 42
+    seed: Annotated[
+        int, "Seed of the order of pairs, the LoRA initialization and the label noise."
+    ] = 42
 
     max_length: Annotated[
         int | None,
@@ -161,9 +171,10 @@ class TrainConfig(MethodConfig):
         above_zero(self, "logging_steps", "eval_steps", "eval_pairs", "save_steps")
         above_zero(self, "save_total_limit")
         at_least_zero(self, "weight_decay", "max_grad_norm", "sft_weight", "adam_epsilon")
+        at_least_zero(self, "train_subset")
         seed(self, "seed")
         share(self, "warmup_ratio", "label_smoothing", "lora_dropout", "max_missing")
-        share(self, "train_fraction", "adam_beta1", "adam_beta2")
+        share(self, "train_fraction", "label_noise", "adam_beta1", "adam_beta2")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) == 1:
                 raise UserError(f"--{name.replace('_', '-')} is 1; it must be below 1")

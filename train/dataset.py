@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ..data.ids import digest_of, ids_to_numpy
 from ..data.join import JoinedScores, matrix
-from ..data.pairs import Pair, in_fraction, prompt_number
+from ..data.pairs import Pair, in_fraction, label_turned, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
 from ..errors import UserError
 from ..files import write_bytes
@@ -115,32 +115,58 @@ class TrainingPairs:
     """A folder of pairs and the scores that were joined to it."""
 
     def __init__(
-        self, pairs: PairShards, scores: JoinedScores, prompt_numbers: bool, fraction: float = 1.0
+        self,
+        pairs: PairShards,
+        scores: JoinedScores,
+        prompt_numbers: bool,
+        fraction: float = 1.0,
+        label_noise: float = 0.0,
+        seed: int = 0,
+        subset: int = 0,
     ) -> None:
         """
         Args:
             prompt_numbers: fill `ReferenceLogps.prompts`, for which every prompt is read.
-            fraction: share of the training prompts to use.
+            fraction: share of the training prompts to use; `subset` says which draw of it.
+            label_noise: share of the training prompts whose chosen and rejected responses change
+                places, with their scores; `seed` draws them.
         """
         if (pairs.names, pairs.rows) != (scores.names, scores.rows):
             raise _other_pairs(pairs, scores)
         self.pairs, self.joined, self.num_shards = pairs, scores, len(pairs.names)
         self.prompt_numbers, self.fraction = prompt_numbers, fraction
+        self.label_noise, self.seed, self.subset = label_noise, seed, subset
+        self._turned: dict[int, np.ndarray] = {}  # by shard
 
     def scores(self, shard: int) -> tuple[ReferenceLogps, np.ndarray]:
         """The scores of a whole shard, and [rows] bool: which are held out."""
         columns = ["pair_id", *SHORT_COLUMNS, *(PAIR_COLUMNS if self.prompt_numbers else [])]
         table = self.pairs.table(shard, list(dict.fromkeys(columns)))
         held_out = table["split"].to_numpy(zero_copy_only=False) == "validation"
-        return self._scores(table, self._joined(shard, table)), held_out
+        turned = self.turned(shard)
+        table, joined = (_exchanged(t, turned) for t in (table, self._joined(shard, table)))
+        return self._scores(table, joined), held_out
 
     def chunk(self, shard: int, rows: Rows) -> Chunk:
         """The given rows of a shard, in the given order."""
         indices = pa.array(rows, pa.int64())
-        table = self.pairs.table(shard)
-        joined = self._joined(shard, table).take(indices)
-        table = table.take(indices)
+        turned, table = self.turned(shard)[rows], self.pairs.table(shard)
+        table, joined = (
+            _exchanged(whole.take(indices), turned) for whole in (table, self._joined(shard, table))
+        )
         return Chunk(table, self._scores(table, joined))
+
+    def turned(self, shard: int) -> np.ndarray:
+        """[rows] bool: training pairs whose label `label_noise` turns round."""
+        if shard not in self._turned:
+            pairs = self.pairs.pairs(shard) if self.label_noise else []
+            turned = [
+                pair.split != "validation"
+                and label_turned(pair.prompt, self.label_noise, self.seed)
+                for pair in pairs
+            ]
+            self._turned[shard] = np.array(turned or [False] * self.pairs.rows[shard], bool)
+        return self._turned[shard]
 
     def prepared(self, method: Method) -> Method:
         """The method with what it learns from the data, if it learns anything."""
@@ -211,7 +237,7 @@ class TrainingPairs:
         if self.fraction >= 1:
             return np.zeros(self.pairs.rows[shard], bool)
         pairs = self.pairs.pairs(shard)
-        return np.array([not in_fraction(pair.prompt, self.fraction) for pair in pairs])
+        return np.array([not in_fraction(p.prompt, self.fraction, self.subset) for p in pairs])
 
     def _joined(self, shard: int, table: pa.Table) -> pa.Table:
         """The scores of a shard's pairs; raises `UserError` where they are of other pairs."""
@@ -240,6 +266,21 @@ def _other_pairs(pairs: PairShards, scores: JoinedScores) -> UserError:
         f"{scores.path} was joined to other pairs than those in {pairs.path}; "
         "use another --output-dir"
     )
+
+
+def _exchanged(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The table with its chosen and rejected columns exchanged in some rows, [n] bool."""
+    if not rows.any():
+        return table
+    own = np.arange(len(table))
+    for chosen in [name for name in table.column_names if "chosen" in name]:
+        names = [chosen, chosen.replace("chosen", "rejected")]
+        both = pa.concat_arrays([table[name].combine_chunks() for name in names])
+        for name, second in zip(names, (rows, ~rows)):
+            column = both.take(pa.array(own + len(table) * second))
+            at = table.column_names.index(name)
+            table = table.set_column(at, table.schema.field(at), column)
+    return table
 
 
 def stacked(parts: Sequence[tuple[ReferenceLogps, Rows]]) -> ReferenceLogps:

@@ -53,7 +53,8 @@ ENDLESS = 2**62  # rows: --max-steps ends the run
 RECIPE = (
     "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
     "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
-    "train_fraction", "num_train_epochs", "max_steps", "max_length", "lora_rank", "bf16", "seed",
+    "train_fraction", "train_subset", "label_noise", "num_train_epochs", "max_steps", "max_length",
+    "lora_rank", "bf16", "seed",
 )  # fmt: skip  # the settings that the model card shows
 
 
@@ -194,7 +195,15 @@ def _read_scores(
     step. With --max-steps it doesn't, and pairs are dropped as they are met.
     """
     method = method_of(config)
-    source = TrainingPairs(start.pairs, start.scores, method.reads_prompts, config.train_fraction)
+    source = TrainingPairs(
+        start.pairs,
+        start.scores,
+        method.reads_prompts,
+        config.train_fraction,
+        config.label_noise,
+        config.seed,
+        config.train_subset,
+    )
     method = source.prepared(method)
     exact = config.max_steps is None
     usable = source.usable(
@@ -217,6 +226,9 @@ def _read_scores(
         f"{_count(usable.held_out):,} held out, {usable.unusable:,} without a score of the base"
         + (f", {sum(refused.values()):,} that the policy can't take ({reasons})" if refused else "")
     )
+    if config.label_noise:
+        turned = sum(int(source.turned(n)[rows].sum()) for n, rows in enumerate(usable.training))
+        ranks.say(f"label noise {turned:,} of the pairs to train on have their label turned round")
     return source, method, usable
 
 
@@ -303,7 +315,7 @@ def model_card(run: Run, step: int, held_out: Mapping[str, float]) -> str:
         _table("| alias | model | identity of its scores |\n|---|---|---|", references),
         combined,
         "## Recipe",
-        _table("| setting | value |\n|---|---|", {name: settings[name] for name in RECIPE}),
+        _table("| setting | value |\n|---|---|", {name: settings.get(name) for name in RECIPE}),
         "## Data",
         f"Digest of the pairs: `{settings['pairs digest']}`.",
         _table("| | |\n|---|---|", trained),

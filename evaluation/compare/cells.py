@@ -1,6 +1,10 @@
 """One run of a comparison: its settings, its folder, and whether it is finished.
 
 <output-dir>/cells/mrpo/fraction-0.2/seed-43/     a folder of `mrpo train`, and besides
+
+A subset, label noise, another beta than --beta and an epsilon of --epsilons are in the name of the
+folder in the middle: `fraction-0.2-subset-43-noise-0.15-beta-0.5`. A run's folder has:
+
     cell.yaml         its settings, as `mrpo train --config` reads them
     cell.json         its inputs, which make its numbers: settings, pairs, references' identities
     cell.log          what training and evaluation printed
@@ -10,18 +14,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...data.shards import PairShards
 from ...data.store.store import IDENTITY
 from ...errors import UserError
 from ...files import read_json, write_json
+from ...method.grammar import aliases_of, named_references, parse_method
 from ...settings import comma_separated, write_resolved
-from ...train.checkpoint import DIGEST
+from ...train.checkpoint import DIGEST, SINCE
 from ...train.config import TrainConfig
 from ...train.run_folder import RunFolder
 from ..config import CompareConfig
@@ -38,9 +44,21 @@ class Cell:
     fraction: float
     seed: int
     folder: Path
+    label_noise: float = 0.0
+    beta: float | None = None  # of --betas; None: without them
+    epsilon: float | Literal["none"] | None = None  # of --epsilons, likewise
+    subset: int = 0  # which draw of the fraction
+
+    @property
+    def name(self) -> str:
+        """The method with what --betas and --epsilons add to it: a row of the tables."""
+        axes = {"beta": self.beta, "epsilon": self.epsilon}
+        words = [f" {axis}={_text(value)}" for axis, value in axes.items() if value is not None]
+        return self.method + "".join(words)
 
     def __str__(self) -> str:
-        return f"{self.method}, fraction {self.fraction:g}, seed {self.seed}"
+        noise = f", label noise {self.label_noise:g}" if self.label_noise else ""
+        return f"{self.name}, fraction {self.fraction:g}{noise}, seed {self.seed}"
 
     @property
     def run(self) -> RunFolder:
@@ -74,15 +92,82 @@ class Cell:
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
-    """Every combination, small fractions first, so that mistakes show early."""
-    cells = []
+    """Every combination, small fractions first, so that mistakes show early.
+
+    All methods come before the next seed, noise level and fraction.
+    """
     seeds = range(config.seed, config.seed + config.seeds)
-    for choice in product(fractions_of(config.fractions), seeds, methods_of(config.methods)):
-        fraction, seed, method = choice
-        name = method.replace(":", "=").replace("/", "~")  # not in aliases, nor in weightings
-        folder = Path(config.output_dir) / CELLS / name / f"fraction-{fraction:g}" / f"seed-{seed}"
-        cells.append(Cell(method, fraction, seed, folder))
-    return cells
+    conditions = product(fractions_of(config.fractions), noises_of(config.label_noise), seeds)
+    return [
+        _cell(config, fraction, noise, seed, *variant)
+        for (fraction, noise, seed), variant in product(conditions, _variants(config))
+    ]
+
+
+Variant = tuple[str, float | None, float | Literal["none"] | None]  # method, beta, epsilon
+
+
+def _variants(config: CompareConfig) -> list[Variant]:
+    """The methods with each beta, and with each epsilon where they clip.
+
+    A method with one reference never clips, and one that is not clipped by default only where
+    --epsilon clips all.
+    """
+    methods = methods_of(config.methods)
+    aliases = aliases_over(config.refs, methods)
+    betas = betas_of(config.betas) if config.betas else [None]
+    variants: list[Variant] = []
+    for text in methods:
+        method = parse_method(
+            text,
+            aliases,
+            reference_kind=config.reference_kind,
+            weighting=config.weighting,
+            weights=config.weights,
+            epsilon=config.epsilon,
+        )
+        clips = method.epsilon is not None and len(method.references) > 1
+        epsilons = epsilons_of(config.epsilons) if config.epsilons and clips else [None]
+        variants += [(text, beta, epsilon) for beta, epsilon in product(betas, epsilons)]
+    if config.epsilons and all(epsilon is None for _, _, epsilon in variants):
+        raise UserError(
+            f"--epsilons {config.epsilons}: no method of {', '.join(methods)} clips; add mrpo with "
+            "several references, or clip every method with --epsilon"
+        )
+    return variants
+
+
+def _cell(
+    config: CompareConfig,
+    fraction: float,
+    noise: float,
+    seed: int,
+    method: str,
+    beta: float | None,
+    epsilon: float | Literal["none"] | None,
+) -> Cell:
+    name = method.replace(":", "=").replace("/", "~")  # not in aliases, nor in weightings
+    subset = seed if config.vary_subset and fraction < 1 else 0
+    usual = {"subset": 0, "noise": 0.0, "beta": config.beta, "epsilon": None}
+    axes = {"subset": subset, "noise": noise, "beta": beta, "epsilon": epsilon}
+    words = [f"fraction-{fraction:g}"]
+    words += [
+        f"{axis}-{_text(value)}"
+        for axis, value in axes.items()
+        if value is not None and value != usual[axis]
+    ]
+    folder = Path(config.output_dir) / CELLS / name / "-".join(words) / f"seed-{seed}"
+    return Cell(method, fraction, seed, folder, noise, beta, epsilon, subset)
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def aliases_over(refs: str | None, methods: Sequence[str]) -> list[str]:
+    """The references of --refs, the base first; by default all that the methods name, in order."""
+    named = dict.fromkeys(alias for method in methods for alias in named_references(method))
+    return aliases_of(refs or ",".join(named), methods[0])
 
 
 def methods_of(text: str) -> list[str]:
@@ -99,13 +184,47 @@ def fractions_of(text: str) -> list[float]:
     >>> fractions_of("1, 0.05,0.2")
     [0.05, 0.2, 1.0]
     """
+    rule = "numbers above 0, up to 1, as 0.05,0.2,1"
+    return _numbers(text, "--fractions", lambda number: 0 < number <= 1, rule)
+
+
+def noises_of(text: str) -> list[float]:
+    """The shares of turned labels of a comma-separated list, ascending; each in [0, 1]."""
+    rule = "numbers from 0 to 1, as 0,0.15,0.3"
+    return _numbers(text, "--label-noise", lambda number: 0 <= number <= 1, rule)
+
+
+def betas_of(text: str) -> list[float]:
+    """The betas of a comma-separated list, ascending; each above 0."""
+    rule = "numbers above 0, as 0.1,0.5"
+    return _numbers(text, "--betas", lambda number: 0 < number < inf, rule)
+
+
+def epsilons_of(text: str) -> list[float | Literal["none"]]:
+    """The epsilons of a comma-separated list, ascending, `none` last.
+
+    >>> epsilons_of("none,1,0.1")
+    [0.1, 1.0, 'none']
+    """
+    parts = comma_separated(text)
+    numbers = ",".join(part for part in parts if part != "none")
+    rule = "numbers of 0 or more, or none, as 0.1,1,none"
+    unclipped: list[float | Literal["none"]] = ["none"] if "none" in parts else []
+    if unclipped and not numbers:
+        return unclipped
+    return [*_numbers(numbers, "--epsilons", lambda number: 0 <= number < inf, rule), *unclipped]
+
+
+def _numbers(text: str, flag: str, admits: Callable[[float], bool], rule: str) -> list[float]:
     try:
-        fractions = sorted({float(part) for part in comma_separated(text)})
+        numbers = sorted({float(part) for part in comma_separated(text)})
     except ValueError:
-        fractions = []
-    if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
-        raise UserError(f"--fractions {text}: must be numbers above 0, up to 1, as 0.05,0.2,1")
-    return fractions
+        numbers = []
+    if not numbers or not all(map(admits, numbers)):
+        raise UserError(f"{flag} {text}: must be {rule}")
+    if len(set(map(_text, numbers))) < len(numbers):  # their runs would share a folder
+        raise UserError(f"{flag} {text}: two are equal to six digits; leave one of them out")
+    return numbers
 
 
 def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards) -> TrainConfig:
@@ -118,9 +237,13 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
         "refs": refs,
         "method": cell.method,
         "train_fraction": cell.fraction,
+        "train_subset": cell.subset,
+        "label_noise": cell.label_noise,
         "seed": cell.seed,
         "run_name": f"{Path(config.output_dir).resolve().name}: {cell}",  # in the trackers
     }
+    own |= {} if cell.beta is None else {"beta": cell.beta}
+    own |= {} if cell.epsilon is None else {"epsilon": cell.epsilon}
     return TrainConfig(**{**shared, **own})
 
 
@@ -129,7 +252,7 @@ def refuse_changed_inputs(cell: Cell, inputs: Mapping[str, Any]) -> None:
     path = cell.folder / INPUTS
     if not path.is_file():
         return
-    earlier = read_json(path, {}, f"remove {cell.folder} to run this cell again")
+    earlier = SINCE | read_json(path, {}, f"remove {cell.folder} to run this cell again")
     for name, value in inputs.items():
         if earlier.get(name) != value:
             flag = name if " " in name else f"--{name.replace('_', '-')}"

@@ -3,7 +3,7 @@
     settings -> cells (cells.py) -> train and evaluate each (workers.py) -> outcome.py -> verdict.py
 
 Run again, the command goes on where it was: finished cells are kept, failed ones are tried again,
-and further methods, seeds and fractions only add cells.
+and further methods, seeds, fractions, noise levels, betas and epsilons only add cells.
 
     <output-dir>/compare.yaml   the settings in force
     <output-dir>/pairs/         the pairs that all runs use, as links
@@ -24,7 +24,7 @@ from ...data.shards import PairShards
 from ...data.store import Store, open_store
 from ...errors import UserError
 from ...files import write_json
-from ...method.grammar import aliases_of, epsilon_warning, named_references
+from ...method.grammar import epsilon_warning
 from ...settings import command, write_resolved
 from ...train.checkpoint import numeric_settings
 from ...train.dataset import method_of
@@ -34,9 +34,11 @@ from .cells import (
     PAIRS,
     SCORED,
     Cell,
+    aliases_over,
     cells_of,
     fractions_of,
     methods_of,
+    noises_of,
     refuse_changed_inputs,
     settings_for,
     write_inputs,
@@ -71,8 +73,9 @@ def compare(config: CompareConfig) -> Comparison:
             cell.result.unlink()  # `mrpo store gc` took the policy's scores: score it again
     devices = _devices(config)
     print(_summary(plan, cells, len(devices)), flush=True)
-    if warning := epsilon_warning(config.epsilon):
-        print(f"WARNING: {warning}", flush=True)
+    for epsilon in dict.fromkeys(settings[cell].epsilon for cell in cells):
+        if warning := epsilon_warning(epsilon):
+            print(f"WARNING: {warning}", flush=True)
     out = Path(config.output_dir)
     try:  # all cells read these, whatever the folder of pairs holds later
         plan = replace(plan, pairs=pairs.linked(out / PAIRS))
@@ -98,12 +101,6 @@ def compare(config: CompareConfig) -> Comparison:
     return comparison
 
 
-def aliases_over(refs: str | None, methods: Sequence[str]) -> list[str]:
-    """The references of --refs, the base first; by default all that the methods name, in order."""
-    named = dict.fromkeys(alias for method in methods for alias in named_references(method))
-    return aliases_of(refs or ",".join(named), methods[0])
-
-
 def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonPlan:
     """What is compared; raises `UserError` for every mistake that can be seen beforehand."""
     methods = methods_of(config.methods)
@@ -115,9 +112,11 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         )
     references: dict[str, list[str]] = {}
     written: dict[str, str] = {}  # by the method in full, as the user wrote it
-    for cell in cells_of(config)[: len(methods)]:
+    for cell in cells_of(config):
+        if cell.name in references:
+            continue
         method = method_of(settings_for(config, cell, ",".join(aliases), pairs))
-        references[cell.method] = list(method.references)
+        references[cell.name] = list(method.references)
         earlier = written.setdefault(str(method), cell.method)
         if earlier != cell.method:
             raise UserError(f"--methods: {earlier} and {cell.method} are the same ({method})")
@@ -126,7 +125,10 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         records=scored_records(pairs, store, aliases, config.refs_config),
         references=references,
         fractions=fractions_of(config.fractions),
+        label_noises=noises_of(config.label_noise),
         metric=config.metric,
+        beta=config.beta,
+        normalize=config.normalize,
     )
 
 
@@ -146,6 +148,8 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
     """What was derived from the settings, a line each."""
     finished = sum(cell.finished for cell in cells)
     fractions = ", ".join(f"{fraction:g}" for fraction in plan.fractions)
+    noises = ", ".join(f"{noise:g}" for noise in plan.label_noises)
+    noise = [f"label noise {noises} of the training prompts have their labels turned round"]
     splits: Mapping[str, int] = plan.pairs.manifest["splits"]
     return "\n".join(
         [
@@ -153,6 +157,7 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
             f"base        {plan.base}: the policies start from it and rewards are measured from it",
             f"pairs       {splits['train']:,} for training, of these {fractions}; "
             f"{splits['validation']:,} held out to compare on; less those without a score",
+            *(noise if plan.label_noises != [0] else []),
             f"runs        {len(cells):,}, of which {finished:,} are finished; {at_once} at once",
         ]
     )

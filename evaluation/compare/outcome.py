@@ -16,15 +16,24 @@ import numpy as np
 
 from ...data.shards import PairShards
 from ...data.store import ReferenceRecord, Store
-from ...train.run_folder import read_log
+from ...train.run_folder import read_evaluation, read_log
 from ..config import Metric
-from ..evaluate import METRICS, right
-from ..intervals import Interval, mean_intervals
+from ..evaluate import METRICS, reward_margins, right
+from ..intervals import Interval, interval, mean_intervals
 from ..score_table import ScoreTable, load_score_table
 from .cells import Cell
-from .results import Comparison, RunResult, ScoringCost
-from .verdict import Draws, growth, judge, resample, tied_singles, verdict
+from .results import (
+    Calibration,
+    Comparison,
+    Condition,
+    RunResult,
+    ScoringCost,
+    conditions_of,
+)
+from .verdict import Draws, change, judge, resample, tied_singles, verdict
 
+TENTHS = 10  # parts of a reliability curve
+PAIRS_OF_A_TENTH = 20  # fewer pairs make fewer parts
 METRIC_WORDS: dict[Metric, str] = {
     "reward": "implicit reward against the base",
     "sum": "likelihood",
@@ -41,7 +50,10 @@ class ComparisonPlan:
     records: list[ReferenceRecord]  # the base first
     references: dict[str, list[str]]  # of each method, as the user wrote it
     fractions: list[float]  # rising
+    label_noises: list[float]  # rising
     metric: Metric  # what decides
+    beta: float  # where a cell has none of its own
+    normalize: str
 
     @property
     def aliases(self) -> list[str]:
@@ -61,12 +73,24 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
     )
     answers = {cell: right(table, k) for k, cell in enumerate(identities, 1)}
     methods, seeds = list(plan.references), sorted({cell.seed for cell in cells})
+    conditions = conditions_of(plan.fractions, plan.label_noises)
+    places = {
+        cell: (
+            methods.index(cell.name),
+            conditions.index(Condition(cell.fraction, cell.label_noise)),
+            seeds.index(cell.seed),
+        )
+        for cell in identities
+    }
+    margins = np.full((len(table), len(methods), len(conditions), len(seeds)), np.nan)
+    for k, (cell, place) in enumerate(places.items(), 1):
+        beta = plan.beta if cell.beta is None else cell.beta
+        margins[:, *place] = beta * reward_margins(table, k, plan.normalize)
     draws: dict[Metric, Draws] = {}
     for metric in METRICS:
-        values = np.full((len(table), len(methods), len(plan.fractions), len(seeds)), np.nan)
+        values = np.full_like(margins, np.nan)
         for cell, answer in answers.items():
-            place = methods.index(cell.method), plan.fractions.index(cell.fraction)
-            values[:, *place, seeds.index(cell.seed)] = answer[metric]
+            values[:, *places[cell]] = answer[metric]
         draws[metric] = resample(values, table.prompts)
     deciding = draws[plan.metric]
     counted = ~np.isnan([answer["reward"] for answer in answers.values()]).any(axis=0)
@@ -79,14 +103,19 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
         methods=methods,
         references=plan.references,
         fractions=plan.fractions,
+        label_noises=plan.label_noises,
         seeds=seeds,
         base_accuracy=_base_accuracy(table),
         results=[
             result
             for metric in METRICS
-            for result in judge(draws[metric], plan.references, plan.fractions, metric)
+            for result in judge(draws[metric], plan.references, conditions, metric)
         ],
-        growth=growth(deciding, methods),
+        growth=change(deciding, methods, -2, -1) if len(plan.fractions) > 1 else {},
+        noise_cost=change(deciding, methods, -1, len(plan.fractions) - 1)
+        if len(plan.label_noises) > 1
+        else {},
+        calibration=calibrations(margins, table.prompts, methods, conditions),
         runs=[_run(cell, identities[cell], answers[cell]) for cell in identities],
         missing=[str(cell) for cell in cells if cell not in identities],
         scoring=[_scoring(record) for record in plan.records],
@@ -94,6 +123,46 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
     )
     words = verdict(comparison, tied_singles(deciding, plan.references))
     return replace(comparison, verdict=words)
+
+
+def calibrations(
+    margins: np.ndarray,
+    prompts: np.ndarray,
+    methods: Sequence[str],
+    conditions: Sequence[Condition],
+) -> list[Calibration]:
+    """Of reward margins [N, M, C, S], beta included: pairs, methods, conditions, seeds.
+
+    NaN where there is none; a method without a margin at a condition has no calibration there.
+    Intervals are over prompts and seeds.
+    """
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        surprise = np.logaddexp(0, -margins)  # −log sigmoid(margin)
+    losses, briers = resample(surprise, prompts), resample(np.expm1(-surprise) ** 2, prompts)
+    result = []
+    for m, c in np.ndindex(len(methods), len(conditions)):
+        known = margins[:, m, c][~np.isnan(margins[:, m, c])]
+        if not len(known):
+            continue
+        confidence = np.exp(-np.logaddexp(0, -np.abs(known)))
+        order = np.argsort(confidence, kind="stable")
+        tenths = np.array_split(order, min(TENTHS, max(len(order) // PAIRS_OF_A_TENTH, 1)))
+        log_loss, brier = (
+            interval(float(scores.means[m, c]), scores.draws[:, m, c])
+            for scores in (losses, briers)
+        )
+        result.append(
+            Calibration(
+                method=methods[m],
+                fraction=conditions[c].fraction,
+                label_noise=conditions[c].label_noise,
+                log_loss=log_loss,
+                brier=brier,
+                confidence=[float(confidence[part].mean()) for part in tenths],
+                accuracy=[float((known[part] > 0).mean()) for part in tenths],
+            )
+        )
+    return result
 
 
 def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:
@@ -113,13 +182,16 @@ def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> Run
         step = line["step"] or 0.0
         elapsed = step_seconds * (step - last_step)  # a line has the means since the one before
         pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
+    trained = read_evaluation(cell.run.evaluation).get("training", {})
     return RunResult(
-        method=cell.method,
+        method=cell.name,
         fraction=cell.fraction,
+        label_noise=cell.label_noise,
         seed=cell.seed,
         folder=str(cell.folder),
         identity=identity,
         accuracy={name: float(np.nanmean(values)) for name, values in answers.items()},
+        own_accuracy=trained.get("figures", {}).get("eval_rewards/accuracies", float("nan")),
         pairs=pairs,
         seconds=seconds,
         pairs_per_second=pairs / seconds if seconds else float("nan"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import UserError
 from ...files import fits
@@ -17,6 +17,22 @@ from ..config import Metric
 from ..evaluate import HEADS, METRICS
 from ..intervals import Interval
 
+CALIBRATION = (
+    "accuracy in % by each method's own reward, measured from its own virtual reference; log-loss "
+    "in nats and Brier score of the reward from BASE, times beta, as a preference model"
+)
+
+
+class Condition(NamedTuple):
+    """What methods are trained on: a share of the pairs, with a share of labels turned round."""
+
+    fraction: float
+    label_noise: float = 0.0
+
+    def __str__(self) -> str:
+        noise = f", {percent(self.label_noise)} of their labels turned round"
+        return f"{percent(self.fraction)} of the pairs{noise if self.label_noise else ''}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
@@ -24,6 +40,7 @@ class Result:
 
     method: str
     fraction: float
+    label_noise: float = 0.0
     metric: Metric
     accuracy: Interval
     seed_spread: float  # standard deviation over seeds; NaN for fewer than two
@@ -37,13 +54,32 @@ class RunResult:
 
     method: str
     fraction: float
+    label_noise: float = 0.0
     seed: int
     folder: str
     identity: str  # of its scores in the store
     accuracy: dict[Metric, float]
+    own_accuracy: float = float("nan")  # by the reward against the method's own virtual reference
     pairs: float  # trained on, repeats counted
     seconds: float  # of optimizer steps
     pairs_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """How sure a method's reward against the base is of the held-out labels, and how right.
+
+    The reward as a preference model: the chosen response wins with probability sigmoid(beta times
+    the reward margin). The lists are of tenths of the pairs, from the least sure to the surest.
+    """
+
+    method: str
+    fraction: float
+    label_noise: float
+    log_loss: Interval  # nats; ln 2 = 0.693 is that of knowing nothing
+    brier: Interval  # mean of (1 − probability)²; 0.25 is that of knowing nothing
+    confidence: list[float]  # mean probability of the response that the reward prefers
+    accuracy: list[float]  # how often that is the chosen one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +101,16 @@ class Comparison:
     prompts: int
     metric: Metric
     metrics: dict[Metric, str]
-    methods: list[str]
+    methods: list[str]  # as the user wrote them, with what --betas and --epsilons add
     references: dict[str, list[str]]
-    fractions: list[float]
+    fractions: list[float]  # rising
+    label_noises: list[float] = field(default_factory=lambda: [0.0])  # rising
     seeds: list[int]
     base_accuracy: dict[Metric, Interval]  # of the base itself, untrained; its reward is 0
     results: list[Result]
-    growth: dict[str, Interval]  # from the last fraction but one to the last
+    growth: dict[str, Interval]  # from the last fraction but one to the last, at least noise
+    noise_cost: dict[str, Interval] = field(default_factory=dict)  # from least noise to most
+    calibration: list[Calibration] = field(default_factory=list)
     runs: list[RunResult]
     missing: list[str]  # runs that are not finished
     scoring: list[ScoringCost]
@@ -82,20 +121,36 @@ class Comparison:
         """1 where a run failed."""
         return int(bool(self.missing))
 
-    def results_at(self, fraction: float, metric: Metric) -> dict[str, Result]:
+    @property
+    def conditions(self) -> list[Condition]:
+        """What the methods were trained on; the last decides: all pairs, labels as they are."""
+        return conditions_of(self.fractions, self.label_noises)
+
+    def results_at(self, condition: Condition, metric: Metric) -> dict[str, Result]:
         """By method, the best first; those without a finished run come last."""
         results = {
             result.method: result
             for result in self.results
-            if (result.fraction, result.metric) == (fraction, metric)
+            if (result.fraction, result.label_noise, result.metric) == (*condition, metric)
         }
         values = {method: result.accuracy.value for method, result in results.items()}
         order = sorted(values, key=lambda method: 0.0 if isnan(values[method]) else -values[method])
         return {method: results[method] for method in order}
 
+    def calibration_at(self, condition: Condition) -> list[Calibration]:
+        """Of the methods that have a finished run there, in their order."""
+        return [
+            entry for entry in self.calibration if (entry.fraction, entry.label_noise) == condition
+        ]
+
     def words(self, metric: Metric) -> str:
         """What a metric is, with the name of the base."""
         return self.metrics[metric].replace("the base", self.base)
+
+
+def conditions_of(fractions: Sequence[float], label_noises: Sequence[float]) -> list[Condition]:
+    """Every combination of two rising lists: most noise first, at each level fractions rising."""
+    return [Condition(f, noise) for noise in reversed(label_noises) for f in fractions]
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -104,6 +159,7 @@ def read_comparison(path: Path) -> Comparison:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_restored)
         content["results"] = [Result(**entry) for entry in content["results"]]
         content["runs"] = [RunResult(**entry) for entry in content["runs"]]
+        content["calibration"] = [Calibration(**c) for c in content.get("calibration", [])]
         content["scoring"] = [ScoringCost(**entry) for entry in content["scoring"]]
         comparison = Comparison(**content)
         if not fits(comparison, Comparison):
@@ -134,11 +190,22 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
         f"accuracy in % on {comparison.pairs:,} held-out pairs, with 95 % intervals over prompts "
         f"and seeds; rewards measured from {base}"
     )
-    for fraction in reversed(comparison.fractions):
+    for condition in reversed(comparison.conditions):
         yield ""
-        if len(comparison.fractions) > 1:
-            yield f"trained on {percent(fraction)} of the pairs"
-        yield from table_lines(accuracy_rows(comparison, fraction))
+        if len(comparison.conditions) > 1:
+            yield f"trained on {condition}"
+        yield from table_lines(accuracy_rows(comparison, condition))
+    for fraction in reversed(comparison.fractions) if len(comparison.label_noises) > 1 else ():
+        yield ""
+        yield (
+            f"trained on {Condition(fraction)}, by {comparison.words(comparison.metric)}, against "
+            "the share of labels turned round"
+        )
+        yield from table_lines(noise_rows(comparison, fraction))
+    if comparison.calibration:
+        yield ""
+        yield f"trained on {comparison.conditions[-1]}: {CALIBRATION.replace('BASE', base)}"
+        yield from table_lines(calibration_rows(comparison))
     yield ""
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
@@ -151,18 +218,49 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     yield ""
 
 
-def accuracy_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
-    """The table at one fraction, the best method by the deciding metric first."""
+def noise_rows(comparison: Comparison, fraction: float) -> list[list[str]]:
+    """Accuracy and gain of each method at each noise level; the best at least noise first."""
+    noises = comparison.label_noises
+    results = {
+        noise: comparison.results_at(Condition(fraction, noise), comparison.metric)
+        for noise in noises
+    }
+    rows = [["", *map(percent, noises), *(f"gain at {percent(noise)}" for noise in noises)]]
+    for method in results[noises[0]]:
+        of_method = [results[noise][method] for noise in noises]
+        gains = [points(result.gain) if result.gain else "" for result in of_method]
+        rows.append([method, *(result.accuracy.percent() for result in of_method), *gains])
+    return rows
+
+
+def calibration_rows(comparison: Comparison) -> list[list[str]]:
+    """Own reward's accuracy, log-loss and Brier score at the last condition, least loss first."""
+    last = comparison.conditions[-1]
+    rows = [["", "own reward", "log-loss", "Brier"]]
+    for entry in sorted(comparison.calibration_at(last), key=lambda entry: entry.log_loss.value):
+        own = [
+            run.own_accuracy
+            for run in comparison.runs
+            if (run.method, run.fraction, run.label_noise) == (entry.method, *last)
+            and not isnan(run.own_accuracy)
+        ]
+        shown = f"{100 * fmean(own):.1f}" if own else ""
+        rows.append([entry.method, shown, str(entry.log_loss), str(entry.brier)])
+    return rows
+
+
+def accuracy_rows(comparison: Comparison, condition: Condition) -> list[list[str]]:
+    """The table at one condition, the best method by the deciding metric first."""
     rows = [["", *HEADS.values(), "gain", "training", "pairs/s"]]
     base = comparison.base_accuracy
     cells = [base[metric].percent() if metric in base else "–" for metric in METRICS]
     rows.append([f"base {comparison.base}, untrained", *cells, "", "", ""])
-    by_metric = {metric: comparison.results_at(fraction, metric) for metric in METRICS}
+    by_metric = {metric: comparison.results_at(condition, metric) for metric in METRICS}
     for method, result in by_metric[comparison.metric].items():
         runs = [
             run
             for run in comparison.runs
-            if (run.method, run.fraction) == (method, fraction) and run.seconds
+            if (run.method, run.fraction, run.label_noise) == (method, *condition) and run.seconds
         ]
         cost = ["", ""]
         if runs:

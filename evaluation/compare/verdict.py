@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import Metric
 from ..intervals import CONFIDENCE, Interval, bootstrap_means, interval, ratio
-from .results import Comparison, Result, percent, points
+from .results import Comparison, Condition, Result, percent, points
 
 MATTERS = 0.01  # the smallest gain, as a share of pairs, that is worth several references
 RESAMPLES = 4000
@@ -24,11 +24,11 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """Accuracies of M methods at F fractions, and of each resample."""
+    """Accuracies of M methods under C conditions, the last of which decides; of each resample."""
 
-    means: np.ndarray  # [M, F]
-    by_seed: np.ndarray  # [M, F, S]
-    draws: np.ndarray  # [B, M, F]
+    means: np.ndarray  # [M, C]
+    by_seed: np.ndarray  # [M, C, S]
+    draws: np.ndarray  # [B, M, C]
 
 
 def resample(
@@ -37,7 +37,7 @@ def resample(
     """Means over pairs and seeds, and their bootstrap.
 
     Args:
-        right: [N, M, F, S] whether a run is right about a pair: pairs, methods, fractions, seeds;
+        right: [N, M, C, S] whether a run is right about a pair: pairs, methods, conditions, seeds;
             NaN where it has no answer. A missing run is NaN throughout; the mean of its method is
             over the other seeds.
         prompts: [N] integers, equal for equal prompts.
@@ -55,12 +55,12 @@ def resample(
 def judge(
     draws: Draws,
     references: Mapping[str, Sequence[str]],
-    fractions: Sequence[float],
+    conditions: Sequence[Condition],
     metric: Metric,
 ) -> list[Result]:
-    """Every method at every fraction; `references` has the methods in the order of the draws."""
+    """Every method at every condition; `references` has the methods in the order of the draws."""
     results = []
-    for at, fraction in enumerate(fractions):
+    for at, condition in enumerate(conditions):
         means, drawn = draws.means[:, at], draws.draws[:, :, at]
         singles, several = _finished(means, references)
         for m, method in enumerate(references):
@@ -70,7 +70,8 @@ def judge(
             results.append(
                 Result(
                     method=method,
-                    fraction=fraction,
+                    fraction=condition.fraction,
+                    label_noise=condition.label_noise,
                     metric=metric,
                     accuracy=interval(means[m], drawn[:, m]),
                     seed_spread=float(spread),
@@ -82,7 +83,7 @@ def judge(
 
 
 def tied_singles(draws: Draws, references: Mapping[str, Sequence[str]]) -> list[str]:
-    """Other methods with one reference that may be as good as the best, on the largest fraction."""
+    """Other methods with one reference that may be as good as the best, at the last condition."""
     means, drawn = draws.means[:, -1], draws.draws[:, :, -1]
     singles, _ = _finished(means, references)
     leads = {
@@ -91,12 +92,10 @@ def tied_singles(draws: Draws, references: Mapping[str, Sequence[str]]) -> list[
     return [list(references)[m] for m, low in leads.items() if not low > 0]
 
 
-def growth(draws: Draws, methods: Iterable[str]) -> dict[str, Interval]:
-    """What each method gains from the last fraction but one to the last; empty if there is one."""
-    if draws.means.shape[1] < 2:
-        return {}
-    values = draws.means[:, -1] - draws.means[:, -2]
-    changes = draws.draws[:, :, -1] - draws.draws[:, :, -2]
+def change(draws: Draws, methods: Iterable[str], start: int, end: int) -> dict[str, Interval]:
+    """What each method gains from one condition, by its place, to another."""
+    values = draws.means[:, end] - draws.means[:, start]
+    changes = draws.draws[:, :, end] - draws.draws[:, :, start]
     return {method: interval(values[m], changes[:, m]) for m, method in enumerate(methods)}
 
 
@@ -122,7 +121,8 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def verdict(comparison: Comparison, tied: Sequence[str]) -> list[str]:
     """Sentences, the answer first; `tied` are the methods that `tied_singles` finds."""
-    lines = [*_answer(comparison, tied), *_others_say(comparison), *_by_size(comparison)]
+    lines = [*_answer(comparison, tied), *_others_say(comparison), *_elsewhere(comparison)]
+    lines += [*_by_size(comparison), *_by_noise(comparison)]
     if len(comparison.seeds) == 1:
         lines.append("One seed: the intervals do not include the spread between runs.")
     if comparison.missing:
@@ -140,8 +140,8 @@ def verdict(comparison: Comparison, tied: Sequence[str]) -> list[str]:
 Gains = Sequence[tuple[Result, Interval]]  # of methods with several references, the largest first
 
 
-def _gains(comparison: Comparison, fraction: float, metric: Metric | None = None) -> Gains:
-    results = comparison.results_at(fraction, metric or comparison.metric).values()
+def _gains(comparison: Comparison, condition: Condition, metric: Metric | None = None) -> Gains:
+    results = comparison.results_at(condition, metric or comparison.metric).values()
     return [(result, result.gain) for result in results if result.gain]
 
 
@@ -154,7 +154,7 @@ def stance(gains: Gains) -> str:
 
 def _answer(comparison: Comparison, tied: Sequence[str]) -> list[str]:
     """Whether several references are worth it, and how sure the best single one is the best."""
-    final = comparison.results_at(comparison.fractions[-1], comparison.metric)
+    final = comparison.results_at(comparison.conditions[-1], comparison.metric)
     singles = {name: refs[0] for name, refs in comparison.references.items() if len(refs) == 1}
     ranked = [name for name in final if name in singles and isfinite(final[name].accuracy.value)]
     if not ranked:
@@ -164,12 +164,12 @@ def _answer(comparison: Comparison, tied: Sequence[str]) -> list[str]:
         ]
     name = singles[ranked[0]]
     which = f"Of single references {name} is clearly the best."
-    if len(singles) == 1:
+    equals = ", ".join(dict.fromkeys(singles[m] for m in tied if singles[m] != name))
+    if len(set(singles.values())) == 1:
         which = f"No other single reference than {name} was tried."
-    elif tied:
-        equals = ", ".join(singles[method] for method in tied)
+    elif equals:
         which = f"Of single references {name} does best, but {equals} may be as good."
-    gains = _gains(comparison, comparison.fractions[-1])
+    gains = _gains(comparison, comparison.conditions[-1])
     if not gains:
         return [which]
     if stance(gains) == "better":
@@ -188,7 +188,7 @@ def _answer(comparison: Comparison, tied: Sequence[str]) -> list[str]:
         f"several, stands at {points(most)} against {best.over}."
     ]
     lines += [] if settled else [_open(most, comparison.pairs)]
-    return [*lines, which] if tied else lines
+    return [*lines, which] if equals else lines
 
 
 def _open(gain: Interval, pairs: int) -> str:
@@ -205,7 +205,7 @@ def _open(gain: Interval, pairs: int) -> str:
 
 def _others_say(comparison: Comparison) -> list[str]:
     """The other metrics, where any of them gives another answer."""
-    final = _gains(comparison, comparison.fractions[-1])
+    final = _gains(comparison, comparison.conditions[-1])
     if not final:
         return []
     answers = {
@@ -215,7 +215,7 @@ def _others_say(comparison: Comparison) -> list[str]:
     }
     lines = []
     for metric in comparison.metrics:
-        gains = _gains(comparison, comparison.fractions[-1], metric)
+        gains = _gains(comparison, comparison.conditions[-1], metric)
         if gains and stance(gains) != stance(final):
             first, gain = gains[0]
             lines.append(
@@ -225,29 +225,62 @@ def _others_say(comparison: Comparison) -> list[str]:
     return lines or ["The other metrics give the same answer."]
 
 
-def _by_size(comparison: Comparison) -> list[str]:
-    """Whether less data gives another answer, and whether more would help."""
-    if len(comparison.fractions) < 2:
-        return []
-    *smaller, largest = comparison.fractions
-    final, lines = _gains(comparison, largest), []
-    for fraction in smaller:
-        gains = _gains(comparison, fraction)
+def _elsewhere(comparison: Comparison) -> list[str]:
+    """The conditions under which the answer is another: less data, more noise."""
+    *others, last = comparison.conditions
+    final, lines = _gains(comparison, last), []
+    for condition in sorted(others, key=lambda condition: condition.label_noise):
+        gains = _gains(comparison, condition)
         if gains and final and stance(gains) != stance(final):
             first, gain = gains[0]
+            pairs = str(condition).replace("the pairs", "the training pairs").replace(",", " and")
             lines.append(
-                f"With {percent(fraction)} of the training pairs the answer is another: "
+                f"With {pairs} the answer is another: "
                 f"{first.method} against {first.over} {points(gain)}."
             )
-    best = next(iter(comparison.results_at(largest, comparison.metric)))
-    change = comparison.growth[best]
+    return lines
+
+
+def _by_size(comparison: Comparison) -> list[str]:
+    """Whether more data would help."""
+    if len(comparison.fractions) < 2:
+        return []
+    *_, smaller, largest = comparison.fractions
+    best = next(iter(comparison.results_at(comparison.conditions[-1], comparison.metric)))
+    growth = comparison.growth[best]
     says = "whether more pairs would help is open."
-    if change.low > 0:
+    if growth.low > 0:
         says = "more pairs would help."
-    elif change.high < 0:
+    elif growth.high < 0:
         says = "more pairs did worse; look at the learning rate and the labels."
-    lines.append(
-        f"From {percent(smaller[-1])} to {percent(largest)} of the training pairs {best} changes "
-        f"by {points(change)}: {says}"
-    )
+    return [
+        f"From {percent(smaller)} to {percent(largest)} of the training pairs {best} changes "
+        f"by {points(growth)}: {says}"
+    ]
+
+
+def _by_noise(comparison: Comparison) -> list[str]:
+    """Who is best at most noise, and what the noise costs it and the best at least noise."""
+    if len(comparison.label_noises) < 2:
+        return []
+    least, *_, most = comparison.label_noises
+    largest, *_ = reversed(comparison.fractions)
+    noisy = comparison.results_at(Condition(largest, most), comparison.metric)
+    best = next(iter(noisy))
+    before = next(iter(comparison.results_at(Condition(largest, least), comparison.metric)))
+    lines = [
+        f"From {percent(least)} to {percent(most)} of the labels turned round "
+        + ", ".join(
+            f"{method} changes by {points(comparison.noise_cost[method])}"
+            for method in dict.fromkeys([before, best])
+        )
+        + f"; {best} is the most accurate then."
+    ]
+    gains = _gains(comparison, Condition(largest, most))
+    if gains and stance(gains) == stance(_gains(comparison, comparison.conditions[-1])):
+        first, gain = gains[0]
+        lines.append(
+            f"With {percent(most)} turned round {first.method}, the best with several references, "
+            f"stands at {points(gain)} against {first.over}, the best with one."
+        )
     return lines

@@ -122,7 +122,8 @@ def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
         refs_config=config.refs_config,
         store=config.store,
     )
-    policy = policy_of_run(cell.folder, f"{cell.method}-{cell.fraction:g}-{cell.seed}")
+    noise = f"-noise-{cell.label_noise:g}" if cell.label_noise else ""
+    policy = policy_of_run(cell.folder, f"{cell.name}-{cell.fraction:g}{noise}-{cell.seed}")
     with process_state_kept():
         evaluation = measure([policy], settings, in_process=True)
     update_evaluation(cell.run.evaluation, to_json(evaluation))

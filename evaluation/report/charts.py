@@ -8,7 +8,7 @@ The page and its JSON hold the same objects; numbers that are not finite are nul
 in the drawing. The SVG is written here and not by matplotlib, whose output would have to be
 rewritten for what the page needs: colors from its CSS (light and dark), tooltips, text as text.
 Drawings are 400 units wide, so that their text stays readable on a phone; `page.html` styles the
-classes `axis`, `grid`, `rule`, `c0` to `c7`. An element tree escapes every text.
+classes `axis`, `grid`, `rule`, `c0` to `c7`, `dashed`. An element tree escapes every text.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def _lines(chart: Lines) -> ET.Element:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     levels = [] if chart.rule is None else [chart.rule]
     low, high = _wide(ys + levels, 0.05)
-    x = _scale(*_wide(xs, 0.0, chart.log_x), LEFT, right, chart.log_x)
+    room = 0.06 if any(curve.low for curve in chart.curves) else 0.0  # intervals stand side by side
+    x = _scale(*_wide(xs, room, chart.log_x), LEFT, right, chart.log_x)
     y = _scale(low, high, bottom, TOP)
     for mark in ticks(low, high):
         _line(svg, "grid", LEFT, y(mark), right, y(mark))
@@ -325,10 +326,14 @@ def _short(text: str, width: float) -> str:
 
 
 def _colors(chart: Lines | Ranges) -> dict[str, str]:
-    """The class of each name's color, where colors distinguish curves or groups of rows."""
+    """The class of each name's color, where colors distinguish curves or groups of rows.
+
+    Where there are more names than colors, those after the last color are dashed.
+    """
     if isinstance(chart, Lines):
         names = [curve.name for curve in chart.curves]
     else:
         names = [row.group for row in chart.rows]
     order = list(dict.fromkeys([*chart.palette, *names]))
-    return {name: f"c{order.index(name) % COLORS}" for name in names}
+    dashed = {name: " dashed" if order.index(name) >= COLORS else "" for name in names}
+    return {name: f"c{order.index(name) % COLORS}{dashed[name]}" for name in names}

@@ -25,8 +25,8 @@ from ...settings import build, comma_separated, command, write_resolved
 from ...train.config import TrainConfig
 from ...train.run_folder import RunFolder
 from ..audit.audit import REASONS
-from ..compare.cells import methods_of
-from ..compare.compare import SETTINGS, aliases_over
+from ..compare.cells import aliases_over, methods_of
+from ..compare.compare import SETTINGS
 from ..config import CompareConfig, ReportConfig
 from .charts import Section, Table, legend, to_svg
 from .references_section import references_section

@@ -16,7 +16,17 @@ from statistics import fmean
 from ...settings import comma_separated
 from ...train.run_folder import read_log
 from ..compare.compare import RESULT, SETTINGS
-from ..compare.results import Comparison, Result, accuracy_rows, percent, read_comparison
+from ..compare.results import (
+    CALIBRATION,
+    Comparison,
+    Condition,
+    Result,
+    accuracy_rows,
+    calibration_rows,
+    noise_rows,
+    percent,
+    read_comparison,
+)
 from ..config import ReportConfig
 from .charts import Chart, Curve, Lines, Range, Ranges, Section, Table
 
@@ -38,8 +48,8 @@ Log = Sequence[Mapping[str, float | None]]
 def run_sections(config: ReportConfig) -> list[Section]:
     """What each comparison concludes, and curves of all runs; none where there is no run.
 
-    Of a comparison, runs on the largest fraction have curves. Their folders are looked up below
-    the comparison's own, wherever it has been moved.
+    Of a comparison, runs on the largest fraction at least noise have curves. Their folders are
+    looked up below the comparison's own, wherever it has been moved.
     """
     sections: list[Section] = []
     logs: dict[str, list[Log]] = {}
@@ -50,7 +60,7 @@ def run_sections(config: ReportConfig) -> list[Section]:
         comparison = read_comparison(folder / RESULT)
         sections.append(_comparison(comparison))
         for run in comparison.runs:
-            if run.fraction == comparison.fractions[-1]:
+            if (run.fraction, run.label_noise) == comparison.conditions[-1]:
                 found = folder.joinpath(*Path(run.folder).parts[-4:])
                 logs.setdefault(run.method, []).append(read_log(found))
     if logs:
@@ -120,15 +130,36 @@ def _mean(lines: Log, name: str) -> float:
 def _comparison(comparison: Comparison) -> Section:
     tables = [
         Table(
-            title=f"Accuracy in %, trained on {percent(fraction)} of the pairs",
+            title=f"Accuracy in %, trained on {condition}",
             rows=[["method", *heading[1:]], *rows],
             note=f"{comparison.pairs:,} held-out pairs of {comparison.prompts:,} prompts, "
             f"{len(comparison.seeds)} seeds, with 95 % intervals over both; rewards measured from "
             f"{comparison.base}. Gains over the best single reference hold together at 95 %.",
         )
-        for fraction in reversed(comparison.fractions)
-        for heading, *rows in [accuracy_rows(comparison, fraction)]
+        for condition in reversed(comparison.conditions)
+        for heading, *rows in [accuracy_rows(comparison, condition)]
     ]
+    tables += [
+        Table(
+            title=f"Accuracy in % against label noise, trained on {Condition(fraction)}",
+            rows=[["method", *heading[1:]], *rows],
+            note=f"By {_metric(comparison)}. Columns: the share of training labels turned round; "
+            "gains are over the best single reference at the same noise.",
+        )
+        for fraction in reversed(comparison.fractions if _noisy(comparison) else [])
+        for heading, *rows in [noise_rows(comparison, fraction)]
+    ]
+    if comparison.calibration:
+        head, *calibrated = calibration_rows(comparison)
+        words = CALIBRATION.replace("BASE", comparison.base)
+        tables.append(
+            Table(
+                title="Each method's own reward, and the reward as a preference model, trained on "
+                f"{comparison.conditions[-1]}",
+                rows=[["method", *head[1:]], *calibrated],
+                note=f"{words[0].upper()}{words[1:]}. Knowing nothing is 0.693 and 0.25.",
+            )
+        )
     costs = [
         (cost.alias, f"{cost.pairs:,}", f"{cost.tokens:,}", f"{cost.seconds:,.0f}")
         for cost in comparison.scoring
@@ -136,18 +167,15 @@ def _comparison(comparison: Comparison) -> Section:
     ]
     heading = ("reference", "pairs", "tokens", "seconds")
     tables.append(Table(title="Scoring, paid once for all runs", rows=[heading, *costs]))
-    charts: list[Chart] = [_accuracies(comparison), *_gains(comparison), *_learning(comparison)]
+    charts: list[Chart] = [_accuracies(comparison), *_gains(comparison)]
+    charts += [*_noise(comparison), *_noise_gains(comparison), *_learning(comparison)]
+    charts += _reliability(comparison)
     return Section(title="Comparison", words=comparison.verdict, tables=tables, charts=charts)
 
 
 def _final(comparison: Comparison) -> list[Result]:
-    """By the deciding metric on the largest fraction, the best first."""
-    results = [
-        result
-        for result in comparison.results
-        if result.fraction == comparison.fractions[-1] and result.metric == comparison.metric
-    ]
-    return sorted(results, key=lambda result: -result.accuracy.value)
+    """By the deciding metric on the largest fraction at least noise, the best first."""
+    return list(comparison.results_at(comparison.conditions[-1], comparison.metric).values())
 
 
 def _accuracies(comparison: Comparison) -> Ranges:
@@ -184,29 +212,102 @@ def _gains(comparison: Comparison) -> list[Ranges]:
     return [chart] if chart.rows else []
 
 
-def _learning(comparison: Comparison) -> list[Lines]:
-    if len(comparison.fractions) < 2:
-        return []
-    accuracy = {
-        (result.method, result.fraction): astuple(result.accuracy)
-        for result in comparison.results
-        if result.metric == comparison.metric
-    }
-    curves = []
-    for method in comparison.methods:
-        y, low, high = zip(*(accuracy[method, fraction] for fraction in comparison.fractions))
-        curves.append(Curve(name=method, x=comparison.fractions, y=y, low=low, high=high))
+def _noisy(comparison: Comparison) -> bool:
+    return len(comparison.label_noises) > 1
+
+
+def _noise(comparison: Comparison) -> list[Lines]:
+    """Accuracy against label noise, a chart for each fraction, the largest first."""
+    noises = comparison.label_noises
     return [
         Lines(
-            title="Learning curves over the size of the training data",
+            title=f"Accuracy against label noise, trained on {Condition(fraction)}",
+            x_label="share of the training labels turned round",
+            y_label="accuracy",
+            curves=_curves(comparison, noises, [Condition(fraction, noise) for noise in noises]),
+            percent=True,
+            note=f"{_by(comparison)} Held-out labels are as they are.",
+        )
+        for fraction in reversed(comparison.fractions if _noisy(comparison) else [])
+    ]
+
+
+def _noise_gains(comparison: Comparison) -> list[Lines]:
+    """The gain over the best single reference against label noise, on the largest fraction."""
+    noises, fraction = comparison.label_noises, comparison.fractions[-1]
+    results = [comparison.results_at(Condition(fraction, n), comparison.metric) for n in noises]
+    curves = []
+    for method in comparison.methods:
+        gains = [(n, at[method].gain) for n, at in zip(noises, results) if at[method].gain]
+        if gains:
+            y, low, high = zip(*(astuple(gain) for _, gain in gains if gain))
+            x = [noise for noise, _ in gains]
+            curves.append(Curve(name=method, x=x, y=y, low=low, high=high))
+    chart = Lines(
+        title="Gain of several references over the best one against label noise, trained on "
+        f"{Condition(fraction)}",
+        x_label="share of the training labels turned round",
+        y_label="share of pairs",
+        curves=curves,
+        percent=True,
+        rule=0.0,
+        note="Above the line: several references are worth it at this noise. The best single "
+        "reference may be another at each level; intervals of a level hold together at 95 %.",
+        palette=comparison.methods,
+    )
+    return [chart] if curves and _noisy(comparison) else []
+
+
+def _learning(comparison: Comparison) -> list[Lines]:
+    """Accuracy against the size of the data, a chart for each noise level, the least first."""
+    fractions = comparison.fractions
+    return [
+        Lines(
+            title="Learning curves over the size of the training data"
+            + (f", {percent(noise)} of the labels turned round" if _noisy(comparison) else ""),
             x_label="share of the training pairs",
             y_label="accuracy",
-            curves=curves,
+            curves=_curves(comparison, fractions, [Condition(f, noise) for f in fractions]),
             log_x=True,
             percent=True,
-            note=f"By {_metric(comparison)}, mean of {len(comparison.seeds)} seeds.",
+            note=_by(comparison),
         )
+        for noise in (comparison.label_noises if len(fractions) > 1 else [])
     ]
+
+
+def _reliability(comparison: Comparison) -> list[Lines]:
+    """How often the reward is right where it is this sure, at the last condition."""
+    entries = comparison.calibration_at(comparison.conditions[-1])
+    curves = [Curve(name=e.method, x=e.confidence, y=e.accuracy) for e in entries]
+    chart = Lines(
+        title="How right the reward is where it is this sure, trained on "
+        f"{comparison.conditions[-1]}",
+        x_label="probability that the reward gives the response it prefers",
+        y_label="share right",
+        curves=[*curves, Curve(name="as right as sure", x=[0.5, 1.0], y=[0.5, 1.0])],
+        percent=True,
+        note=f"Reward from {comparison.base}, times beta, as a preference model. Below the "
+        "straight line it is surer than it is right.",
+        palette=comparison.methods,
+    )
+    return [chart] if curves else []
+
+
+def _curves(
+    comparison: Comparison, x: Sequence[float], conditions: Sequence[Condition]
+) -> list[Curve]:
+    """The accuracy of each method over x, by the deciding metric, with intervals."""
+    results = [comparison.results_at(condition, comparison.metric) for condition in conditions]
+    curves = []
+    for method in comparison.methods:
+        y, low, high = zip(*(astuple(at[method].accuracy) for at in results))
+        curves.append(Curve(name=method, x=x, y=y, low=low, high=high))
+    return curves
+
+
+def _by(comparison: Comparison) -> str:
+    return f"By {_metric(comparison)}, mean of {len(comparison.seeds)} seeds."
 
 
 def _metric(comparison: Comparison) -> str:

@@ -57,6 +57,17 @@ def test_fractions_are_nested_and_leave_the_held_out_pairs_alone(
     assert training[1] == chosen
 
 
+def test_another_subset_is_another_draw_and_nested_in_itself(
+    joined: tuple[PairShards, JoinedScores],
+) -> None:
+    def rows(fraction: float, subset: int) -> set[tuple[int, int]]:
+        return rows_of(TrainingPairs(*joined, False, fraction, subset=subset))[0]
+
+    assert rows(0.6, 0) == rows_of(TrainingPairs(*joined, False, 0.6))[0]
+    assert rows(0.3, 1) < rows(0.6, 1) < rows(1.0, 1) == rows(1.0, 0)
+    assert len({frozenset(rows(0.6, subset)) for subset in range(4)}) == 4
+
+
 def test_weights_are_learned_from_the_fraction_alone(
     joined: tuple[PairShards, JoinedScores],
 ) -> None:
@@ -72,12 +83,12 @@ def test_weights_are_learned_from_the_fraction_alone(
 def test_a_run_trains_on_the_fraction_and_says_so(
     inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = inputs.config(tmp_path / "run", max_steps=None, train_fraction=0.6)
+    config = inputs.config(tmp_path / "run", max_steps=None, train_fraction=0.6, train_subset=3)
     train(config)
-    taken = len(rows_of(TrainingPairs(*scores_of(config), False, 0.6))[0])
+    taken = len(rows_of(TrainingPairs(*scores_of(config), False, 0.6, subset=3))[0])
     assert f"pairs       {taken} to train on" in capsys.readouterr().out
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "| train_fraction | 0.6 |" in card
+    assert "| train_fraction | 0.6 |\n| train_subset | 3 |" in card
     assert f"| pairs trained on, over all epochs | {taken} |" in card
 
 

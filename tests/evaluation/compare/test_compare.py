@@ -21,8 +21,9 @@ from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.evaluation.compare import workers
 from mrpo.evaluation.compare.cells import INPUTS, SETTINGS, Cell
-from mrpo.evaluation.compare.results import Comparison, read_comparison
+from mrpo.evaluation.compare.results import Comparison, comparison_lines, read_comparison
 from mrpo.evaluation.compare.worker import _train_and_evaluate
+from mrpo.files import to_json
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
 
 Run = Callable[..., Any]
@@ -59,9 +60,9 @@ class Compared:
     def comparison(self) -> Comparison:
         return read_comparison(self.out / "compare.json")
 
-    def cell(self, method: str, fraction: float) -> Path:
+    def cell(self, method: str, fraction: float, more: str = "") -> Path:
         name = method.replace(":", "=")
-        return self.out / "cells" / name / f"fraction-{fraction:g}" / "seed-42"
+        return self.out / "cells" / name / f"fraction-{fraction:g}{more}" / "seed-42"
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def test_numbers_are_those_of_train_and_evaluate_by_hand(
     assert run.identity == policy["identity"]
     expected = {name: interval["value"] for name, interval in policy["overall"]["accuracy"].items()}
     assert run.accuracy == expected
+    assert run.own_accuracy == figures["training"]["figures"]["eval_rewards/accuracies"]
     results = {
         result.metric: result.accuracy.value
         for result in compared.comparison.results
@@ -232,6 +234,43 @@ def test_policies_scores_are_no_references_and_what_gc_took_is_scored_again(
     assert identities == set(Store(store).policies.identities())
 
 
+def test_noise_betas_and_epsilons_are_axes_and_each_cell_is_train_by_hand(
+    mrpo: Run, compared: Compared, tmp_path: Path
+) -> None:
+    """On a copy: the runs without noise and with the usual beta stay and are not repeated."""
+    out = tmp_path / "compare"
+    shutil.copytree(compared.out, out)
+    axes = ["--label-noise", "0,0.4", "--betas", "0.1,0.5", "--epsilons", "none"]
+    grid = ["--methods", ",".join(METHODS), "--seeds", 1, "--jobs", 2, "--output-dir", out]
+    ran = mrpo("compare", *compared.flags, *grid, *axes)
+    assert ran.code == 0, ran.err
+    assert "label noise 0, 0.4 of the training prompts have their labels turned round" in ran.out
+    assert "8, of which 1 are finished" in ran.out  # dpo:llama with beta 0.1
+    copy = Compared(compared.scored, compared.flags, out, ran.out)
+    comparison = copy.comparison
+    names = ["dpo:llama beta=0.1", "dpo:llama beta=0.5"]  # one reference is never clipped
+    names += ["mrpo beta=0.1 epsilon=none", "mrpo beta=0.5 epsilon=none"]
+    assert comparison.methods == names
+    assert comparison.label_noises == [0, 0.4]
+    assert comparison.noise_cost.keys() == set(names)
+    cells = {run.folder for run in comparison.runs}
+    assert len(cells) == 8
+    assert str(copy.cell("dpo:llama", 1.0)) in cells
+
+    cell = copy.cell("mrpo", 1.0, "-noise-0.4-beta-0.5-epsilon-none")
+    assert str(cell) in cells
+    by_hand, settings = tmp_path / "by-hand", ["--beta", 0.5, "--epsilon", "none"]
+    flags = [*compared.flags, "--method", "mrpo", *settings, "--label-noise", 0.4]
+    assert figures_of(cell) == run_by_hand(mrpo, flags, by_hand)
+    assert (by_hand / WEIGHTS).read_bytes() == (cell / WEIGHTS).read_bytes()
+    clean = copy.cell("mrpo", 1.0, "-beta-0.5-epsilon-none")
+    assert losses(clean) != losses(cell)
+    for method in comparison.methods:  # at each noise level, against noise, calibration
+        assert sum(line.startswith(method) for line in ran.out.splitlines()) == 4
+    report = mrpo("report", out)
+    assert report.code == 0, report.err
+
+
 def test_a_cells_output_is_in_its_log_alone(compared: Compared) -> None:
     words = (compared.cell("mrpo", 1.0) / "cell.log").read_text()
     assert "eval_loss" in words
@@ -274,6 +313,10 @@ def test_every_cell_trains_on_its_fraction_and_all_are_judged_on_the_same_pairs(
         assert trained[method, 1.0] == pytest.approx(manifest["splits"]["train"])
         assert 0 < trained[method, 0.5] < trained[method, 1.0]
     assert all(run.seconds > 0 for run in comparison.runs)
+    for run in comparison.runs:  # the base is the own reference of dpo:llama, not of mrpo
+        same = run.own_accuracy == pytest.approx(run.accuracy["reward"])
+        assert same == (run.method == "dpo:llama")
+    assert len(comparison.calibration) == 4
 
 
 def test_the_answer_is_in_words_and_last_comes_where_it_is(compared: Compared) -> None:
@@ -291,6 +334,10 @@ def test_finished_cells_are_not_repeated_and_new_ones_are_added(
     out = tmp_path / "copy"
     shutil.copytree(compared.out, out)
     logs = {path: path.stat().st_mtime_ns for path in out.rglob("cell.log")}
+    for path in out.rglob("cell.json"):  # as versions without label noise wrote it
+        inputs = json.loads(path.read_text())
+        del inputs["label_noise"]
+        path.write_text(json.dumps(inputs))
     flags = ["--seeds", 1, "--fractions", "0.5,1", "--output-dir", out]
     again = mrpo("compare", *compared.flags, "--methods", ",".join(METHODS), *flags)
     assert again.code == 0, again.err
@@ -315,6 +362,22 @@ def test_all_cells_use_the_pairs_that_the_comparison_began_with(
     assert ran.code == 2
     assert f"compare with --pairs {kept.path}, or name another --output-dir" in ran.err
     assert PairShards(compared.out / "pairs").digest == kept.digest
+
+
+def test_a_comparison_of_a_version_without_label_noise_is_still_read(
+    compared: Compared, tmp_path: Path
+) -> None:
+    content = json.loads((compared.out / "compare.json").read_text())
+    for name in ("label_noises", "noise_cost", "calibration"):
+        del content[name]
+    for entry in content["results"] + content["runs"]:
+        del entry["label_noise"]
+        entry.pop("own_accuracy", None)
+    (tmp_path / "compare.json").write_text(json.dumps(content))
+    earlier = read_comparison(tmp_path / "compare.json")
+    assert earlier.conditions == compared.comparison.conditions
+    assert to_json(earlier.results) == to_json(compared.comparison.results)  # NaN equals NaN
+    assert list(comparison_lines(earlier))
 
 
 def test_other_settings_are_refused_by_name(mrpo: Run, compared: Compared) -> None:
@@ -347,6 +410,11 @@ def test_a_cell_does_not_train_on_other_scores_than_the_comparison_began_with(
         (["--methods", "mrpo:llama/zephyr"], ["'zephyr'"]),
         (["--methods", "mrpo", "--fractions", "2"], ["--fractions 2"]),
         (["--methods", "mrpo", "--seeds", "0"], ["--seeds is 0"]),
+        (["--methods", "mrpo", "--label-noise", "0,15"], ["--label-noise 0,15", "from 0 to 1"]),
+        (["--methods", "mrpo", "--betas", "0.1,0"], ["--betas 0.1,0", "above 0"]),
+        (["--methods", "mrpo", "--epsilons", "-1"], ["--epsilons -1", "0 or more, or none"]),
+        (["--methods", "dpo", "--epsilons", "1"], ["no method of dpo clips", "--epsilon"]),
+        (["--methods", "mrpo", "--fractions", "0.1,0.1000001"], ["equal to six digits"]),
     ],
 )
 def test_mistakes_are_one_line_before_any_run(

@@ -44,6 +44,21 @@ def make_cells(root: Path, *names: str) -> list[Cell]:
     return [Cell(name, 1.0, 42, root / name) for name in names]
 
 
+def test_each_seed_may_draw_fractions_of_its_own(tmp_path: Path) -> None:
+    """In folders of their own; all pairs are all pairs, whatever the draw."""
+    given = {"output_dir": str(tmp_path), "methods": "dpo:a", "fractions": "0.1,1", "seeds": 2}
+    fixed, varied = (cells_of(CompareConfig(**given, vary_subset=vary)) for vary in (False, True))
+    assert [(cell.fraction, cell.seed, cell.subset) for cell in varied] == [
+        *((0.1, 42, 42), (0.1, 43, 43)),
+        *((1.0, 42, 0), (1.0, 43, 0)),
+    ]
+    assert {cell.subset for cell in fixed} == {0}
+    assert [cell.folder == before.folder for cell, before in zip(varied, fixed)] == [
+        *(False, False),
+        *(True, True),
+    ]
+
+
 def tries(cell: Cell) -> list[list[str]]:
     """Of each try: process id, device, threads."""
     path = cell.folder / "tries"

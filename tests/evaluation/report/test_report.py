@@ -15,7 +15,13 @@ import pytest
 
 from mrpo.evaluation.audit.audit import audit
 from mrpo.evaluation.compare.outcome import METRIC_WORDS
-from mrpo.evaluation.compare.results import Comparison, RunResult, ScoringCost
+from mrpo.evaluation.compare.results import (
+    Comparison,
+    RunResult,
+    ScoringCost,
+    conditions_of,
+    read_comparison,
+)
 from mrpo.evaluation.compare.verdict import judge, resample
 from mrpo.evaluation.config import CompareConfig
 from mrpo.evaluation.intervals import Interval
@@ -27,6 +33,7 @@ from mrpo.evaluation.report.charts import (
     Ranges,
     Section,
     Table,
+    legend,
     ticks,
     to_svg,
 )
@@ -39,6 +46,7 @@ from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepare
 Run = Callable[..., Any]
 EVIL = '<script>document.title = "ran"</script><img src=x onerror="document.title=\'ran\'">&amp;"\''
 METHODS = {"dpo:llama": ["llama"], "dpo:qwen": ["qwen"], "mrpo": ["llama", "qwen"]}
+FRACTIONS, NOISES = [0.2, 1.0], [0.0, 0.15, 0.3]
 
 
 class Page(HTMLParser):
@@ -117,17 +125,20 @@ def folder(scored: Scored) -> Path:
 
 def a_comparison(root: Path) -> Comparison:
     rng = np.random.default_rng(1)
-    right = (rng.uniform(size=(50, 3, 2, 2)) < 0.6).astype(float)
+    right = (rng.uniform(size=(50, 3, 6, 2)) < 0.6).astype(float)
     draws = resample(right, np.arange(50), 200)
     results = [
-        result for metric in METRIC_WORDS for result in judge(draws, METHODS, (0.2, 1.0), metric)
+        result
+        for metric in METRIC_WORDS
+        for result in judge(draws, METHODS, conditions_of(FRACTIONS, NOISES), metric)
     ]
     runs = [
         RunResult(
             method=method,
             fraction=fraction,
+            label_noise=noise,
             seed=seed,
-            folder=str(root / "cells" / method / f"{fraction}" / f"seed-{seed}"),
+            folder=str(root / "cells" / method / f"{fraction}-{noise}" / f"seed-{seed}"),
             identity="0" * 32,
             accuracy=dict.fromkeys(METRIC_WORDS, 0.5),
             pairs=70.0,
@@ -135,7 +146,8 @@ def a_comparison(root: Path) -> Comparison:
             pairs_per_second=20.0,
         )
         for method in METHODS
-        for fraction in (0.2, 1.0)
+        for fraction in FRACTIONS
+        for noise in NOISES
         for seed in (42, 43)
     ]
     return Comparison(
@@ -146,7 +158,8 @@ def a_comparison(root: Path) -> Comparison:
         metrics=dict(METRIC_WORDS),
         methods=list(METHODS),
         references=METHODS,
-        fractions=[0.2, 1.0],
+        fractions=FRACTIONS,
+        label_noises=NOISES,
         seeds=[42, 43],
         base_accuracy=dict.fromkeys(("sum", "token", "byte"), Interval(0.5, 0.4, 0.6)),
         results=results,
@@ -201,6 +214,41 @@ def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path)
     loss = next(chart for chart in charts if chart["title"] == "Loss")
     assert len(loss["curves"]) == 3
     assert len(loss["curves"][0]["x"]) <= 60
+
+
+def test_accuracy_is_drawn_against_noise_and_against_data_size(written: Path, folder: Path) -> None:
+    """A chart of each for each level of the other; every point is a result of compare.json."""
+    content = json.loads(Path(f"{written}.json").read_text(encoding="utf-8"))
+    charts = {chart["title"]: chart for chart in content["sections"][0]["charts"]}
+    comparison = read_comparison(folder / "compare.json")
+    values = {
+        (result.method, result.fraction, result.label_noise): result.accuracy.value
+        for result in comparison.results
+        if result.metric == "reward"
+    }
+    against_noise = [
+        chart for title, chart in charts.items() if title.startswith("Accuracy against")
+    ]
+    assert len(against_noise) == len(FRACTIONS)
+    for fraction, chart in zip(reversed(FRACTIONS), against_noise):
+        assert [curve["name"] for curve in chart["curves"]] == list(METHODS)
+        for curve in chart["curves"]:
+            assert curve["x"] == NOISES
+            assert curve["y"] == [values[curve["name"], fraction, noise] for noise in NOISES]
+    against_size = [chart for title, chart in charts.items() if title.startswith("Learning curves")]
+    assert len(against_size) == len(NOISES)
+    for noise, chart in zip(NOISES, against_size):
+        for curve in chart["curves"]:
+            assert curve["y"] == [values[curve["name"], fraction, noise] for fraction in FRACTIONS]
+    gain = next(
+        chart
+        for title, chart in charts.items()
+        if "against label noise" in title and "Gain" in title
+    )
+    assert [curve["name"] for curve in gain["curves"]] == ["mrpo"]
+    tables = [table["title"] for table in content["sections"][0]["tables"]]
+    assert sum(title.startswith("Accuracy in %, trained on") for title in tables) == 6
+    assert "Accuracy in % against label noise, trained on 20 % of the pairs" in tables
 
 
 def test_outputs_of_one_stem_do_not_overwrite_each_other(written: Path) -> None:
@@ -279,6 +327,13 @@ def test_charts_of_little_or_nothing_are_drawn(chart: Any) -> None:
     assert "inf" not in svg
     section = Section(title="s", tables=[Table(title="t", rows=[("a",)])], charts=[chart])
     Page(to_html("title", [], [section])).assert_harmless()
+
+
+def test_more_curves_than_colors_are_told_apart() -> None:
+    curves = [Curve(name=f"method {number}", x=[0, 1], y=[0, number]) for number in range(11)]
+    chart = Lines(title="t", x_label="x", y_label="y", curves=curves)
+    assert len({look for look, _ in legend(chart)}) == 11
+    assert 'class="curve c2 dashed"' in to_svg(chart)
 
 
 def test_places_in_a_drawing_by_hand() -> None:
