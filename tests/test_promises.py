@@ -76,7 +76,7 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             f"{STORE}store.py::test_an_alias_means_the_newest_identity_with_an_equal_entry",
         ),
         (
-            "`alias@6f0c` names one by the beginning of its identity.",
+            "`alias@6f0c` names an identity by its beginning",
             f"{STORE}store.py::test_an_alias_with_prefix_names_one_identity",
         ),
         (
@@ -216,10 +216,10 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         (
             "Imported scores are a reference of their own, named by `--alias` and `--model`",
             f"{STORE}import_scores.py::"
-            "test_a_kept_score_is_never_overwritten_and_another_model_is_another_reference",
+            "test_the_same_scores_again_are_already_there_and_another_model_is_another_reference",
         ),
         (
-            "An alias that `refs.yaml` does not have refers to them.",
+            "An alias that `refs.yaml` does not have refers to them",
             f"{STORE}import_scores.py::"
             "test_trls_columns_become_a_reference_that_joins_like_any_other",
         ),
@@ -234,6 +234,46 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         (
             "pandas: the pairs that a reference could not score, with the reasons.",
             f"{STORE}docs.py::test_the_pandas_query_lists_what_could_not_be_scored",
+        ),
+        (
+            "only where a server's scores could be compared with nothing",
+            f"{PRECOMPUTE}server_identity.py::test_what_nothing_can_verify_is_kept_apart_and_doctor_says_so",
+        ),
+        (
+            "16 random pairs are scored through it and compared",
+            f"{PRECOMPUTE}server_identity.py::test_a_server_of_quantized_weights_is_refused_before_anything_is_stored",
+        ),
+        (
+            "1/3 to 2 times as far from float32 as engine `hf` itself in that precision",
+            f"{PRECOMPUTE}server_identity.py::test_another_precision_than_bfloat16_is_seen",
+        ),
+        (
+            "another engine or a verified server made them, and their pairs are here",
+            f"{PRECOMPUTE}server_identity.py::test_a_server_that_agrees_with_the_weights_and_then_with_the_store_is_verified",
+        ),
+        (
+            "Scores that differ are refused, and nothing is stored",
+            f"{PRECOMPUTE}server_identity.py::test_a_server_of_quantized_weights_is_refused_before_anything_is_stored",
+        ),
+        (
+            "`train`, `doctor` and all other readers refuse it",
+            f"{PRECOMPUTE}shared_store.py::test_an_overwritten_reference_is_refused_by_every_reader",
+        ),
+        (
+            "never get each other's scores, also after a `store pull`",
+            f"{STORE}shared_names.py::test_a_pull_of_another_projects_scores_changes_no_name",
+        ),
+        (
+            "Stores of earlier versions have no paths.",
+            f"{STORE}shared_names.py::test_records_of_earlier_versions_say_no_folder_and_are_found",
+        ),
+        (
+            "training counts it as missing, with the reason `over_limit`",
+            "data/test_join.py::test_pairs_that_a_limit_left_out_are_missing_and_listed",
+        ),
+        (
+            "`--replace` makes a new identity with the file's scores in place of the stored ones",
+            f"{STORE}import_scores.py::test_corrected_scores_are_refused_until_they_may_replace_the_stored_ones",
         ),
     ],
     "training.md": [
@@ -385,9 +425,41 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             f"{TRAIN}distributed.py::test_halved_budget_is_that_of_all_ranks",
         ),
         (
-            "When the policy is the base reference, its log-probs on the first 64 pairs are "
+            "When the policy is the base reference, its log-probs on up to 64 pairs are "
             "compared",
             f"{TRAIN}refusals.py::test_base_that_differs_from_its_scores_is_said_loudly",
+        ),
+        (
+            "the pairs it was started with, as links, until it is finished",
+            f"{TRAIN}changed_pairs.py::test_a_run_ends_on_the_pairs_that_it_started_with",
+        ),
+        (
+            "the run's id in wandb and trackio",
+            f"{TRAIN}logs.py::test_runs_of_one_name_are_different_runs_and_a_resumed_one_is_itself",
+        ),
+        (
+            "so the rate ends where its course ends",
+            f"{TRAIN}schedule.py::test_the_last_rate_is_the_end_of_the_cosine",
+        ),
+        (
+            "Each share is part of every larger one, and held-out pairs are left alone.",
+            f"{TRAIN}label_noise.py::test_a_share_of_prompts_is_drawn_nested_and_anew_for_another_seed",
+        ),
+        (
+            "or whose tokens see later ones, is refused.",
+            "model/test_logps.py::test_a_model_that_sees_later_tokens_is_refused",
+        ),
+        (
+            "the number that TRL has with the batch in one micro-batch",
+            f"{TRAIN}trl.py::test_a_mixture_of_experts_has_the_balancing_loss_of_trl",
+        ),
+        (
+            "the written model is whole and loads as the original does",
+            f"{TRAIN}architectures.py::test_multimodal_gemma3_trains_its_text_model_and_loads_again",
+        ),
+        (
+            "where torch would give up compiling, the run ends with an error",
+            "model/test_masks.py::test_what_would_run_uncompiled_is_an_error",
         ),
     ],
 }  # fmt: skip
