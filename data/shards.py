@@ -102,6 +102,8 @@ class PairShards:
                     if parquet.metadata.num_rows != self.rows[shard]:
                         raise self._fault(shard, "has another number of rows")
                     return parquet.read(columns=schema.names).select(schema.names).cast(schema)
+        except UserError:
+            raise
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             missing = isinstance(error, FileNotFoundError)
             raise self._fault(shard, "is missing" if missing else "cannot be read") from None

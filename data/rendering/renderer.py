@@ -253,10 +253,10 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     try:
         # With mistral-common installed, AutoTokenizer may return its tokenizer, without offsets.
         loaded = from_pretrained(AutoTokenizer, model, revision, mistral_format=False)
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().partition("\n")[0]
+    except UserError as error:
+        if error.__cause__ is None or Path(model).suffix == GGUF:
+            raise  # it says what to do
+        first_line = str(error.__cause__).strip().partition("\n")[0]
         raise UserError(f"model {model}: no tokenizer to load ({first_line}); {way_out}") from None
     tokenizer = with_offsets(loaded)
     if Path(model).suffix == GGUF:

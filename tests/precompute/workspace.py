@@ -66,7 +66,8 @@ class Workspace:
         source = self.folder / f"{name}.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in data))
         out = str(self.folder / name)
-        return prepare(PrepareConfig(source=str(source), out=out, shard_pairs=shard_pairs))
+        settings = {"shard_pairs": shard_pairs, "overwrite": True}
+        return prepare(PrepareConfig(source=str(source), out=out, **settings))
 
     def config(self, **options: Any) -> PrecomputeConfig:
         given = {

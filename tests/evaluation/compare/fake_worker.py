@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -30,7 +31,8 @@ def handle(job: dict[str, Any], report: Report) -> None:
         raise UserError("--beta is 0; it must be above 0")
     if folder.name.startswith("slow"):
         wait_for_sigterm(folder)
-    (folder / "result.json").write_text('{"identity": "0"}')
+    result = {"identity": "0" * 32, "seconds": {"train": 0, "evaluate": 0}}
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 def wait_for_sigterm(folder: Path) -> None:
