@@ -230,8 +230,8 @@ class ScoreFiles:
         """A score file to read; raises `UserError` where it is none, also while it is read."""
         try:
             with pq.ParquetFile(source) as file:
-                there = {field.name: field for field in file.schema_arrow}
-                if any(there.get(field.name) != field for field in SCORE_SCHEMA):
+                there = {(field.name, field.type, field.nullable) for field in file.schema_arrow}
+                if any((f.name, f.type, f.nullable) not in there for f in SCORE_SCHEMA):
                     raise UserError(
                         f"{self._files.root}/{self._folder}/{name}: its columns are not those of "
                         "scores; remove it, and `mrpo precompute` scores its rows again"
