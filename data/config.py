@@ -167,6 +167,8 @@ class PrepareConfig(ColumnSettings):
         ColumnSettings.__post_init__(self)
         share(self, "validation_fraction")
         at_least_zero(self, "min_gap")
+        if self.group_column is not None:
+            no_effect(self, "with --group-column", "group_by")
         if self.validation_fraction and self.validation_source:
             raise UserError(
                 f"--validation-fraction is {self.validation_fraction}, but --validation-source "

@@ -138,6 +138,8 @@ def precompute(config: PrecomputeConfig) -> ScoreResult:
     placement = place(config, specs)
     selection = PairSelection(open_pairs(config.pairs, config.data))
     run = _Run(config, specs, placement, selection, open_store(config.store))
+    if not any(p.reference.revision or p.reference.adapter_revision for p in run.plans):
+        no_effect(config, "where no reference is on the Hub", "update_refs")
     print_plans(run.plans, selection, run.store)
     sys.stdout.flush()  # before hours of work, also where stdout is a file
     if config.dry_run:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from mrpo.data.config import ImportConfig, InspectConfig, VerifyConfig
+from mrpo.data.config import ImportConfig, InspectConfig, PrepareConfig, VerifyConfig
 from mrpo.errors import UserError
 from mrpo.settings import Also, Arg, build, settings_of, write_resolved
 from mrpo.train.config import TrainConfig
@@ -103,6 +103,12 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, text: str, words: l
             TrainConfig,
             {"output_dir": "r", "lora_target_modules": "q"},
             "--lora-target-modules is q",
+        ),
+        (TrainConfig, {"output_dir": "r", "run_name": "a"}, "no effect without --report-to"),
+        (
+            PrepareConfig,
+            {"source": "s", "out": "o", "group_column": "c", "group_by": "prompt"},
+            "--group-by is prompt, which has no effect with --group-column",
         ),
     ],
     ids=str,

@@ -181,6 +181,8 @@ class TrainConfig(MethodConfig):
         if self.lora_rank is None:
             lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
             no_effect(self, "without --lora-rank", *lora)
+        if self.report_to == "none":
+            no_effect(self, "without --report-to", "run_name")
 
     @property
     def default_rate(self) -> float:

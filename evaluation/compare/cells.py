@@ -240,8 +240,9 @@ def settings_for(config: CompareConfig, cell: Cell, refs: str, pairs: PairShards
         "train_subset": cell.subset,
         "label_noise": cell.label_noise,
         "seed": cell.seed,
-        "run_name": f"{Path(config.output_dir).resolve().name}: {cell}",  # in the trackers
     }
+    if config.report_to != "none":
+        own["run_name"] = f"{Path(config.output_dir).resolve().name}: {cell}"
     own |= {} if cell.beta is None else {"beta": cell.beta}
     own |= {} if cell.epsilon is None else {"epsilon": cell.epsilon}
     return TrainConfig(**{**shared, **own})

@@ -134,6 +134,7 @@ def test_text_pairs_for_a_model_with_a_chat_template_are_warned_of(
         ({"server": "http://a:1", "refs": "llama"}, "--server is http://a:1, which has no effect"),
         ({"engine": "auto", "server": "http://a:1"}, "only with --engine server; leave it out"),
         ({"concurrency": 2}, "--concurrency is 2, which has no effect on engine hf"),
+        ({"update_refs": True}, "--update-refs is True, which has no effect where no reference"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2, which has no effect"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2"),
         ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization is 0.5"),

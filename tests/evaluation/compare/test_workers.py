@@ -197,7 +197,11 @@ def test_methods_are_named_once() -> None:
 
 def test_every_run_has_a_name_of_its_own_in_the_trackers(tmp_path: Path) -> None:
     config = CompareConfig(
-        output_dir=str(tmp_path / "first"), methods="mrpo,dpo:llama", fractions="0.5,1", seeds=2
+        output_dir=str(tmp_path / "first"),
+        methods="mrpo,dpo:llama",
+        fractions="0.5,1",
+        seeds=2,
+        report_to="wandb",
     )
     pairs: Any = SimpleNamespace(path=tmp_path)
     cells = cells_of(config)
