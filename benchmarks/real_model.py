@@ -50,6 +50,7 @@ TRL_MEMORY = 18 * 2**30  # bytes that TRL's training takes at its peak, and a li
 QUESTIONS = ("What is the capital of France?", "How do I boil an egg?")
 ANSWER_TOKENS = 40
 CONVERSION, ANSWERS = "model folder", "answers"
+PROMISED = 1e-4  # nats a token off float64, of both engines in float32
 EXACT, PLAIN = "transformers float64", "transformers float32"
 SCORES = "scores of the pairs"
 SCORING = ("TRL 1.16, scoring", "mrpo hf, scoring", "mrpo vllm, scoring")
@@ -86,6 +87,9 @@ def run(arguments: Namespace) -> None:
     agreement = agreement_table(folder)
     print(f"\n{agreement}\n\n{answers_table(folder)}\n")
     results = {"machine": machine(), "differences": differences(folder)}
+    off = {name: figures["token_max"] for name, figures in results["differences"].items()}
+    if broken := {name: value for name, value in off.items() if value > PROMISED}:
+        sys.exit(f"error: promised is at most {PROMISED} nats a token: {broken}")
     if arguments.publish:
         publish("real-model", results, agreement)
     if arguments.no_trl:
