@@ -230,8 +230,9 @@ class ScoreFiles:
         """A score file to read; raises `UserError` where it is none, also while it is read."""
         try:
             with pq.ParquetFile(source) as file:
-                there = {(field.name, field.type, field.nullable) for field in file.schema_arrow}
-                if any((f.name, f.type, f.nullable) not in there for f in SCORE_SCHEMA):
+                there = [(field.name, field.type, field.nullable) for field in file.schema_arrow]
+                expected = {(field.name, field.type, field.nullable) for field in SCORE_SCHEMA}
+                if len({name for name, *_ in there}) < len(there) or not expected <= set(there):
                     raise UserError(
                         f"{self._files.root}/{self._folder}/{name}: its columns are not those of "
                         "scores; remove it, and `mrpo precompute` scores its rows again"

@@ -103,7 +103,12 @@ def test_a_file_of_other_columns_is_no_score_file_whatever_its_digest(
     folder = folder_of(scores, tmp_path) if scores.add(make.scores(make.ids(20))) else tmp_path
     (path,) = folder.iterdir()
     table = pq.read_table(path)
-    for other in (table.drop_columns(["reason"]), table.set_column(1, "chosen_logp", [["x"] * 20])):
+    for other in (
+        table.drop_columns(["reason"]),
+        table.set_column(1, "chosen_logp", [["x"] * 20]),
+        table.append_column("reason", table["reason"]),
+        table.set_column(0, "pair_id", table["pair_id"]),  # which may then be null
+    ):
         path.unlink()
         data = to_bytes(other)
         path = folder / f"{path.name[:32]}-{digest_of(data)}.parquet"
