@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mrpo.data.ids import ids_to_arrow
-from mrpo.data.shards import MANIFEST, SCHEMA_VERSION, pair_schema, shard_name
+from mrpo.data.shards import MANIFEST, SCHEMA_VERSION, shard_name
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from mrpo.data.tables import pair_schema
 
 SHARD = 8192
 SMALL = 100_000  # pairs of the folder to compare memory with

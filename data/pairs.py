@@ -1,8 +1,9 @@
-"""A preference pair, and the id by which every part of the project knows it.
+"""A preference pair and its prompt, and the ids by which every part of the project knows them.
 
 A pair is a prompt with a chosen and a rejected response: all three are text, or all three are
-lists of chat messages. The id is a digest of the content alone, so the same pair has the same id
-in any file format, data set, order or shard, and its scores are found again everywhere.
+lists of chat messages. Ids are digests of the content alone, so the same pair has the same id in
+any file format, data set, order or shard. Scores belong to a response under its prompt, whose id
+knows nothing of the pair: they are found again whatever the response is compared with.
 
 The held-out split (by first user turn), a training fraction, label noise, folds and bootstraps (all
 by prompt) must keep equal prompts together, and a prompt must not change sides when data is added,
@@ -46,6 +47,34 @@ _ENCODER = json.JSONEncoder(
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a response answers: the turns before it, with the tools and the template's variables."""
+
+    turns: Turns
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.turns, str)
+
+    @classmethod
+    def of(cls, pair: Pair) -> Prompt:
+        """The prompt of both responses of a pair."""
+        return cls(pair.prompt, pair.tools, pair.chat_template_kwargs)
+
+    @property
+    def id(self) -> bytes:
+        """16 bytes of the digest of its content, as those of `Pair.id`."""
+        content = {
+            "prompt": self.turns,
+            "tools": self.tools,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return _id_of({name: value for name, value in content.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One preference pair: everything a renderer needs, and where the pair came from.
 
@@ -74,7 +103,18 @@ class Pair:
         """
         names = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
         content = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
+        return _id_of(content)
+
+    @property
+    def response_ids(self) -> tuple[bytes, bytes, bytes]:
+        """The ids of the prompt, of the chosen and of the rejected response."""
+        prompt = Prompt.of(self).id
+        return prompt, response_id(prompt, self.chosen), response_id(prompt, self.rejected)
+
+
+def response_id(prompt_id: bytes, response: Turns) -> bytes:
+    """The id of a response under its prompt: another prompt makes another id of the same text."""
+    return _id_of({"prompt": prompt_id.hex(), "response": response})
 
 
 def parse_id(value: Any) -> bytes | None:
@@ -84,6 +124,10 @@ def parse_id(value: Any) -> bytes | None:
     except (AttributeError, ValueError):
         return None
     return parsed if len(parsed) == ID_BYTES else None
+
+
+def _id_of(content: dict[str, Any]) -> bytes:
+    return sha256(canonical_json(content).encode()).digest()[:ID_BYTES]
 
 
 def canonical_json(value: Any) -> str:

@@ -1,16 +1,14 @@
 """Pairs on disk: `part-00000.parquet` … and `manifest.json`, written once, read by every stage.
 
-`PairShards` opens a finished folder. `ShardWriter` fills shards of a fixed number of pairs in the
-order they come, so that more rows at the end never change a full shard; it writes the manifest
-last, so a folder that has one is complete. `replaced_shards` puts a folder's new files in place of
+`PairShards` opens a finished folder. `ShardWriter` fills shards with pairs in the order they come, so
+that more rows at the end change the last shard alone; it writes the manifest last, so a folder that
+has one is complete. `replaced_shards` puts a folder's new files in place of
 the old ones once all are written, unless somebody who uses the old ones still needs them. A shard
 is read only if its bytes are those that the manifest says, so nobody meets other pairs than those
 that he opened.
 
-Messages are a list of structs `role`, `content`, `extra`; `extra` is canonical JSON of the other
-fields of a message, so that any template's fields survive in a fixed schema that DuckDB, Polars and
-pandas read. Both conversions go through flat columns, several times faster than Arrow's own
-conversion of nested Python values, because training streams through here.
+`tables.py` has the columns. Folders of earlier versions lack the ids of prompts and responses, which
+are then computed from the texts.
 """
 
 from __future__ import annotations
@@ -23,43 +21,48 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import fits, new_folder, read_json, sync, write_json
-from .ids import IdArray, identity_of, ids_to_numpy
-from .pairs import ID_BYTES, Message, Pair, Turns, canonical_json, response_bytes
+from .config import MAX_SHARD_PAIRS
+from .ids import IdArray, identity_of, ids_from_bytes, ids_to_numpy
+from .pairs import Pair, Prompt
+from .tables import PAIR_COLUMNS, RESPONSE_IDS, TURNS, Kind, from_table, pair_schema, pairs_to_table
 
 MANIFEST = "manifest.json"
 SHARDS = "part-*.parquet"
 USERS = "used-by.txt"  # the stores and runs that these pairs were used for, a line each
 STAGE = ".preparing-"  # begins the name of a hidden folder whose files are not complete
-SCHEMA_VERSION = 1
-
-Kind = Literal["messages", "text"]
-
-TURNS = ("prompt", "chosen", "rejected")
-PAIR_COLUMNS = [*TURNS, "tools", "chat_template_kwargs", "source", "split"]
-
-_MESSAGE = pa.struct(
-    [
-        pa.field("role", pa.string(), nullable=False),
-        pa.field("content", pa.string()),
-        pa.field("extra", pa.string()),
-    ]
-)
-_MESSAGES = pa.list_(pa.field("element", _MESSAGE, nullable=False))
+SCHEMA_VERSION = 2
+WITHOUT_RESPONSE_IDS = 1  # the version whose shards lack the ids of prompts and responses
 
 # Texts get neither dictionaries nor statistics, which would repeat whole texts.
 _SHORT = ["split", "source", "tools", "chat_template_kwargs"]
 _ROLES = [f"{name}.list.element.role" for name in TURNS]
 _ORDERED = ["pair_id", "chosen_bytes", "rejected_bytes"]
+
+
+class ResponseIds(NamedTuple):
+    """The ids of n pairs' prompts and responses, [n] of 16 raw bytes each."""
+
+    prompts: IdArray
+    chosen: IdArray
+    rejected: IdArray
+
+    @property
+    def both(self) -> IdArray:
+        """[2n] the ids of the chosen responses, then of the rejected ones."""
+        return np.concatenate([self.chosen, self.rejected])
+
+    def take(self, rows: np.ndarray) -> ResponseIds:
+        """Those of some pairs, by row number or [n] bool."""
+        return ResponseIds(*(ids[rows] for ids in self))
 
 
 class PairShards:
@@ -77,6 +80,7 @@ class PairShards:
         self.rows: list[int] = [shard["rows"] for shard in shards]
         self.num_pairs = sum(self.rows)
         self._checked: dict[int, tuple[int, ...]] = {}  # by shard: the file whose digest was right
+        self._computed: dict[int, ResponseIds] = {}  # by shard, of a folder that has none
 
     def __repr__(self) -> str:
         return f"PairShards({str(self.path)!r}: {self.num_pairs} pairs, {self.kind})"
@@ -92,7 +96,7 @@ class PairShards:
         Raises `UserError` where the file is not the one that the manifest was written with.
         """
         path = self.path / self.names[shard]
-        schema = pair_schema(self.kind)
+        schema = pair_schema(self.kind, with_response_ids=self.has_response_ids)
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
         try:
@@ -122,6 +126,21 @@ class PairShards:
     def pair_ids(self, shard: int) -> IdArray:
         """The ids of a shard's pairs, [rows] of 16 raw bytes."""
         return ids_to_numpy(self.table(shard, ["pair_id"]).column("pair_id"))
+
+    @property
+    def has_response_ids(self) -> bool:
+        """Whether the shards have a column of them; folders of earlier versions have not."""
+        return bool(self.manifest["schema_version"] > WITHOUT_RESPONSE_IDS)
+
+    def response_ids(self, shard: int) -> ResponseIds:
+        """The ids of the prompts and responses of a shard's pairs."""
+        if self.has_response_ids:
+            table = self.table(shard, RESPONSE_IDS)
+            return ResponseIds(*(ids_to_numpy(table[name]) for name in RESPONSE_IDS))
+        if shard not in self._computed:
+            columns = zip(*(pair.response_ids for pair in self.pairs(shard)))
+            self._computed[shard] = ResponseIds(*(ids_from_bytes(list(ids)) for ids in columns))
+        return self._computed[shard]
 
     def linked(self, folder: Path) -> PairShards:
         """The same pairs in a folder of their own, which no later `mrpo prepare` changes.
@@ -180,7 +199,11 @@ class PairShards:
 
 
 class ShardWriter:
-    """Writes pairs in the order they are added; holds one shard in memory at a time."""
+    """Writes pairs in the order they are added; holds one shard in memory at a time.
+
+    A full shard takes further pairs of its last prompt, as many again at most, so that the prompt
+    is computed once for all of its responses.
+    """
 
     def __init__(self, folder: Path, shard_pairs: int) -> None:
         self.shards: list[dict[str, Any]] = []
@@ -195,11 +218,15 @@ class ShardWriter:
         """Append a pair; the caller makes sure that all are of the same kind."""
         if self.kind is None:
             self.kind = "messages" if pair.is_chat else "text"
+        size = len(self._pairs)
+        if size >= self._shard_pairs and (
+            size >= min(2 * self._shard_pairs, MAX_SHARD_PAIRS)
+            or Prompt.of(pair) != Prompt.of(self._pairs[-1])
+        ):
+            self._write()
         self.num_pairs += 1
         self._pairs.append(pair)
         self._ids.append(pair_id)
-        if len(self._pairs) == self._shard_pairs:
-            self._write()
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the last shard and the manifest, which also holds the given facts."""
@@ -305,8 +332,16 @@ def _replace(stage: Path, out: Path, overwrite: bool) -> None:
 
 
 def _same_pairs(folder: Path, out: Path) -> bool:
+    """Whether both hold the same pairs, also where an earlier version wrote those of `out`."""
     try:
-        return PairShards(folder).digest == PairShards(out).digest
+        new, old = PairShards(folder), PairShards(out)
+        if new.digest == old.digest or new.has_response_ids == old.has_response_ids:
+            return new.digest == old.digest
+        columns = ["pair_id", "split", "source"]
+        return new.rows == old.rows and all(
+            new.table(shard, columns).equals(old.table(shard, columns))
+            for shard in range(len(new.names))
+        )
     except UserError:  # damaged
         return False
 
@@ -353,94 +388,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     valid = fits(manifest, shape) and manifest["kind"] in get_args(Kind)
     if not valid or not all(fnmatch(shard["name"], SHARDS) for shard in manifest["shards"]):
         raise UserError(f"{path / MANIFEST} is damaged; run `mrpo prepare` again")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    if manifest.get("schema_version") not in (WITHOUT_RESPONSE_IDS, SCHEMA_VERSION):
         raise UserError(
             f"{path} was written with schema version {manifest.get('schema_version')}, this mrpo "
-            f"reads {SCHEMA_VERSION}; run `mrpo prepare` again"
+            f"reads {WITHOUT_RESPONSE_IDS} and {SCHEMA_VERSION}; run `mrpo prepare` again"
         )
     return manifest
-
-
-def pair_schema(kind: Kind) -> pa.Schema:
-    """The columns of a shard; only the type of the turns depends on the kind of data set."""
-    turns = _MESSAGES if kind == "messages" else pa.string()
-    return pa.schema(
-        [
-            pa.field("pair_id", pa.binary(ID_BYTES), nullable=False),
-            *(pa.field(name, turns, nullable=False) for name in TURNS),
-            pa.field("tools", pa.string()),
-            pa.field("chat_template_kwargs", pa.string()),
-            pa.field("split", pa.string(), nullable=False),
-            pa.field("source", pa.string(), nullable=False),
-            pa.field("chosen_bytes", pa.int64(), nullable=False),
-            pa.field("rejected_bytes", pa.int64(), nullable=False),
-        ]
-    )
-
-
-def pairs_to_table(pairs: Sequence[Pair], ids: Sequence[bytes], kind: Kind) -> pa.Table:
-    """The rows of a shard. All pairs must be of the kind."""
-    turns = _messages_to_arrow if kind == "messages" else pa.array
-    columns = {name: turns([getattr(pair, name) for pair in pairs]) for name in TURNS}
-    columns |= {
-        "pair_id": list(ids),
-        "tools": [_to_json(pair.tools) for pair in pairs],
-        "chat_template_kwargs": [_to_json(pair.chat_template_kwargs) for pair in pairs],
-        "split": [pair.split for pair in pairs],
-        "source": [pair.source for pair in pairs],
-        "chosen_bytes": [response_bytes(pair.chosen) for pair in pairs],
-        "rejected_bytes": [response_bytes(pair.rejected) for pair in pairs],
-    }
-    return pa.table(columns, schema=pair_schema(kind))
-
-
-def from_table(table: pa.Table) -> list[Pair]:
-    """The pairs of a table that has at least `PAIR_COLUMNS`."""
-    prompts, chosen, rejected = (_turns_from_arrow(table.column(name)) for name in TURNS)
-    tools, kwargs = (
-        [None if text is None else json.loads(text) for text in table.column(name).to_pylist()]
-        for name in ("tools", "chat_template_kwargs")
-    )
-    sources, splits = (table.column(name).to_pylist() for name in ("source", "split"))
-    return [Pair(*row) for row in zip(prompts, chosen, rejected, tools, kwargs, sources, splits)]
-
-
-def _messages_to_arrow(column: Sequence[list[Message]]) -> pa.Array:
-    offsets, roles, contents, extras = [0], [], [], []
-    for turns in column:
-        for message in turns:
-            roles.append(message["role"])
-            contents.append(message.get("content"))
-            extra = {k: v for k, v in message.items() if k not in ("role", "content")}
-            extras.append(canonical_json(extra) if extra else None)
-        offsets.append(len(roles))
-    messages = pa.StructArray.from_arrays(
-        [pa.array(values, pa.string()) for values in (roles, contents, extras)],
-        fields=list(_MESSAGE),
-    )
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages, type=_MESSAGES)
-
-
-def _turns_from_arrow(column: pa.ChunkedArray) -> list[Turns]:
-    if pa.types.is_string(column.type):
-        return column.to_pylist()
-    lengths = pc.list_value_length(column).to_pylist()
-    flat = pc.list_flatten(column)
-    roles, contents, extras = (
-        pc.struct_field(flat, name).to_pylist() for name in ("role", "content", "extra")
-    )
-    messages = (_message(*fields) for fields in zip(roles, contents, extras))
-    return [list(islice(messages, length)) for length in lengths]
-
-
-def _message(role: str, content: str | None, extra: str | None) -> Message:
-    message: Message = {"role": role}
-    if content is not None:
-        message["content"] = content
-    if extra is not None:
-        message.update(json.loads(extra))
-    return message
-
-
-def _to_json(value: Any) -> str | None:
-    return None if value is None else canonical_json(value)

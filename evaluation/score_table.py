@@ -21,8 +21,9 @@ from ..data.ids import IdArray, IdIndex, ids_to_numpy
 from ..data.join import precompute_line
 from ..data.pairs import Pair, prompt_number, response_bytes
 from ..data.references import load_refs
-from ..data.shards import PAIR_COLUMNS, PairShards, from_table
+from ..data.shards import PairShards
 from ..data.store import OVER_LIMIT, SCORE_SCHEMA, NotScored, ReferenceRecord, Store
+from ..data.tables import PAIR_COLUMNS, from_table
 from ..errors import UserError
 from ..method.objective import ReferenceLogps
 from ..settings import comma_separated

@@ -18,7 +18,8 @@ import pyarrow as pa
 from ..data.ids import digest_of, ids_to_numpy
 from ..data.join import JoinedScores, matrix
 from ..data.pairs import Pair, in_fraction, label_turned, prompt_number
-from ..data.shards import PAIR_COLUMNS, PairShards, from_table
+from ..data.shards import PairShards
+from ..data.tables import PAIR_COLUMNS, from_table
 from ..errors import UserError
 from ..files import write_bytes
 from ..method.grammar import aliases_of, parse_method

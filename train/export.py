@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 
 from ..data.join import join, resolve_references
-from ..data.shards import TURNS, PairShards
+from ..data.shards import PairShards
 from ..data.store import open_store
+from ..data.tables import TURNS
 from ..errors import UserError
 from ..files import new_folder
 from ..method.grammar import epsilon_warning

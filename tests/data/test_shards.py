@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrpo.data.pairs import Pair, response_bytes
-from mrpo.data.shards import PairShards, ShardWriter, pair_schema
+from mrpo.data.shards import PairShards, ShardWriter
+from mrpo.data.tables import pair_schema
 from mrpo.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
