@@ -8,6 +8,9 @@ time. A joined file has these columns besides `pair_id`:
     ref_chosen_tokens, ref_rejected_tokens  [K] int32, null where unknown
     reasons                                 [K] text, null where there is a score
 
+The store has responses; what makes a pair of two of them is decided here: a pair has a score where
+both responses have one, and their token ids differ.
+
 Pairs without a score are listed in missing.csv, by which `mrpo prepare --exclude` leaves them out.
 """
 
@@ -18,19 +21,19 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import new_folder, read_json, write_json
-from .ids import IdArray, IdIndex, digest_of, ids_to_arrow, ids_to_numpy
+from .ids import IdArray, IdIndex, ResponseIds, digest_of, ids_to_arrow, ids_to_numpy
 from .references import load_refs
-from .store import OVER_LIMIT, SCORE_SCHEMA, NotScored, ReferenceRecord, ScoreFiles, Store
+from .store import OVER_LIMIT, NotScored, ReferenceRecord, ScoreFiles, Store
 
 if TYPE_CHECKING:
     from .shards import PairShards
@@ -45,7 +48,7 @@ JOINED = {
     "ref_rejected_tokens": "rejected_tokens",
     "reasons": "reason",
 }
-VALUES = tuple(JOINED.values())
+RENDER_EQUAL = "responses_render_equal"  # the reason of a pair whose token ids are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,30 +160,98 @@ def _gather(
 ) -> tuple[JoinedReference, int]:
     """Write one reference's rows in the order of the pairs; returns how many are not scored.
 
-    Its scores are in memory meanwhile, about 60 bytes a pair.
+    Its scores are in memory meanwhile, about 45 bytes a response.
     """
-    scores = store.scores(record.identity)
-    names = scores.names()  # once: files that appear later belong to a later join
-    # The index finds the first of equal ids, and the tables come in the order that decides.
-    index = IdIndex(ids_to_numpy(_columns(scores, names, ["pair_id"])["pair_id"]))
-    values = pa.table(_columns(scores, names, VALUES))
-    last = {name: [OVER_LIMIT if name == "reason" else None] for name in VALUES}
-    values = pa.concat_tables([values, pa.table(last, schema=values.schema)]).combine_chunks()
-    left_out = scores.left_out()
+    scores = _Responses(store.scores(record.identity))
     unscored, missing = 0, Counter[str]()
     for shard in range(len(pairs.names)):
-        ids = pairs.pair_ids(shard)
-        places = index.find(ids)
-        places[(places < 0) & left_out.contains(ids)] = len(values) - 1
-        unscored += int((places < 0).sum())
+        rows, lacking = scores.of_pairs(pairs.response_ids(shard))
+        unscored += lacking
         if unscored:
             continue  # the join will fail; only the count is still needed
-        rows = values.take(pa.array(places))
         missing.update(rows["reason"].drop_null().to_pylist())
-        _list_missing(folder.parent / MISSING, record.alias, ids, rows["reason"])
+        if rows["reason"].null_count < len(rows):
+            _list_missing(
+                folder.parent / MISSING, record.alias, pairs.pair_ids(shard), rows["reason"]
+            )
         pq.write_table(rows, folder / f"{shard}.parquet", compression="none")
     entry = dict(record.entry)
     return JoinedReference(record.alias, record.identity, entry, dict(missing)), unscored
+
+
+class _Responses:
+    """All the scores of one reference in memory, found by response id."""
+
+    def __init__(self, scores: ScoreFiles) -> None:
+        self._left_out = scores.left_out()
+        names = scores.names()  # once: files that appear later belong to a later join
+        # The index finds the first of equal ids, and the tables come in the order that decides.
+        self._index = IdIndex(scores.ids_of(name) for name in names)
+        self.reasons: list[str | None] = [None, OVER_LIMIT]
+        # One more row, the last: that of responses which only a limit of a run left out.
+        size = self._index.size + 1
+        self._logps = np.full(size, np.nan)
+        self._tokens = np.zeros(size, np.int32)  # 0: unknown
+        self._checksums = np.zeros(size, np.uint32)  # of unknown token ids: 0
+        self._reasons = np.zeros(size, np.int16)  # place in `reasons`
+        self._reasons[-1] = 1
+        start = 0
+        for table in scores.tables(["logp", "tokens", "checksum", "reason"], names):
+            rows = slice(start, start := start + len(table))
+            self._logps[rows] = table["logp"].to_numpy()
+            self._tokens[rows] = pc.fill_null(table["tokens"], 0).to_numpy()
+            self._checksums[rows] = pc.fill_null(table["checksum"], 0).to_numpy()
+            if table["reason"].null_count < len(table):
+                self._reasons[rows] = self._numbers(table["reason"].combine_chunks())
+
+    def of_pairs(self, ids: ResponseIds) -> tuple[pa.Table, int]:
+        """The scores of n pairs, and how many have a response that is not yet scored."""
+        places = [self._index.find(responses) for responses in (ids.chosen, ids.rejected)]
+        for place, responses in zip(places, (ids.chosen, ids.rejected)):
+            unknown = np.flatnonzero(place < 0)
+            place[unknown[self._left_out.contains(responses[unknown])]] = len(self._logps) - 1
+        lacking = int(((places[0] < 0) | (places[1] < 0)).sum())
+        chosen, rejected = places
+        tokens = [self._tokens[place] for place in places]
+        reasons = np.where(self._reasons[chosen] > 0, self._reasons[chosen], self._reasons[rejected])
+        alike = alike_rendered(*(self._checksums[place] for place in places), *tokens)
+        alike &= (ids.chosen != ids.rejected) & (reasons == 0)
+        columns: dict[str, pa.Array] = {}
+        for branch, place in zip(("chosen", "rejected"), places):
+            logps = np.where((reasons > 0) | alike, np.nan, self._logps[place])
+            columns[f"{branch}_logp"] = pa.array(logps)
+        for branch, counts in zip(("chosen", "rejected"), tokens):
+            columns[f"{branch}_tokens"] = pa.array(counts, mask=counts == 0)
+        texts = pa.array([*self.reasons, RENDER_EQUAL], pa.string())
+        columns["reason"] = texts.take(pa.array(np.where(alike, len(texts) - 1, reasons)))
+        return pa.table(columns), lacking
+
+    def _numbers(self, reasons: pa.Array) -> np.ndarray:
+        """The places of the texts in `self.reasons`, [n]."""
+        coded = reasons.dictionary_encode()
+        for text in coded.dictionary.to_pylist():
+            if text not in self.reasons:
+                self.reasons.append(text)
+        place = np.array([self.reasons.index(text) for text in coded.dictionary.to_pylist()])
+        codes = pc.fill_null(coded.indices, -1).to_numpy()
+        return np.where(codes < 0, 0, place[codes])
+
+
+def alike_rendered(
+    chosen_checksums: np.ndarray,
+    rejected_checksums: np.ndarray,
+    chosen_tokens: np.ndarray,
+    rejected_tokens: np.ndarray,
+) -> np.ndarray:
+    """[n] whether the two responses of a pair were rendered to the same token ids.
+
+    Checksums are 0 or NaN where unknown. CRC-32 tells any two sequences of one length apart that
+    differ in a single token, and others except for one in 4 billion.
+    """
+    known = chosen_checksums > 0
+    return (
+        known & (chosen_checksums == rejected_checksums) & (chosen_tokens == rejected_tokens)
+    )
 
 
 def _list_missing(path: Path, alias: str, ids: IdArray, reasons: pa.ChunkedArray) -> None:
@@ -192,17 +263,6 @@ def _list_missing(path: Path, alias: str, ids: IdArray, reasons: pa.ChunkedArray
             file.write("pair_id,reference,reason\n" if new else "")
             for row in rows.tolist():
                 file.write(f"{ids[row].tobytes().hex()},{alias},{reasons[row].as_py()}\n")
-
-
-def _columns(
-    scores: ScoreFiles, names: Sequence[str], columns: Sequence[str]
-) -> dict[str, pa.Array]:
-    """Columns of all files, one array each: `take` would join chunks at every call."""
-    parts: dict[str, list[pa.Array]] = {name: [] for name in columns}
-    for table in chain([SCORE_SCHEMA.empty_table()], scores.tables(columns, names)):
-        for name in columns:
-            parts[name].append(table[name].combine_chunks())
-    return {name: pa.concat_arrays(parts.pop(name)) for name in columns}
 
 
 def _merge(pairs: PairShards, shard: int, columns: Sequence[Path], folder: Path) -> dict[str, Any]:

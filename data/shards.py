@@ -14,7 +14,6 @@ are then computed from the texts.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -22,16 +21,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import fits, new_folder, read_json, sync, write_json
 from .config import MAX_SHARD_PAIRS
-from .ids import IdArray, identity_of, ids_from_bytes, ids_to_numpy
+from .ids import IdArray, ResponseIds, identity_of, ids_from_bytes, ids_to_numpy
 from .pairs import Pair, Prompt
 from .tables import PAIR_COLUMNS, RESPONSE_IDS, TURNS, Kind, from_table, pair_schema, pairs_to_table
 
@@ -46,23 +44,6 @@ WITHOUT_RESPONSE_IDS = 1  # the version whose shards lack the ids of prompts and
 _SHORT = ["split", "source", "tools", "chat_template_kwargs"]
 _ROLES = [f"{name}.list.element.role" for name in TURNS]
 _ORDERED = ["pair_id", "chosen_bytes", "rejected_bytes"]
-
-
-class ResponseIds(NamedTuple):
-    """The ids of n pairs' prompts and responses, [n] of 16 raw bytes each."""
-
-    prompts: IdArray
-    chosen: IdArray
-    rejected: IdArray
-
-    @property
-    def both(self) -> IdArray:
-        """[2n] the ids of the chosen responses, then of the rejected ones."""
-        return np.concatenate([self.chosen, self.rejected])
-
-    def take(self, rows: np.ndarray) -> ResponseIds:
-        """Those of some pairs, by row number or [n] bool."""
-        return ResponseIds(*(ids[rows] for ids in self))
 
 
 class PairShards:

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.ids import IdArray, IdIndex, ids_to_numpy
-from ..data.join import precompute_line
+from ..data.ids import IdArray, IdIndex, ResponseIds, ids_to_numpy
+from ..data.join import RENDER_EQUAL, alike_rendered, precompute_line
 from ..data.pairs import Pair, prompt_number, response_bytes
 from ..data.references import load_refs
 from ..data.shards import PairShards
@@ -34,13 +34,13 @@ BRANCHES = ("chosen", "rejected")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReferenceColumns:
-    """The scores of N pairs under one reference: the store's columns as arrays."""
+    """The scores of N pairs under one reference: the store's rows of their responses as arrays."""
 
     record: ReferenceRecord
     logps: np.ndarray  # [N, 2] nats, summed over the response
     end_logps: np.ndarray  # [N, 2] nats, the part of `logps` that the end of turn makes
     tokens: np.ndarray  # [N, 2] scored tokens
-    prompt_tokens: np.ndarray  # [N]
+    prompt_tokens: np.ndarray  # [N] before the chosen response's first scored token
     boundary: np.ndarray  # [N, 2] 1 where the first scored token begins inside the prompt, else 0
     reasons: np.ndarray  # [N] why there is no score; "" where there is one
 
@@ -113,13 +113,13 @@ def load_score_table(
     `policies` come behind the references; their scores are read from `store.policies`.
     """
     table, places = _read_pairs(pairs, split, sample, seed)
-    ids = ids_to_numpy(table["pair_id"])
     texts = from_table(table)
-    references = [_read_scores(store, record, ids) for record in records]
-    references += [_read_scores(store.policies, record, ids) for record in policies]
+    responses = _response_ids(pairs, places)
+    references = [_read_scores(store, record, responses) for record in records]
+    references += [_read_scores(store.policies, record, responses) for record in policies]
     return ScoreTable(
         places=places,
-        ids=ids,
+        ids=ids_to_numpy(table["pair_id"]),
         sources=table["source"].to_numpy(zero_copy_only=False),
         prompts=np.array([prompt_number(pair.prompt) for pair in texts], np.int64),
         prompt_bytes=np.array([response_bytes(pair.prompt) for pair in texts], np.float64),
@@ -166,7 +166,7 @@ def scored_records(
         scores = store.scores(record.identity)
         left_out = scores.left_out()
         for shard in range(len(pairs.names)):
-            ids = pairs.pair_ids(shard)[_rows_of(pairs, shard, split)]
+            ids = pairs.response_ids(shard).take(_rows_of(pairs, shard, split)).both
             if (scores.missing(ids, refresh=shard == 0) & ~left_out.contains(ids)).any():
                 incomplete.append(alias)
                 break
@@ -222,32 +222,48 @@ def _rows_of(pairs: PairShards, shard: int, split: str | None) -> np.ndarray:
     return np.flatnonzero((splits == split) | (split is None))
 
 
-def _read_scores(store: Store, record: ReferenceRecord, ids: IdArray) -> ReferenceColumns:
-    """A reference's scores of the given pairs; of two rows for a pair the first counts."""
-    index = IdIndex(ids)
+def _response_ids(pairs: PairShards, places: np.ndarray) -> ResponseIds:
+    """Those of the pairs at the given places [N, 2], which are in the order of the shards."""
     parts = [
-        table.filter(pa.array(index.find(ids_to_numpy(table["pair_id"])) >= 0))
+        pairs.response_ids(shard).take(places[places[:, 0] == shard, 1])
+        for shard in np.unique(places[:, 0]).tolist() or [0]
+    ]
+    return ResponseIds(*map(np.concatenate, zip(*parts)))
+
+
+def _read_scores(store: Store, record: ReferenceRecord, ids: ResponseIds) -> ReferenceColumns:
+    """A reference's scores of the given pairs; of two rows for a response the first counts."""
+    wanted = IdIndex(ids.both)
+    parts = [
+        table.filter(pa.array(wanted.find(ids_to_numpy(table["response_id"])) >= 0))
         for table in store.scores(record.identity).tables(SCORE_SCHEMA.names)
     ]
     rows = pa.concat_tables(parts or [SCORE_SCHEMA.empty_table()])
-    source = IdIndex(ids_to_numpy(rows["pair_id"])).find(ids)
+    source = IdIndex(ids_to_numpy(rows["response_id"])).find(ids.both)
     scores = rows.take(pa.array(source, mask=source < 0))
-    reasons = pc.fill_null(scores["reason"], "").to_numpy(zero_copy_only=False)
-    left_out = store.scores(record.identity).left_out().contains(ids)
+    columns = {
+        name: _numbers(scores, name).reshape(2, -1).T
+        for name in ("logp", "end_logp", "tokens", "prompt_tokens", "boundary", "checksum")
+    }
+    stored = pc.fill_null(scores["reason"], "").to_numpy(zero_copy_only=False)
+    left_out = store.scores(record.identity).left_out().contains(ids.both)
+    absent = np.where(left_out, OVER_LIMIT, NOT_SCORED)
+    chosen, rejected = np.where(source < 0, absent, stored).reshape(2, -1)
+    reasons = np.where(chosen == "", rejected, chosen)
+    alike = alike_rendered(*columns["checksum"].T, *columns["tokens"].T)
+    reasons = np.where(alike & (ids.chosen != ids.rejected) & (reasons == ""), RENDER_EQUAL, reasons)
+    # A pair whose one response has no score has none.
+    for name in ("logp", "end_logp"):
+        columns[name][reasons != ""] = np.nan
     return ReferenceColumns(
         record=record,
-        logps=_branches(scores, "logp"),
-        end_logps=_branches(scores, "end_logp"),
-        tokens=_branches(scores, "tokens"),
-        prompt_tokens=_numbers(scores, "prompt_tokens"),
-        boundary=_branches(scores, "boundary"),
-        reasons=np.where(source < 0, np.where(left_out, OVER_LIMIT, NOT_SCORED), reasons),
+        logps=columns["logp"],
+        end_logps=columns["end_logp"],
+        tokens=columns["tokens"],
+        prompt_tokens=columns["prompt_tokens"][:, 0],
+        boundary=columns["boundary"],
+        reasons=reasons,
     )
-
-
-def _branches(table: pa.Table, name: str) -> np.ndarray:
-    """[N, 2] from the columns of the chosen and the rejected response."""
-    return np.stack([_numbers(table, f"{branch}_{name}") for branch in BRANCHES], axis=1)
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:

@@ -38,7 +38,7 @@ HEEDED_BY = {
 
 @dataclass(kw_only=True, slots=True)
 class PrecomputeConfig(ScoredPairSettings):
-    """Score every pair under every reference, once for all training runs.
+    """Score every response of the pairs under every reference, once for all training runs.
 
     Each reference runs in a process of its own, with its own tokenizer and chat template. What
     the store has is not scored again, and a run that was stopped continues where it was.
@@ -71,7 +71,7 @@ class PrecomputeConfig(ScoredPairSettings):
     keep_token_logps: Annotated[bool, "Store the log-prob of every scored token too."] = False
     max_model_len: Annotated[
         int | None,
-        "Leave pairs with a longer sequence (in tokens) unscored; a later run may score them.",
+        "Leave longer sequences (in tokens) unscored; a later run may score them.",
     ] = None
     max_tokens: Annotated[
         int | None,

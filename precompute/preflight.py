@@ -1,6 +1,6 @@
 """What scoring will take, and whether a server gives the scores of its reference.
 
-Every missing pair is rendered for every reference: refusals are counted, tokens and disk space
+Every missing response is rendered for every reference: refusals are counted, tokens and disk space
 added up, time estimated. `survey` completes the references' plans, `print_plans` shows them.
 A server does not say with which weights and in which precision it computes, so `verify_server`
 compares a sample of its scores with stored ones or with engine hf's before any is stored.
@@ -32,18 +32,16 @@ from ..data.references import files_of, from_pretrained
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store
 from ..errors import UserError
-from ..model.packing import padded_tokens
 from .identity import ResolvedReference
 from .reference_run import ReferenceRun
-from .scoring import Job, PairSelection, renderer_for, sort_out, write_sample
+from .scoring import Job, PairSelection, ResponseSet, renderer_for, sort_out, write_sample
 
-POOL_PAIRS = 20_000  # renderings from which starting further processes pays
-ROW_BYTES = 120  # of a pair in a score file, measured; token log-probs come on top
+POOL_RESPONSES = 40_000  # renderings from which starting further processes pays
+ROW_BYTES = 70  # of a response in a score file, measured; token log-probs come on top
 EFFICIENCY = 0.4  # of the device's matrix rate that scoring reaches
 
 # The key of an identity's inputs, and its value, for scores that nothing could be compared with.
 SERVER, UNVERIFIED = "server", "unverified server"
-LOGP_COLUMNS = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
 SERVER_PAIRS = 16  # compared before a server's scores are stored
 # `spread` up to which two ways to compute in a precision agree. Of SmolLM2-135M: bfloat16 differs
 # from float32 by 0.046 and from itself in other batches by 0.016, float16 from float32 by 0.006,
@@ -56,17 +54,17 @@ LEAST_ERROR, MOST_ERROR = 1 / 3, 2.0
 
 
 @dataclass(slots=True)
-class MissingPairs:
-    """The pairs that the store lacks under one reference, and what they cost; sums add up."""
+class Shortfall:
+    """The responses that the store lacks under one reference, and their cost; sums add up."""
 
-    todo: int = 0  # pairs to score
-    tokens: int = 0  # to compute, a prompt once for both responses
+    todo: int = 0  # responses to score
+    tokens: int = 0  # to compute, a prompt once for all of its responses
     scored_tokens: int = 0  # of the responses
     longest: int = 0  # tokens of the longest sequence to score
-    left_out: list[IdArray] = field(default_factory=list)  # pairs beyond --max-model-len
+    left_out: list[IdArray] = field(default_factory=list)  # responses beyond --max-model-len
     refused: Counter[str] = field(default_factory=Counter)  # permanent reasons
 
-    def add(self, other: MissingPairs) -> None:
+    def add(self, other: Shortfall) -> None:
         self.todo += other.todo
         self.tokens += other.tokens
         self.scored_tokens += other.scored_tokens
@@ -79,7 +77,7 @@ class MissingPairs:
         return sum(map(len, self.left_out))
 
     @property
-    def num_pairs(self) -> int:
+    def num_responses(self) -> int:
         return self.todo + self.over_limit + self.refused.total()
 
 
@@ -90,7 +88,7 @@ class ReferencePlan:
     reference: ResolvedReference
     job: Job
     damaged: list[str] = field(default_factory=list)  # score files (to be) set aside
-    missing: MissingPairs = field(default_factory=MissingPairs)
+    missing: Shortfall = field(default_factory=Shortfall)
 
     @property
     def num_bytes(self) -> int:
@@ -107,25 +105,23 @@ def survey(
     dry_run: bool = False,
     many_processes: bool = True,
 ) -> None:
-    """Find what the store lacks, and render every such pair for every reference.
+    """Find what the store lacks, and render every such response for every reference.
 
-    Where there are many pairs, it uses all cores if `many_processes`. Sets damaged score files
+    Where there are many, it uses all cores if `many_processes`. Sets damaged score files
     aside unless it is a dry run, and changes nothing else. Raises `UserError` where the disk has no
     room.
     """
-    tasks: list[tuple[ReferencePlan, int, list[int]]] = []
+    tasks: list[tuple[ReferencePlan, int, ResponseSet]] = []
     for plan in plans:
         scores = store.scores(plan.job.identity)
         plan.damaged = scores.damaged() if dry_run else scores.check()
-        for shard in selection.shards:
-            if rows := selection.missing(shard, scores, refresh=shard == 0)[0]:
-                tasks.append((plan, shard, rows))
-    jobs = [(plan.job, selection, shard, rows) for plan, shard, rows in tasks]
-    many = many_processes and sum(len(rows) for _, _, rows in tasks) > POOL_PAIRS
+        tasks += [(plan, shard, missing) for shard, missing in selection.all_missing(scores)]
+    jobs = [(plan.job, selection, shard, missing) for plan, shard, missing in tasks]
+    many = many_processes and sum(len(missing) for _, _, missing in tasks) > POOL_RESPONSES
     processes = min(os.cpu_count() or 1, 32, len(tasks)) if many else 1
     pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
     with pool or nullcontext():
-        results: Iterable[MissingPairs] = (pool.map if pool else map)(_survey_shard, jobs)
+        results: Iterable[Shortfall] = (pool.map if pool else map)(_survey_shard, jobs)
         for (plan, _, _), missing in zip(tasks, results):
             plan.missing.add(missing)
     _check_disk(store, sum(plan.num_bytes for plan in plans))
@@ -134,7 +130,10 @@ def survey(
 def print_plans(plans: Sequence[ReferencePlan], selection: PairSelection, store: Store) -> None:
     """What was derived, on stdout."""
     pairs, engine = selection.pairs, plans[0].job.engine
-    print(f"{selection.num_pairs:,} pairs of {pairs.path}, engine {engine}, store {store.root}")
+    print(
+        f"{selection.num_pairs:,} pairs of {pairs.path} with {selection.num_responses:,} responses, "
+        f"engine {engine}, store {store.root}"
+    )
     for plan in plans:
         reference = plan.reference
         revision = f" at {reference.revision[:8]}" if reference.revision else ""
@@ -147,7 +146,7 @@ def print_plans(plans: Sequence[ReferencePlan], selection: PairSelection, store:
             newest = ", ".join(f"{part} at {new[:8]}" for part, new in reference.moved.items())
             print(f"  the Hub has newer commits ({newest}); --update-refs takes them")
         for name in plan.damaged:
-            print(f"  damaged, set aside, its pairs are scored again: {name}")
+            print(f"  damaged, set aside, its rows are scored again: {name}")
         if pairs.kind == "text" and renderer_for(plan.job).chat_template is not None:
             print("  warning: the pairs are plain text and this model has a chat template;")
             print("  `mrpo prepare --chat` makes them messages")
@@ -178,7 +177,7 @@ def model_context(reference: ResolvedReference) -> int | None:
 def _described(plan: ReferencePlan, selection: PairSelection, store: Store) -> list[str]:
     missing = plan.missing
     parts = [
-        f"{selection.num_pairs - missing.num_pairs:,} pairs in the store",
+        f"{selection.num_responses - missing.num_responses:,} responses in the store",
         f"{missing.todo:,} to score",
     ]
     if missing.todo:
@@ -210,18 +209,17 @@ def _check_disk(store: Store, needed: int) -> None:
         )
 
 
-def _survey_shard(task: tuple[Job, PairSelection, int, list[int]]) -> MissingPairs:
-    """What some rows of a shard cost under one reference."""
-    job, selection, shard, rows = task
-    rendered = renderer_for(job).render_many(selection.pairs.pairs(shard, rows))
-    ids = selection.pairs.pair_ids(shard)[rows]
-    work = sort_out(ids, rendered, job.context, job.limit)
-    branches = [branch for pair in work.pairs for branch in (pair.chosen, pair.rejected)]
-    return MissingPairs(
-        todo=len(work.pairs),
+def _survey_shard(task: tuple[Job, PairSelection, int, ResponseSet]) -> Shortfall:
+    """What some responses of a shard cost under one reference."""
+    job, selection, shard, missing = task
+    rendered = renderer_for(job).render_responses(missing.asked(selection.pairs, shard))
+    work = sort_out(missing, rendered, job.context, job.limit)
+    responses = [response for prompt in work.prompts for response in prompt.responses]
+    return Shortfall(
+        todo=len(responses),
         tokens=work.tokens,
-        scored_tokens=sum(branch.num_scored for branch in branches),
-        longest=max(map(padded_tokens, work.pairs), default=0),
+        scored_tokens=sum(response.num_scored for response in responses),
+        longest=max((len(response.token_ids) for response in responses), default=0),
         left_out=[work.left_out],
         refused=Counter(row["reason"] for row in work.refused),
     )
@@ -308,19 +306,18 @@ def verify_server(
 
 
 def spread(scores: pa.Table, expected: pa.Table) -> float:
-    """How far the responses' log-probs of pairs in both tables differ, a number of any length.
+    """How far the log-probs of the responses in both tables differ, a number of any length.
 
     The root mean square of difference / sqrt(tokens), in nats; infinite where the numbers of
-    tokens differ, NaN where no pair is in both.
+    tokens differ, NaN where no response is in both.
     """
-    places = IdIndex(ids_to_numpy(expected["pair_id"])).find(ids_to_numpy(scores["pair_id"]))
+    known = IdIndex(ids_to_numpy(expected["response_id"]))
+    places = known.find(ids_to_numpy(scores["response_id"]))
     scores, expected = scores.filter(pa.array(places >= 0)), expected.take(places[places >= 0])
-    columns = [[table[name].to_numpy() for name in LOGP_COLUMNS] for table in (scores, expected)]
-    (*logps, chosen, rejected), (*other_logps, other_chosen, other_rejected) = columns
-    if (chosen != other_chosen).any() or (rejected != other_rejected).any():
+    tokens = scores["tokens"].to_numpy()
+    if (tokens != expected["tokens"].to_numpy()).any():
         return float("inf")
-    change = np.concatenate(logps) - np.concatenate(other_logps)
-    squares = change**2 / np.concatenate([chosen, rejected])
+    squares = (scores["logp"].to_numpy() - expected["logp"].to_numpy()) ** 2 / tokens
     return float(np.sqrt(squares.mean())) if len(squares) else float("nan")
 
 
@@ -336,7 +333,7 @@ def _compared_with_store(
         stored = _scored(store, job.identity)
     except UserError:  # a damaged file, which `survey` sets aside
         return None
-    ids = ids_to_numpy(stored["pair_id"])
+    ids = ids_to_numpy(stored["response_id"])
     folders = [Path(run["pairs_folder"]) for run in reversed(runs) if "pairs_folder" in run]
     for pairs in (selection.pairs.path, *folders):
         if not (pairs / MANIFEST).is_file():
@@ -398,7 +395,7 @@ def _scored_by(
     job = replace(
         job, engine=engine, settings=settings, pairs=str(sample.path), split=None, store=str(root)
     )
-    run = ReferenceRun(job, sample.num_pairs)
+    run = ReferenceRun(job, PairSelection(sample).num_responses)
     # Engine hf on the CPU: the GPU may be the server's.
     outcome = run.run_here() if engine == "server" else run.run([""], folder)
     if problems := outcome.mistakes + outcome.crashes:
@@ -407,7 +404,7 @@ def _scored_by(
 
 
 def _scored(store: Store, identity: str) -> pa.Table:
-    table = store.scores(identity).read(["pair_id", "reason", *LOGP_COLUMNS])
+    table = store.scores(identity).read(["response_id", "logp", "tokens", "reason"])
     return table.filter(table["reason"].is_null())
 
 

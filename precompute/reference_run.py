@@ -90,10 +90,10 @@ def place(
 class ReferenceOutcome:
     """What one reference's scoring gave."""
 
-    pairs: int = 0  # scored
-    over_limit: int = 0  # pairs left out by a limit of this run or of its engine
-    left_out: int = 0  # of these, pairs that the store still lacks
-    unscored: int = 0  # further pairs that the store still lacks: they failed
+    responses: int = 0  # scored
+    over_limit: int = 0  # responses left out by a limit of this run or of its engine
+    left_out: int = 0  # of these, the ones that the store still lacks
+    unscored: int = 0  # further responses that the store still lacks: they failed
     tokens: int = 0  # computed for them
     seconds: float = 0.0  # from the first engine's readiness to the last shard's end
     facts: dict[str, Any] = field(default_factory=dict)
@@ -113,12 +113,12 @@ class _Running:
     log: Path
     environment: Mapping[str, str]
     batch: int = 0  # tokens that it computes at once
-    ahead: int = 0  # pairs it reported as progress, before their shard was finished
+    ahead: int = 0  # responses it reported as progress, before their shard was finished
     mistake: str | None = None  # of the user's
 
 
 class ReferenceRun:
-    """Scores `todo` pairs of a job's reference; called once, either `run` or `run_here`."""
+    """Scores `todo` responses of a job's reference; called once, either `run` or `run_here`."""
 
     def __init__(self, job: Job, todo: int) -> None:
         self._job = job
@@ -127,7 +127,7 @@ class ReferenceRun:
         self._outcome = ReferenceOutcome()
         self._ready: float | None = None
         self._bar = tqdm(
-            total=todo, desc=job.settings.alias, unit=" pairs", unit_scale=True, disable=None
+            total=todo, desc=job.settings.alias, unit=" responses", unit_scale=True, disable=None
         )
 
     def run(self, device_groups: Sequence[str | None], logs: Path) -> ReferenceOutcome:
@@ -179,12 +179,12 @@ class ReferenceRun:
             self._ready = self._ready or time.monotonic()
             self._bar.set_postfix_str("")
         elif kind == "progress":
-            self._bar.update(event["pairs"])
-            running.ahead += event["pairs"]
+            self._bar.update(event["responses"])
+            running.ahead += event["responses"]
         elif kind == "shard":
-            self._bar.update(event["pairs"] - running.ahead)
+            self._bar.update(event["responses"] - running.ahead)
             running.ahead = 0
-            self._outcome.pairs += event["pairs"]
+            self._outcome.responses += event["responses"]
             self._outcome.tokens += event["tokens"]
             self._outcome.over_limit += event["over_limit"]
             if self._ready is not None:

@@ -135,7 +135,9 @@ def _scored(spec: ReferenceSpec, store: Store, pairs: PairShards | None) -> str:
         return UNKNOWN
     scores = store.scores(record.identity)
     if pairs is None:
-        return f"{len(scores.pair_ids()):,} pairs"
-    shards = range(len(pairs.names))
-    missing = sum(int(scores.missing(pairs.pair_ids(shard)).sum()) for shard in shards)
+        return f"{len(scores.response_ids()):,} responses"
+    missing = sum(
+        int(scores.missing_pairs(pairs.response_ids(shard), refresh=shard == 0).sum())
+        for shard in range(len(pairs.names))
+    )
     return f"{pairs.num_pairs - missing:,} of {pairs.num_pairs:,}" if missing else "all"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from ..data.ids import IdIndex, ids_to_numpy
 from ..data.prepare import open_pairs
@@ -55,8 +56,8 @@ class ScoreResult:
     """What a run scored."""
 
     records: list[ReferenceRecord] = field(default_factory=list)  # by reference, in order
-    scored: dict[str, int] = field(default_factory=dict)  # pairs scored by this run, by alias
-    unscored: dict[str, int] = field(default_factory=dict)  # pairs that failed, by alias
+    scored: dict[str, int] = field(default_factory=dict)  # responses scored by this run, by alias
+    unscored: dict[str, int] = field(default_factory=dict)  # responses that failed, by alias
 
     @property
     def exit_code(self) -> int:
@@ -83,14 +84,14 @@ def score(
     data_parallel_size: int = 1,
     concurrency: int = 32,
 ) -> ScoreResult:
-    """Score every pair under every reference, as far as the store lacks it.
+    """Score every response of the pairs under every reference, as far as the store lacks it.
 
     `references` maps aliases to models or to entries as in refs.yaml; `split` scores the pairs of
     one split only. With `in_process`, each reference is loaded and scored in this process by engine
     hf, not in a process of its own. The other settings are those of `PrecomputeConfig`.
 
     Progress goes to stderr, nothing to stdout. A reference that failed is reported on stderr and
-    its pairs are counted in `ScoreResult.unscored`; raises `UserError` where a mistake of the
+    its responses are counted in `ScoreResult.unscored`; raises `UserError` where a mistake of the
     user's is the only reason.
 
         score({"llama": "meta-llama/Llama-3.2-1B-Instruct"}, "pairs", "store")
@@ -202,26 +203,26 @@ class _Run:
             record = self.store.record(plan.reference.record())
             if missing.todo or missing.refused:
                 outcome = self._score(plan)
-                print(f"{alias}: scored {outcome.pairs:,} pairs", file=sys.stderr)
+                print(f"{alias}: scored {outcome.responses:,} responses", file=sys.stderr)
             elif missing.over_limit:
                 left_out = np.concatenate(missing.left_out)
                 self.store.scores(plan.job.identity).leave_out(left_out)
-            if outcome.pairs:
+            if outcome.responses:
                 record = self.store.record(plan.reference.record(self._facts(alias, outcome)))
             lacking = self._lacking(plan.job.identity)
             outcome.left_out = min(lacking, max(missing.over_limit, outcome.over_limit))
             outcome.unscored = lacking - outcome.left_out
             self.outcomes.append(outcome)
             result.records.append(record)
-            result.scored[alias] = outcome.pairs
+            result.scored[alias] = outcome.responses
             result.unscored[alias] = outcome.unscored
         return result
 
     def print_summary(self) -> None:
         """A line per reference, on stdout."""
         for plan, outcome in zip(self.plans, self.outcomes):
-            stored = self.selection.num_pairs - plan.missing.num_pairs
-            parts = [f"{outcome.pairs:,} pairs scored", f"{stored:,} from the store"]
+            stored = self.selection.num_responses - plan.missing.num_responses
+            parts = [f"{outcome.responses:,} responses scored", f"{stored:,} from the store"]
             if outcome.tokens_per_second is not None:
                 parts[0] += (
                     f" ({outcome.tokens:,} tokens in {duration(outcome.seconds)}, "
@@ -332,7 +333,7 @@ class _Run:
             **({"verified": verified} if verified else {}),
             "python": platform.python_version(),
             "machine": platform.machine(),
-            "pairs": outcome.pairs,
+            "responses": outcome.responses,
             "pairs_folder": str(self.selection.pairs.path.resolve()),
             "tokens": outcome.tokens,
             "tokens_per_second": outcome.tokens_per_second,
@@ -340,15 +341,17 @@ class _Run:
         }
 
     def _lacking(self, identity: str) -> int:
-        """How many of the pairs have no row."""
-        scores, selection = self.store.scores(identity), self.selection
-        missing = (selection.missing(n, scores, refresh=n == 0) for n in selection.shards)
-        return sum(len(ids) for _, ids in missing)
+        """How many responses of the pairs have no row."""
+        missing = self.selection.all_missing(self.store.scores(identity))
+        return sum(len(responses) for _, responses in missing)
 
     def _reasons(self, identity: str) -> Counter[str]:
-        """The permanent reasons of the pairs that have a row without a score."""
-        table = self.store.scores(identity).read(["pair_id", "reason"])
+        """The permanent reasons of the responses that have a row without a score."""
+        table = self.store.scores(identity).read(["response_id", "reason"])
         refused = table.filter(table["reason"].is_valid())
-        index, reasons = IdIndex(ids_to_numpy(refused["pair_id"])), refused["reason"].to_pylist()
-        rows = (row for n in self.selection.shards for row in index.find(self.selection.ids(n)))
-        return Counter(reasons[row] for row in rows if row >= 0)
+        index = IdIndex(ids_to_numpy(refused["response_id"]))
+        found = np.zeros(len(refused), bool)
+        for shard in self.selection.shards if len(refused) else ():
+            places = index.find(self.selection.response_ids(shard).both)
+            found[places[places >= 0]] = True
+        return Counter(refused["reason"].filter(pa.array(found)).to_pylist())

@@ -1,41 +1,76 @@
-"""The loop over a reference's missing pairs: shard after shard, render, score, store.
+"""The loop over a reference's missing responses: shard after shard, render, score, store.
 
-The missing pairs of a shard become one file in the store, complete or absent, so a killed run loses
-at most the shard in progress. Several processes share a reference through leases; each works on the
+The missing responses of a shard of pairs become one file in the store, complete or absent, so a
+killed run loses at most the shard in progress. All of a prompt go to the engine together, which
+computes the prompt once. Several processes share a reference through leases; each works on the
 shards that no other holds, then waits for those, in case a holder dies. Object storage has no
 leases: there each worker of a run has shards of its own.
 
-A row of the store is a score, or the permanent reason why there is none. A pair that only a limit
-of this run leaves out is listed, but gets no row, so that the next run tries it again; a score that
-is not finite is never stored.
+A row of the store is a score, or the permanent reason why there is none. A response that only a
+limit of this run leaves out is listed, but gets no row, so that the next run tries it again; a
+score that is not finite is never stored.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..data.ids import IdArray, IdIndex, unit_of
-from ..data.rendering import Refusal, RenderedPair, Renderer
+from ..data.ids import IdArray, IdIndex, IdSet, ResponseIds, unit_of
+from ..data.pairs import Prompt, Turns
+from ..data.rendering import Refusal, RenderedPrompt, RenderedSequence, Renderer
 from ..data.shards import PairShards, ShardWriter
-from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles, Store
+from ..data.store import SCORE_SCHEMA, TOKEN_COLUMN, ScoreFiles, Store
 from ..errors import UserError
-from ..model.packing import packed_tokens, padded_tokens
+from ..model.packing import packed_tokens
 from .engines import EngineName
-from .engines.protocol import Engine, EngineSettings, PairTokenLogps, Progress
+from .engines.protocol import Engine, EngineSettings, Logps, Progress
 from .process import Report
 
 RENDERERS = 16  # kept in a process at most
 POLL_SECONDS = 1.0  # between two looks at shards that other processes hold
+
+Rendered = Sequence[Sequence[RenderedSequence | Refusal]]  # prompt by prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResponseSet:
+    """Some responses of a shard's pairs, each once, those of a prompt in a row."""
+
+    ids: IdArray  # [n]
+    prompt_ids: IdArray  # [n]
+    rows: np.ndarray  # [n] int64, of a pair in which the response stands, within the shard
+    rejected: np.ndarray  # [n] bool, in which place it stands there
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def only(self, kept: np.ndarray) -> ResponseSet:
+        """Some of them, by [n] bool."""
+        return ResponseSet(*(getattr(self, name)[kept] for name in self.__slots__))
+
+    def asked(self, pairs: PairShards, shard: int) -> list[tuple[Prompt, list[Turns]]]:
+        """Every prompt with its responses, in order."""
+        rows, place = np.unique(self.rows, return_inverse=True)
+        texts = pairs.pairs(shard, rows.tolist()) if len(self) else []
+        asked = []
+        numbers = zip(self.prompt_ids, place.tolist(), self.rejected.tolist())
+        for _, group in groupby(numbers, key=lambda entry: entry[0].tobytes()):
+            of_prompt = [(texts[row], rejected) for _, row, rejected in group]
+            responses = [pair.rejected if rejected else pair.chosen for pair, rejected in of_prompt]
+            asked.append((Prompt.of(of_prompt[0][0]), responses))
+        return asked
 
 
 @dataclass(frozen=True)
@@ -49,6 +84,12 @@ class PairSelection:
     def num_pairs(self) -> int:
         return sum(len(self.rows(shard)) for shard in self.shards)
 
+    @cached_property
+    def num_responses(self) -> int:
+        """Different responses of all the pairs."""
+        seen = IdSet()
+        return sum(int(seen.add(self.response_ids(shard).both).sum()) for shard in self.shards)
+
     @property
     def shards(self) -> range:
         return range(len(self.pairs.names))
@@ -60,18 +101,32 @@ class PairSelection:
         splits = self.pairs.table(shard, ["split"])["split"].to_numpy(zero_copy_only=False)
         return np.flatnonzero(splits == self.split)
 
-    def ids(self, shard: int) -> IdArray:
-        """[n] ids of the selected pairs of a shard."""
-        return self.pairs.pair_ids(shard)[self.rows(shard)]
+    def response_ids(self, shard: int) -> ResponseIds:
+        """The ids of the selected pairs of a shard."""
+        return self.pairs.response_ids(shard).take(self.rows(shard))
 
-    def missing(
-        self, shard: int, scores: ScoreFiles, *, refresh: bool = True
-    ) -> tuple[list[int], IdArray]:
-        """Row numbers and ids [n] of the selected pairs of a shard that the store lacks."""
-        rows = self.rows(shard)
-        ids = self.pairs.pair_ids(shard)[rows]
-        lacking = scores.missing(ids, refresh=refresh)
-        return rows[lacking].tolist(), ids[lacking]
+    def missing(self, shard: int, scores: ScoreFiles, *, refresh: bool = True) -> ResponseSet:
+        """The responses of the selected pairs of a shard that the store lacks."""
+        rows, ids = self.rows(shard), self.response_ids(shard)
+        responses = np.stack([ids.chosen, ids.rejected], axis=1).reshape(-1)  # pair by pair
+        lacking = np.flatnonzero(scores.missing(responses, refresh=refresh))
+        lacking = lacking[IdIndex(responses[lacking]).firsts()]
+        # A prompt's responses come where its first one is.
+        prompts = ids.prompts[lacking // 2]
+        order = np.argsort(IdIndex(prompts).find(prompts), kind="stable")
+        lacking = lacking[order]
+        return ResponseSet(
+            responses[lacking], prompts[order], rows[lacking // 2], lacking % 2 == 1
+        )
+
+    def all_missing(self, scores: ScoreFiles) -> Iterator[tuple[int, ResponseSet]]:
+        """The same shard by shard, each response once, though it stands in several shards."""
+        seen = IdSet()
+        for shard in self.shards:
+            missing = self.missing(shard, scores, refresh=shard == 0)
+            missing = missing.only(seen.add(missing.ids))
+            if len(missing):
+                yield shard, missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,32 +151,33 @@ class Job:
 
 @dataclass(slots=True)
 class ShardWork:
-    """Missing pairs of a shard as one reference sees them."""
+    """Missing responses of a shard as one reference sees them."""
 
-    ids: IdArray  # [n] of the pairs that can be scored
-    pairs: list[RenderedPair]
+    ids: IdArray  # [n] of the responses that can be scored, prompt by prompt
+    prompt_ids: IdArray  # [n]
+    prompts: list[RenderedPrompt]  # with n responses in all
     refused: list[dict[str, Any]]  # rows with a permanent reason
-    left_out: IdArray  # [n] of the pairs that only a limit of this run leaves out
+    left_out: IdArray  # of the responses that only a limit of this run leaves out
 
     @property
     def tokens(self) -> int:
-        """Tokens to compute, a prompt once for both responses."""
-        return sum(map(packed_tokens, self.pairs))
+        """Tokens to compute, a prompt once for all of its responses."""
+        return sum(map(packed_tokens, self.prompts))
 
 
 @dataclass(slots=True)
 class ShardResult:
-    """A shard's rows to store, and the pairs whose score was not finite."""
+    """A shard's rows to store, and the responses whose score was not finite."""
 
     table: pa.Table
-    not_finite: list[tuple[bytes, str]]  # pair id, branch
+    not_finite: list[bytes]  # ids
 
 
 class ReferenceScorer:
-    """Scores every selected pair that the store lacks under one reference."""
+    """Scores every response of the selected pairs that the store lacks under one reference."""
 
     def __init__(self, job: Job, engine: Engine | None, report: Report) -> None:
-        """`engine` is None where preflight saw no pair that can be scored."""
+        """`engine` is None where preflight saw no response that can be scored."""
         self._job, self._engine, self._report = job, engine, report
         self._renderer = renderer_for(job)
         self._selection = PairSelection(PairShards(job.pairs), job.split)
@@ -149,39 +205,41 @@ class ReferenceScorer:
         numbers = iter(shards)
         with ThreadPoolExecutor(1) as pool:
 
-            def render_next() -> Future[tuple[int, IdArray, ShardWork]] | None:
+            def render_next() -> Future[tuple[int, ResponseSet, Rendered]] | None:
                 number = next(numbers, None)
                 return None if number is None else pool.submit(self._render, number)
 
             future = render_next()
             while future is not None:
-                number, missing, shard = future.result()
-                if len(missing) == 0:
+                number, missing, rendered = future.result()
+                if not len(missing):
                     future = render_next()
                     continue
-                with self._scores.lease(unit_of(missing)) as ours:
-                    # Another process may have finished it before we got the lease.
-                    still_missing = ours and bool(self._scores.missing(missing).all())
+                with self._scores.lease(unit_of(missing.ids)) as ours:
+                    # Some may be scored by now: in another shard, or by another process.
+                    still_missing = self._scores.missing(missing.ids) if ours else None
                     future = render_next()
-                    if still_missing:
-                        self._score(number, shard)
-                    else:
+                    if still_missing is None:
                         again.append(number)
+                    elif still_missing.any():
+                        self._score(number, missing, rendered, still_missing)
         return again
 
-    def _render(self, number: int) -> tuple[int, IdArray, ShardWork]:
-        """A shard's number, the ids of its missing pairs, and these rendered."""
-        rows, ids = self._selection.missing(number, self._scores)
-        pairs = self._selection.pairs.pairs(number, rows) if rows else []
-        rendered = self._renderer.render_many(pairs)
-        return number, ids, sort_out(ids, rendered, self._job.context, self._limit)
+    def _render(self, number: int) -> tuple[int, ResponseSet, Rendered]:
+        """A shard's number, its missing responses, and these rendered prompt by prompt."""
+        missing = self._selection.missing(number, self._scores)
+        asked = missing.asked(self._selection.pairs, number)
+        return number, missing, self._renderer.render_responses(asked)
 
-    def _score(self, number: int, shard: ShardWork) -> None:
+    def _score(
+        self, number: int, missing: ResponseSet, rendered: Rendered, kept: np.ndarray
+    ) -> None:
+        shard = sort_out(missing, rendered, self._job.context, self._limit, kept)
         result = score_rows(
             shard,
             self._engine,
             keep_token_logps=self._job.keep_token_logps,
-            progress=lambda pairs: self._report({"event": "progress", "pairs": pairs}),
+            progress=lambda count: self._report({"event": "progress", "responses": count}),
         )
         if len(result.table):
             self._scores.add(result.table)
@@ -190,39 +248,35 @@ class ReferenceScorer:
             {
                 "event": "shard",
                 "shard": number,
-                "pairs": len(shard.pairs) - len(result.not_finite),
+                "responses": len(shard.ids) - len(result.not_finite),
                 "tokens": shard.tokens,
                 "refused": len(shard.refused),
                 "over_limit": len(shard.left_out),
             }
         )
         if result.not_finite:
-            pair_id, branch = result.not_finite[0]
             raise UserError(
-                f"reference {self._job.settings.alias}: pair {pair_id.hex()}: the log-prob of its "
-                f"{branch} response is not finite ({len(result.not_finite)} such pairs in this "
-                "shard); nothing is stored for them; set dtype to bfloat16 or float32 in "
-                "refs.yaml, or check the weights"
+                f"reference {self._job.settings.alias}: the log-prob of response "
+                f"{result.not_finite[0].hex()} is not finite ({len(result.not_finite)} such "
+                "responses in this shard); nothing is stored for them; set dtype to bfloat16 or "
+                "float32 in refs.yaml, or check the weights"
             )
 
 
 def write_sample(
     pairs: PairShards, count: int, folder: Path, among: IdArray | None = None
 ) -> PairShards | None:
-    """Up to `count` random pairs, of those whose ids are `among`; None where there are none.
+    """Up to `count` random pairs, of those whose responses are `among`; None without any.
 
     They are written as a folder of pairs, because a worker process reads its pairs from one.
     """
     index = None if among is None else IdIndex(among)
-    places = [
-        (shard, int(row))
-        for shard in range(len(pairs.names))
-        for row in (
-            range(pairs.rows[shard])
-            if index is None
-            else np.flatnonzero(index.find(pairs.pair_ids(shard)) >= 0)
-        )
-    ]
+    places: list[tuple[int, int]] = []
+    for shard, rows in enumerate(pairs.rows):
+        known = np.ones(rows, bool)
+        if index is not None:
+            known = (index.find(pairs.response_ids(shard).both) >= 0).reshape(2, -1).all(axis=0)
+        places += [(shard, int(row)) for row in np.flatnonzero(known)]
     if not places:
         return None
     folder.mkdir()
@@ -253,75 +307,89 @@ def renderer_for(job: Job) -> Renderer:
 
 
 def sort_out(
-    ids: IdArray,
-    rendered: Sequence[RenderedPair | Refusal],
+    missing: ResponseSet,
+    rendered: Rendered,
     context: int | None,
     limit: int | None,
+    kept: np.ndarray | None = None,
 ) -> ShardWork:
-    """Separate the pairs that can be scored from those that never can, or not in this run.
+    """Separate the responses that can be scored from those that never can, or not in this run.
 
-    `context` is the longest sequence (tokens) of the model itself, `limit` that of this run.
+    Args:
+        rendered: prompt by prompt, in the order of `missing`.
+        context: tokens of the longest sequence of the model itself; `limit` those of this run.
+        kept: [n] bool, which of the responses are meant; all where it is None.
     """
-    kept: list[int] = []
-    pairs: list[RenderedPair] = []
+    places: list[int] = []
+    prompts: list[RenderedPrompt] = []
     refused: list[dict[str, Any]] = []
     left_out: list[int] = []
-    for row, pair in enumerate(rendered):
-        pair_id = ids[row].tobytes()
-        if isinstance(pair, Refusal):
-            refused.append({"pair_id": pair_id, "reason": pair.reason})
-        elif context is not None and padded_tokens(pair) > context:
-            refused.append({"pair_id": pair_id, "reason": "beyond_context", **_token_counts(pair)})
-        elif limit is not None and padded_tokens(pair) > limit:
-            left_out.append(row)
-        else:
-            kept.append(row)
-            pairs.append(pair)
-    return ShardWork(ids[kept], pairs, refused, ids[left_out])
+    starts = accumulate(map(len, rendered), initial=0)
+    for start, responses in zip(starts, rendered):
+        together: list[RenderedSequence] = []
+        for place, response in enumerate(responses, start):
+            if kept is not None and not kept[place]:
+                continue
+            ids = _ids_of(missing.prompt_ids[place], missing.ids[place])
+            if isinstance(response, Refusal):
+                refused.append({**ids, "reason": response.reason})
+            elif context is not None and len(response.token_ids) > context:
+                refused.append({**ids, "reason": "beyond_context", **_rendered_facts(response)})
+            elif limit is not None and len(response.token_ids) > limit:
+                left_out.append(place)
+            else:
+                places.append(place)
+                together.append(response)
+        if together:
+            prompts.append(RenderedPrompt.of(together))
+    ids, prompt_ids = missing.ids, missing.prompt_ids
+    return ShardWork(ids[places], prompt_ids[places], prompts, refused, ids[left_out])
 
 
 def score_rows(
     work: ShardWork, engine: Engine | None, *, keep_token_logps: bool, progress: Progress
 ) -> ShardResult:
-    """Score a shard's pairs and build the rows to store, refusals included."""
-    scored: list[PairTokenLogps] = []
-    if work.pairs:
-        assert engine is not None, "preflight saw no pair to score"
-        scored = engine.score(work.pairs, progress)
+    """Score a shard's responses and build the rows to store, refusals included."""
+    scored: list[tuple[Logps, ...]] = []
+    if work.prompts:
+        assert engine is not None, "preflight saw no response to score"
+        scored = engine.score(work.prompts, progress)
     rows = list(work.refused)
-    not_finite: list[tuple[bytes, str]] = []
-    for pair_id, pair, logps in zip(work.ids, work.pairs, scored, strict=True):
-        row = {"pair_id": pair_id.tobytes(), **_token_counts(pair), **_sums(pair, logps)}
-        bad = [name for name in ("chosen", "rejected") if not np.isfinite(row[f"{name}_logp"])]
-        if bad:
-            not_finite.append((row["pair_id"], bad[0]))
+    not_finite: list[bytes] = []
+    responses = [response for prompt in work.prompts for response in prompt.responses]
+    logps = [values for of_prompt in scored for values in of_prompt]
+    for prompt_id, response_id, response, values in zip(
+        work.prompt_ids, work.ids, responses, logps, strict=True
+    ):
+        row = _ids_of(prompt_id, response_id) | _rendered_facts(response) | _sums(response, values)
+        if not np.isfinite(row["logp"]):
+            not_finite.append(row["response_id"])
             continue
-        if keep_token_logps:
-            row |= dict(zip(TOKEN_COLUMNS, (logps.chosen, logps.rejected)))
-        rows.append(row)
+        rows.append(row | {TOKEN_COLUMN: values} if keep_token_logps else row)
     schema = SCORE_SCHEMA
-    for name in TOKEN_COLUMNS if keep_token_logps else ():
-        schema = schema.append(pa.field(name, pa.list_(pa.float32())))
+    if keep_token_logps:
+        schema = schema.append(pa.field(TOKEN_COLUMN, pa.list_(pa.float32())))
     return ShardResult(pa.Table.from_pylist(rows, schema), not_finite)
 
 
-def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
-    """Nats of each response and of its end of turn, summed in float64."""
-    sums = {}
-    for name in ("chosen", "rejected"):
-        sequence, values = getattr(pair, name), getattr(logps, name)
-        assert len(values) == sequence.num_scored
-        end = values[len(values) - (len(sequence.token_ids) - sequence.end_start) :]
-        sums[f"{name}_logp"] = float(values.astype(np.float64).sum())
-        sums[f"{name}_end_logp"] = float(end.astype(np.float64).sum())
-    return sums
+def _ids_of(prompt_id: np.void, response_id: np.void) -> dict[str, Any]:
+    return {"prompt_id": prompt_id.tobytes(), "response_id": response_id.tobytes()}
 
 
-def _token_counts(pair: RenderedPair) -> dict[str, Any]:
+def _sums(response: RenderedSequence, logps: Logps) -> dict[str, float]:
+    """Nats of the response and of its end of turn, summed in float64."""
+    assert len(logps) == response.num_scored
+    end = logps[len(logps) - (len(response.token_ids) - response.end_start) :]
     return {
-        "chosen_tokens": pair.chosen.num_scored,
-        "rejected_tokens": pair.rejected.num_scored,
-        "prompt_tokens": pair.chosen.start,
-        "chosen_boundary": pair.chosen.boundary,
-        "rejected_boundary": pair.rejected.boundary,
+        "logp": float(logps.astype(np.float64).sum()),
+        "end_logp": float(end.astype(np.float64).sum()),
+    }
+
+
+def _rendered_facts(response: RenderedSequence) -> dict[str, Any]:
+    return {
+        "tokens": response.num_scored,
+        "prompt_tokens": response.start,
+        "boundary": response.boundary,
+        "checksum": zlib.crc32(np.array(response.token_ids, "<i4").tobytes()),
     }

@@ -26,7 +26,7 @@ from .preflight import SERVER
 from .run import score
 from .scoring import write_sample
 
-COLUMNS = ["pair_id", "reason", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
+COLUMNS = ["response_id", "reason", "logp", "tokens"]
 # Nats per token that two runs in a precision may differ by: in 16 bits another batch size alone
 # moves single tokens by 0.05, and means by far less.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
@@ -97,7 +97,7 @@ def _scored_again(
     stored = stored.filter(stored["reason"].is_null())
     engine = record.runs[-1].get("engine") if record.runs else None
     with tempfile.TemporaryDirectory(prefix="mrpo-verify-") as folder:
-        ids = ids_to_numpy(stored["pair_id"])
+        ids = ids_to_numpy(stored["response_id"])
         sample = write_sample(pairs, config.rescore, Path(folder) / "pairs", ids)
         if sample is None:
             raise UserError(
@@ -134,30 +134,25 @@ def _last_folder(record: ReferenceRecord) -> str:
 
 
 def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool:
-    rows = IdIndex(ids_to_numpy(stored["pair_id"])).find(ids_to_numpy(again["pair_id"]))
+    known = IdIndex(ids_to_numpy(stored["response_id"]))
+    rows = known.find(ids_to_numpy(again["response_id"]))
     before = stored.take(pa.array(rows))
     refused = again["reason"].is_valid().to_numpy()
     if refused.any():
-        print(f"differs {_title(record)}: {refused.sum()} of {len(again)} pairs are refused now")
+        print(f"differs {_title(record)}: {refused.sum()} of {len(again)} responses are refused now")
         return False
     dtype = str(record.inputs.get("dtype"))
-    tokens = _both_branches(before, "tokens")
-    change = _both_branches(again, "logp") - _both_branches(before, "logp")
+    tokens = before["tokens"].to_numpy()
+    change = again["logp"].to_numpy() - before["logp"].to_numpy()
     tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values()))
-    same_tokens = bool((tokens == _both_branches(again, "tokens")).all())
+    same_tokens = bool((tokens == again["tokens"].to_numpy()).all())
     close = bool((np.abs(change) <= FLOOR + tolerance * tokens).all())
     centered = bool(abs(change.sum()) <= FLOOR + MEAN_SHARE * tolerance * tokens.sum())
     agrees = same_tokens and close and centered
     print(
-        f"{'agrees ' if agrees else 'differs'} {_title(record)}: {len(again):,} pairs scored again "
-        f"in {dtype}, largest difference {np.abs(change).max():.2g} nats a response, "
+        f"{'agrees ' if agrees else 'differs'} {_title(record)}: {len(again):,} responses scored "
+        f"again in {dtype}, largest difference {np.abs(change).max():.2g} nats a response, "
         f"{change.sum() / tokens.sum():+.2g} a token on average"
         + ("" if same_tokens else "; the numbers of tokens differ")
     )
     return agrees
-
-
-def _both_branches(table: pa.Table, quantity: str) -> np.ndarray:
-    """[2n]: the column of the chosen responses, then that of the rejected ones."""
-    columns = [table[f"{branch}_{quantity}"].to_numpy() for branch in ("chosen", "rejected")]
-    return np.concatenate(columns).astype(np.float64)

@@ -1,4 +1,5 @@
 """The commands on a whole store: status, the digests of verify, gc, push and pull.
+(`upgrade.py` has that of stores which earlier versions wrote.)
 
 `status` reads footers only; `verify` reads every byte and changes none (`precompute/verify.py` adds
 the sample that is scored again). `gc` lists what a store no longer needs and removes it on request:
@@ -25,13 +26,12 @@ from ...files import TEMPORARY
 from ...settings import comma_separated, command
 from ...terminal import print_table
 from ..config import GcConfig, PullConfig, PushConfig, StatusConfig, VerifyConfig
-from ..ids import ID_DTYPE, IdArray, IdIndex
+from ..ids import ID_DTYPE, IdIndex
 from ..shards import PairShards
 from .files import Files, LocalFiles
-from .scores import BAD, LEFT_OUT, ScoreFiles, intact
+from .scores import BAD, KEPT_ASIDE, LEFT_OUT, EarlierLayout, ScoreFiles, intact
 from .store import POLICIES, ReferenceRecord, Store, merged, open_store
 
-SLICE = 2**20  # pairs looked up at a time: ten million at once would take a gigabyte more
 DAMAGED = "damaged"
 ABANDONED = 3600  # seconds without a change after which a temporary file has no writer any more
 RUN_FILES = (".json", ".jsonl", ".yaml", ".yml", ".md")  # files of a run that may name references
@@ -48,11 +48,9 @@ def status(config: StatusConfig) -> None:
     references = open_store(config.store)
     store = references.policies if config.policies else references
     heading = ["reference", "identity", "rows", "size", "recorded", "engine", "precision", "model"]
-    ids = None
-    if config.pairs:
-        pairs = PairShards(config.pairs)
-        ids = np.concatenate([pairs.pair_ids(shard) for shard in range(len(pairs.names))])
-        heading.append(f"missing of {len(ids):,}")
+    pairs = PairShards(config.pairs) if config.pairs else None
+    if pairs is not None:
+        heading.append(f"missing of {pairs.num_pairs:,}")
     lines = []
     counted: dict[frozenset[str], int] = {}
     total, num_bad = 0, 0
@@ -61,10 +59,10 @@ def status(config: StatusConfig) -> None:
         total += scores.num_bytes()
         num_bad += len(scores.set_aside())
         line = _status_line(identity, store.names_of(identity), scores)
-        if ids is not None:
+        if pairs is not None:
             # Damage that the footers show is not looked for again in the rows.
             torn = line[2] == DAMAGED
-            line.append(DAMAGED if torn else _shown(partial(_missing, scores, ids, counted)))
+            line.append(DAMAGED if torn else _shown(partial(_missing, scores, pairs, counted)))
         lines.append(line)
     newest_first = sorted(lines, key=lambda line: line[4], reverse=True)
     print_table([heading, *newest_first], justify="left")
@@ -173,9 +171,9 @@ def _named_by(folders: list[str]) -> set[str]:
 
 def _files_of(files: Files, folder: str) -> Iterator[tuple[str, str, int]]:
     """(path, name, bytes) of every file of an identity."""
-    for inner in (folder, f"{folder}/scores", f"{folder}/{LEFT_OUT}", f"{folder}/leases"):
-        for name, size in sorted(files.sizes(inner).items()):
-            yield f"{inner}/{name}", name, size
+    for inner in ("", "/scores", f"/{LEFT_OUT}", f"/{KEPT_ASIDE}", "/leases"):
+        for name, size in sorted(files.sizes(f"{folder}{inner}").items()):
+            yield f"{folder}{inner}/{name}", name, size
 
 
 def _unfinished(path: str) -> bool:
@@ -237,6 +235,7 @@ def pull(config: PullConfig) -> Transfer:
 
 def _transfer_all(source: Store, target: Store, refs: str | None) -> Transfer:
     done = Transfer()
+    target.references()  # refuses a store of an earlier version
     for identity in selected(source, refs):
         _transfer(source, target, identity, done)
     print(
@@ -301,6 +300,7 @@ def _require(store: Store) -> None:
             f"--store {store.root}: holds no references; `mrpo precompute` fills a store, "
             "--store or $MRPO_STORE names one"
         )
+    store.references()  # refuses a store of an earlier version
 
 
 def _status_line(identity: str, names: list[ReferenceRecord], scores: ScoreFiles) -> list[str]:
@@ -326,17 +326,21 @@ def _shown(count: Callable[[], int]) -> str:
     """The number; a file that can't be read must not hide the other references."""
     try:
         return f"{count():,}"
+    except EarlierLayout:
+        raise
     except UserError:
         return DAMAGED
 
 
-def _missing(scores: ScoreFiles, ids: IdArray, counted: dict[frozenset[str], int]) -> int:
-    """How many pairs have no row. `counted` keeps the answer for references of equal units."""
+def _missing(scores: ScoreFiles, pairs: PairShards, counted: dict[frozenset[str], int]) -> int:
+    """How many pairs have a response without a row.
+
+    `counted` keeps the answer for references of equal units.
+    """
     units = scores.units()
     if units not in counted:
-        starts = range(0, len(ids), SLICE)
         counted[units] = sum(
-            int(scores.missing(ids[start : start + SLICE], refresh=start == 0).sum())
-            for start in starts
+            int(scores.missing_pairs(pairs.response_ids(shard), refresh=shard == 0).sum())
+            for shard in range(len(pairs.names))
         )
     return counted[units]

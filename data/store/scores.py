@@ -1,12 +1,13 @@
-"""The scores of one reference: a schema, and immutable Parquet files named by pairs and bytes.
+"""The scores of one reference: a schema, and immutable Parquet files named by rows and bytes.
 
-`<store>/<identity>/scores/<unit>-<digest>.parquet`: the unit is a digest of the pair ids, the other
-of the file's bytes. A file that exists is complete. Where two files have a row for the same pair,
-the one that sorts first by name counts, for every reader. A row has a finite score, or the reason
-why there is none. docs/store.md describes the columns for readers outside this package.
+A row is a response under its prompt, whatever pair it stands in. The files are
+`<store>/<identity>/scores/<unit>-<digest>.parquet`: the unit is a digest of the response ids, the
+other of the file's bytes. A file that exists is complete. Where two files have a row for the same
+response, the one that sorts first by name counts, for every reader. A row has a finite score, or
+the reason why there is none. docs/store.md describes the columns for readers outside this package.
 
-`<store>/<identity>/left-out/<unit>.json` has the pairs that only a limit of a run left out. They
-have no row, so a later run tries them again; until then training counts them as missing.
+`<store>/<identity>/left-out/<unit>.json` has the responses that only a limit of a run left out.
+They have no row, so a later run tries them again; until then training counts them as missing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..ids import (
     IdArray,
     IdIndex,
     IdSet,
+    ResponseIds,
     digest_of,
     ids_from_bytes,
     ids_to_numpy,
@@ -39,35 +41,45 @@ from ..ids import (
 )
 from .files import Files
 
-SCHEMA_VERSION = b"1"
+SCHEMA_VERSION = b"2"
 
 SCORE_SCHEMA = pa.schema(
     [
-        pa.field("pair_id", ID_TYPE, nullable=False),
-        pa.field("chosen_logp", pa.float64()),  # nats, summed over the response; null with a reason
-        pa.field("rejected_logp", pa.float64()),
-        pa.field("chosen_end_logp", pa.float64()),  # the end-of-turn part of chosen_logp
-        pa.field("rejected_end_logp", pa.float64()),
-        pa.field("chosen_tokens", pa.int32()),  # scored tokens, end of turn included
-        pa.field("rejected_tokens", pa.int32()),
-        pa.field("prompt_tokens", pa.int32()),
-        pa.field("chosen_boundary", pa.bool_()),  # first scored token starts inside the prompt
-        pa.field("rejected_boundary", pa.bool_()),
+        pa.field("prompt_id", ID_TYPE, nullable=False),
+        pa.field("response_id", ID_TYPE, nullable=False),  # of the response under its prompt
+        pa.field("logp", pa.float64()),  # nats, summed over the response; null with a reason
+        pa.field("end_logp", pa.float64()),  # the part of it that the end of turn makes
+        pa.field("tokens", pa.int32()),  # scored tokens, end of turn included
+        pa.field("prompt_tokens", pa.int32()),  # tokens before the first scored one
+        pa.field("boundary", pa.bool_()),  # the first scored token starts inside the prompt
+        pa.field("checksum", pa.uint32()),  # CRC-32 of all token ids: equal where these are
         pa.field("reason", pa.string()),  # why there is no score; null where there is one
     ],
     metadata={b"mrpo.scores": SCHEMA_VERSION},
 )
-TOKEN_COLUMNS = ("chosen_token_logps", "rejected_token_logps")  # with --keep-token-logps
+EARLIER_COLUMNS = {"pair_id", "chosen_logp", "rejected_logp"}  # some of those of version 1
+TOKEN_COLUMN = "token_logps"  # with --keep-token-logps
 TOKEN_TYPE = pa.list_(pa.float32())
-_LOGPS = ("chosen_logp", "rejected_logp", "chosen_end_logp", "rejected_end_logp")
 
 SCORE_FILE = re.compile(r"[0-9a-f]{32}-([0-9a-f]{32})\.parquet")
 LEFT_OUT = "left-out"
-OVER_LIMIT = "over_limit"  # the reason of a pair that only a limit of a run left out
+KEPT_ASIDE = "kept-aside"  # rows of an earlier layout whose pairs `mrpo store upgrade` did not find
+OVER_LIMIT = "over_limit"  # the reason of a response that only a limit of a run left out
 BAD = ".bad"  # ends the name of a damaged file that was set aside
 READERS = 8  # files read at a time
+IDS_AT_ONCE = 64  # files whose ids are in memory twice for a moment
 
 Value = TypeVar("Value")
+
+
+class EarlierLayout(UserError):
+    """A store whose rows are pairs, as earlier versions wrote it."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(
+            f"--store {root}: written by an earlier version of mrpo, which scored pairs, not "
+            f"responses; `mrpo store upgrade --store {root}` moves its scores over"
+        )
 
 
 class ScoreFiles:
@@ -81,11 +93,11 @@ class ScoreFiles:
         self._known = IdSet()
 
     def names(self) -> list[str]:
-        """The score files in the order that decides between two rows for a pair."""
+        """The score files in the order that decides between two rows for a response."""
         return sorted(filter(SCORE_FILE.fullmatch, self._files.names(self._folder)))
 
     def units(self) -> frozenset[str]:
-        """The units of the files: equal sets of units have equal pairs."""
+        """The units of the files: equal sets of units have equal responses."""
         return frozenset(name.partition("-")[0] for name in self.names())
 
     def set_aside(self) -> list[str]:
@@ -105,38 +117,43 @@ class ScoreFiles:
 
         return sum(_parallel(rows, self.names()))
 
-    def pair_ids(self) -> IdArray:
-        """Every pair with a row, scored or permanently missing, once: [n] of 16 bytes."""
+    def response_ids(self) -> IdArray:
+        """Every response with a row, scored or permanently missing, once: [n] of 16 bytes."""
         ids = np.concatenate([np.empty(0, ID_DTYPE), *_parallel(self.ids_of, self.names())])
         return ids[IdIndex(ids).firsts()]
 
     def missing(self, ids: IdArray, *, refresh: bool = True) -> np.ndarray:
-        """Which of the pairs have no row yet, [n] bool.
+        """Which of the responses have no row yet, [n] bool.
 
         `refresh` looks for files that appeared since the last call; each is read once.
         """
         if refresh:
             names = [name for name in self.names() if name not in self._read_names]
-            if names:
-                # Only the joined array is kept: millions of ids twice would be the memory's peak.
-                self._known.add(np.concatenate(_parallel(self.ids_of, names)))
-                self._read_names.update(names)
+            for start in range(0, len(names), IDS_AT_ONCE):
+                some = names[start : start + IDS_AT_ONCE]
+                self._known.add(np.concatenate(_parallel(self.ids_of, some)))
+                self._read_names.update(some)
         return ~self._known.contains(ids)
 
+    def missing_pairs(self, ids: ResponseIds, *, refresh: bool = True) -> np.ndarray:
+        """Which of the pairs have a response without a row, [n] bool; `refresh` as in `missing`."""
+        return self.missing(ids.both, refresh=refresh).reshape(2, -1).any(axis=0)
+
     def leave_out(self, ids: IdArray) -> None:
-        """Remember pairs that only a limit of a run left without a score."""
+        """Remember responses that only a limit of a run left without a score."""
         if len(ids):
-            content = {"reason": OVER_LIMIT, "pairs": [pair_id.tobytes().hex() for pair_id in ids]}
+            responses = [response_id.tobytes().hex() for response_id in ids]
+            content = {"reason": OVER_LIMIT, "responses": responses}
             name = f"{self._identity}/{LEFT_OUT}/{unit_of(ids)}.json"
             self._files.write(name, json.dumps(content).encode())
 
     def left_out(self) -> IdSet:
-        """The pairs that runs so far have left out for a limit; some may be scored since."""
+        """The responses that runs so far left out for a limit; some may be scored since."""
         known, folder = IdSet(), f"{self._identity}/{LEFT_OUT}"
         for name in self._files.names(folder):
             if name.endswith(".json") and not name.startswith(TEMPORARY):
-                pairs = json.loads(self._files.read(f"{folder}/{name}"))["pairs"]
-                known.add(ids_from_bytes([bytes.fromhex(pair_id) for pair_id in pairs]))
+                responses = json.loads(self._files.read(f"{folder}/{name}"))["responses"]
+                known.add(ids_from_bytes([bytes.fromhex(response) for response in responses]))
         return known
 
     def add(self, table: pa.Table) -> str:
@@ -147,18 +164,18 @@ class ScoreFiles:
         """
         table = checked(table)
         data = to_bytes(table)
-        name = f"{unit_of(ids_to_numpy(table['pair_id']))}-{digest_of(data)}.parquet"
+        name = f"{unit_of(ids_to_numpy(table['response_id']))}-{digest_of(data)}.parquet"
         self._files.write(f"{self._folder}/{name}", data)
         return name
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row for each pair, in the order of the files."""
+        """One row for each response, in the order of the files."""
         names = list(SCORE_SCHEMA.names if columns is None else columns)
-        parts = list(self.tables(list(dict.fromkeys(["pair_id", *names]))))
+        parts = list(self.tables(list(dict.fromkeys(["response_id", *names]))))
         if not parts:
             return SCORE_SCHEMA.empty_table().select(names)
         table = pa.concat_tables(parts)
-        firsts = IdIndex(ids_to_numpy(table["pair_id"])).firsts()
+        firsts = IdIndex(ids_to_numpy(table["response_id"])).firsts()
         if len(firsts) < len(table):
             table = table.take(firsts)
         return table.select(names)
@@ -177,9 +194,8 @@ class ScoreFiles:
                 raise UserError(self._damage(name))
             with self._parsed(name, pa.BufferReader(data)) as file:
                 table = file.read(columns=list(columns))
-            for column in TOKEN_COLUMNS:
-                if column in columns and column not in table.column_names:
-                    table = table.append_column(column, pa.nulls(len(table), TOKEN_TYPE))
+            if TOKEN_COLUMN in columns and TOKEN_COLUMN not in table.column_names:
+                table = table.append_column(TOKEN_COLUMN, pa.nulls(len(table), TOKEN_TYPE))
             yield table.select(list(columns))
 
     def read_file(self, name: str) -> bytes:
@@ -218,9 +234,9 @@ class ScoreFiles:
         return self._files.lease(f"{self._identity}/leases/{unit}")
 
     def ids_of(self, name: str) -> IdArray:
-        """The pairs of one file. Raises `UserError` where it can't be read as Parquet."""
+        """The responses of one file. Raises `UserError` where it can't be read as Parquet."""
         with self._opened(name) as file:
-            return ids_to_numpy(file.read(columns=["pair_id"])["pair_id"])
+            return ids_to_numpy(file.read(columns=["response_id"])["response_id"])
 
     def _opened(self, name: str) -> contextlib.AbstractContextManager[pq.ParquetFile]:
         return self._parsed(name, self._files.open(f"{self._folder}/{name}"))
@@ -232,6 +248,8 @@ class ScoreFiles:
             with pq.ParquetFile(source) as file:
                 there = [(field.name, field.type, field.nullable) for field in file.schema_arrow]
                 expected = {(field.name, field.type, field.nullable) for field in SCORE_SCHEMA}
+                if EARLIER_COLUMNS <= {name for name, *_ in there}:
+                    raise EarlierLayout(self._files.root)
                 if len({name for name, *_ in there}) < len(there) or not expected <= set(there):
                     raise UserError(
                         f"{self._files.root}/{self._folder}/{name}: its columns are not those of "
@@ -258,18 +276,17 @@ def checked(table: pa.Table) -> pa.Table:
     comes with one. Wrong columns and repeated ids are faults of the caller: `AssertionError`.
     """
     schema = SCORE_SCHEMA
-    for name in TOKEN_COLUMNS:
-        if name in table.column_names:
-            schema = schema.append(pa.field(name, TOKEN_TYPE))
+    if TOKEN_COLUMN in table.column_names:
+        schema = schema.append(pa.field(TOKEN_COLUMN, TOKEN_TYPE))
     assert set(table.column_names) == set(schema.names), table.column_names
     table = table.select(schema.names).cast(schema)
-    ids = ids_to_numpy(table["pair_id"])
-    assert len(IdIndex(ids).firsts()) == len(ids), "a unit holds a pair twice"
+    ids = ids_to_numpy(table["response_id"])
+    assert len(IdIndex(ids).firsts()) == len(ids), "a unit holds a response twice"
     missing = table["reason"].is_valid().to_numpy()
-    for name in _LOGPS:
+    for name in ("logp", "end_logp"):
         values = table[name].to_numpy()  # null becomes NaN
         absent = table[name].is_null().to_numpy()
-        required = ~missing if name in _LOGPS[:2] else ~missing & ~absent
+        required = ~missing if name == "logp" else ~missing & ~absent
         _refuse(table, name, required & ~np.isfinite(values), values)
         _refuse(table, name, missing & ~absent, values)
     return table
@@ -286,9 +303,9 @@ def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> 
     if not bad.any():
         return
     row = int(np.flatnonzero(bad)[0])
-    pair, reason = table["pair_id"][row].as_py().hex(), table["reason"][row].as_py()
+    response, reason = table["response_id"][row].as_py().hex(), table["reason"][row].as_py()
     raise UserError(
-        f"pair {pair}: {name} is {values[row]} with reason {reason!r}; a score must be finite, "
+        f"response {response}: {name} is {values[row]} with reason {reason!r}; a score must be finite, "
         f"or missing with a reason ({int(bad.sum())} such rows; check the reference's weights)"
     )
 

@@ -1,13 +1,13 @@
-"""The score store: every reference's scores of every pair, computed once and kept.
+"""The score store: every reference's scores of every response, computed once and kept.
 
 `<store>/<identity>/reference.json` says what determines the scores, under which names they are
 known (alias and refs.yaml entry) and what computed them; `<store>/<identity>/scores/` holds them
-(`scores.py`). An identity is a digest of what determines the numbers and of nothing else, so a pair
-scored for one data set is scored for all. A store is a local path or an fsspec URL.
+(`scores.py`). An identity is a digest of what determines the numbers and of nothing else, so a
+response scored for one data set is scored for all. A store is a local path or an fsspec URL.
 
     store = Store("store")
     record = store.resolve("llama", load_refs("configs/refs.yaml"))
-    table = store.scores(record.identity).read(["pair_id", "chosen_logp"])
+    table = store.scores(record.identity).read(["response_id", "logp"])
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from ..ids import identity_of
 from ..pairs import canonical_json
 from ..references import ALIAS, PARTS, ReferenceSpec, check_alias, inputs_here
 from .files import open_files
-from .scores import BAD, ScoreFiles
+from .scores import BAD, EarlierLayout, ScoreFiles
 
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
 POLICIES = "policies"
+LAYOUT = 2  # of the score files; records of earlier versions, whose rows are pairs, name none
 RECORD_SHAPE = {
     **{"identity": str, "inputs": {}, "resolved_commit": str | None, "created": str},
     "names": [{"alias": str, "entry": {}, "recorded": str}],
@@ -84,12 +85,28 @@ class Store:
         """The record of an identity, once for each of its names; empty where there is none.
 
         A damaged record counts as none: `precompute` computes the identity again, and its scores
-        are untouched.
+        are untouched. Raises `EarlierLayout` where its scores are those of pairs.
         """
+        records, layout = self._read_record(identity)
+        if records and layout != LAYOUT:
+            raise EarlierLayout(self.root)
+        return records
+
+    def upgrade_record(self, identity: str) -> None:
+        """Write the record of an earlier version as that of scores of responses."""
+        if records := self._read_record(identity)[0]:
+            self.files.write(f"{identity}/{RECORD}", _encoded(records))
+
+    def earlier_record(self, identity: str) -> list[ReferenceRecord]:
+        """As `names_of` an identity whose scores are those of pairs; empty for another."""
+        records, layout = self._read_record(identity)
+        return [] if layout == LAYOUT else records
+
+    def _read_record(self, identity: str) -> tuple[list[ReferenceRecord], Any]:
         try:
             return _decoded(identity, self.files.read(f"{identity}/{RECORD}"))
         except FileNotFoundError:
-            return []
+            return [], None
 
     def record(self, record: ReferenceRecord) -> ReferenceRecord:
         """Write or refresh an alias of an identity; returns it with its dates.
@@ -326,6 +343,7 @@ def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
     """`reference.json` for all the names of one identity, with a digest of itself."""
     first = records[0]
     content = {
+        "layout": LAYOUT,
         "identity": first.identity,
         "inputs": first.inputs,
         "resolved_commit": first.resolved_commit,
@@ -345,8 +363,9 @@ def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
-    """The names of an identity; none where the file is damaged or another identity's."""
+def _decoded(identity: str, data: bytes) -> tuple[list[ReferenceRecord], Any]:
+    """The names of an identity, none where the file is damaged or another identity's; the layout
+    of its scores."""
     try:
         content = json.loads(data)
         digest = content.pop("digest")
@@ -359,5 +378,5 @@ def _decoded(identity: str, data: bytes) -> list[ReferenceRecord]:
         valid &= all(r.identity == identity and bool(ALIAS.fullmatch(r.alias)) for r in records)
         valid &= all(isinstance(path, str) for r in records for path in r.folders.values())
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return []
-    return records if valid else []
+        return [], None
+    return (records if valid else []), content.get("layout")
