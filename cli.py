@@ -47,6 +47,7 @@ COMMANDS = {
 STORE_COMMANDS = {
     "status": ("data.config:StatusConfig", "data.store.commands:status"),
     "verify": ("data.config:VerifyConfig", "precompute.verify:verify"),
+    "upgrade": ("data.config:UpgradeConfig", "data.store.upgrade:upgrade"),
     "gc": ("data.config:GcConfig", "data.store.commands:gc"),
     "push": ("data.config:PushConfig", "data.store.commands:push"),
     "pull": ("data.config:PullConfig", "data.store.commands:pull"),

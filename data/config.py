@@ -262,6 +262,23 @@ class VerifyConfig(StoreSettings):
 
 
 @dataclass(kw_only=True, slots=True)
+class UpgradeConfig(StoreSettings):
+    """Move the scores of a store that an earlier version wrote over; nothing is scored again.
+
+    Rows were pairs then and are responses now, so the pairs' texts are needed. Rows of pairs in none
+    of the folders are kept aside and counted; a later run with their folder moves them too.
+
+    Example: `mrpo store upgrade --store store --pairs pairs,pairs-flip`
+    """
+
+    pairs: Annotated[
+        str | None,
+        "Folders of prepared pairs, comma-separated. By default those that were scored, where they "
+        "are still there.",
+    ] = None
+
+
+@dataclass(kw_only=True, slots=True)
 class GcConfig(StoreSettings):
     """List what the store no longer needs, and with --delete remove it.
 
@@ -333,7 +350,12 @@ class ImportConfig(ColumnSettings):
     rejected_tokens_column: Annotated[
         str, "Column of the rejected response's number of tokens, where known."
     ] = "ref_rejected_tokens"
-    by_id: Annotated[bool, "Rows have a `pair_id` (hex) in place of prompt and responses."] = False
+    by_id: Annotated[
+        bool, "Rows have the `pair_id` (hex) of a prepared pair in place of prompt and responses."
+    ] = False
+    pairs: Annotated[
+        str | None, "For --by-id: the folder of prepared pairs. By default `pairs`."
+    ] = None
     replace: Annotated[
         bool,
         "Where scores differ from the stored ones: a new identity with these in their place, which "
@@ -345,3 +367,5 @@ class ImportConfig(ColumnSettings):
         if self.by_id:
             columns = ("prompt_column", "chosen_column", "rejected_column")
             no_effect(self, "with --by-id", *columns, "chat", "map", "ignore_columns")
+        else:
+            no_effect(self, "without --by-id", "pairs")

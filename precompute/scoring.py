@@ -184,6 +184,7 @@ class ReferenceScorer:
         self._scores = Store(job.store).scores(job.identity)
         limits = [job.limit, engine.limit if engine else None]
         self._limit = min((limit for limit in limits if limit is not None), default=None)
+        self._left_out = IdSet()
 
     def run(self) -> None:
         """Score shard after shard of this worker's, until none is left to it or another process.
@@ -244,6 +245,7 @@ class ReferenceScorer:
         if len(result.table):
             self._scores.add(result.table)
         self._scores.leave_out(shard.left_out)
+        newly_left_out = int(self._left_out.add(shard.left_out).sum())  # not in an earlier shard
         self._report(
             {
                 "event": "shard",
@@ -251,7 +253,7 @@ class ReferenceScorer:
                 "responses": len(shard.ids) - len(result.not_finite),
                 "tokens": shard.tokens,
                 "refused": len(shard.refused),
-                "over_limit": len(shard.left_out),
+                "over_limit": newly_left_out,
             }
         )
         if result.not_finite:

@@ -1,11 +1,13 @@
 """`mrpo store import`: scores computed elsewhere, stored under an alias of their own.
 
-A row is a pair in any format that `mrpo prepare` reads, or a pair's id, with two log-probs beside
-it. How they were computed can't be checked here, so their identity is the user's description of
-them, and the record is marked as imported. Everything else treats them like any reference's scores.
+A row is a pair in any format that `mrpo prepare` reads, or the id of one that it prepared, with two
+log-probs beside it. How they were computed can't be checked here, so their identity is the user's
+description of them, and the record is marked as imported. Everything else treats them like any
+reference's scores.
 
 A stored score never changes. Scores that differ from it are refused, or with --replace become an
-identity of their own, which the alias means from then on.
+identity of their own, which the alias means from then on. Within the data a response may stand in
+several pairs with scores that rounding tells apart: the first counts.
 """
 
 from __future__ import annotations
@@ -25,20 +27,24 @@ from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
 from ..formats import Broken, PairReader, RawPair, Unusable, by_reason
-from ..ids import IdIndex, digest_of, ids_to_numpy
+from ..ids import IdIndex, ResponseIds, digest_of, ids_from_bytes, ids_to_numpy
 from ..layouts import RowReader
 from ..pairs import parse_id
 from ..references import check_alias
+from ..shards import PairShards
 from ..sources import Source, SourceColumns, open_sources
 from .scores import SCORE_SCHEMA, to_bytes
 from .store import ReferenceRecord, Store, open_store
 
-BATCH_ROWS = 8192  # rows that become one score file
+BATCH_ROWS = 8192  # pairs read at a time, and rows that become one score file
 ABOVE_ZERO = 1e-3  # nats by which rounding may lift a certain response's log-prob above 0
+ROUNDING = 0.01  # of a log-prob: in 16 bits another batch may make so much of a difference
 ID_COLUMN = "pair_id"
-VALUES = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
+VALUES = ("logp", "tokens")
 # Why a row is left out, besides the reasons for which a pair can't be used.
-NO_SCORE, ALREADY_THERE = "no score", "already there"
+NO_SCORE, UNKNOWN = "no score", "not in the folder of pairs"
+
+Responses = Sequence[bytes]  # the ids of a pair's prompt, chosen and rejected response
 
 
 @command(ImportConfig)
@@ -58,19 +64,20 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
         raise UserError(
             f"{config.source}: no row has a score ({by_reason(left)}); nothing imported"
         )
-    rows = _first_rows(pa.concat_tables(tables), config.source, left)
+    rows = _first_rows(pa.concat_tables(tables), config.source)
     stored = store.scores(record.identity).read()
     new, changed = _places(stored, rows) < 0, _changed(rows, stored, record, config)
-    left[ALREADY_THERE] += len(rows) - int(new.sum()) - changed
+    there = len(rows) - int(new.sum()) - changed
     if changed:
         print(f"replaced {changed:,} scores of {record.title}, where they stay as they are")
         record, rows = _replacement(record, rows, stored)
     scores = store.scores(record.identity)
-    rows = rows.filter(pa.array(scores.missing(ids_to_numpy(rows[ID_COLUMN]))))
+    rows = rows.filter(pa.array(scores.missing(ids_to_numpy(rows["response_id"]))))
     for start in range(0, len(rows), BATCH_ROWS):
         scores.add(rows.slice(start, BATCH_ROWS))
     record = store.record(record)
-    print(f"imported {new.sum():,} pairs; left out: {by_reason(left)}")
+    known = f"; {there:,} were there already" if there else ""
+    print(f"imported {new.sum():,} responses{known}; pairs left out: {by_reason(left)}")
     print(f"reference {record.title}, marked as imported: {config.model}")
     print(f"store   {store.root}")
     return record
@@ -79,7 +86,7 @@ def import_scores(config: ImportConfig) -> ReferenceRecord:
 def _tables(source: Source, config: ImportConfig, left: Counter[str]) -> Iterator[pa.Table]:
     """The rows with a score, in tables of the store's columns; `left` counts the others."""
     rows = _rows(source, config, left)
-    while batch := list(islice(rows, BATCH_ROWS)):
+    while batch := list(islice(rows, 2 * BATCH_ROWS)):
         # A column that the rows lack becomes null.
         yield pa.Table.from_pylist(batch, SCORE_SCHEMA)
 
@@ -87,18 +94,14 @@ def _tables(source: Source, config: ImportConfig, left: Counter[str]) -> Iterato
 def _rows(
     source: Source, config: ImportConfig, left: Counter[str]
 ) -> Iterator[dict[str, bytes | float | int | None]]:
-    pairs = PairReader(source.name)
-    logps = {
-        "chosen_logp": config.chosen_logps_column,
-        "rejected_logp": config.rejected_logps_column,
-    }
-    tokens = {
-        "chosen_tokens": config.chosen_tokens_column,
-        "rejected_tokens": config.rejected_tokens_column,
-    }
+    """A row for each response of a pair with two scores."""
+    reader = PairReader(source.name)
+    prepared = _PreparedIds(PairShards(config.pairs or "pairs")) if config.by_id else None
+    logps = (config.chosen_logps_column, config.rejected_logps_column)
+    tokens = (config.chosen_tokens_column, config.rejected_tokens_column)
     scored = SourceColumns(
-        [*([ID_COLUMN] if config.by_id else []), *logps.values()],
-        [*tokens.values()],
+        [*([ID_COLUMN] if config.by_id else []), *logps],
+        [*tokens],
         "name columns with --chosen-column, --chosen-logps-column and so on",
     )
     rows: Iterator[tuple[int, Mapping[str, Any], RawPair | str | None]]
@@ -108,26 +111,48 @@ def _rows(
         rows = RowReader(config, beside=scored).examples(source)
     for number, row, example in rows:
         try:
-            scores = {name: _logp(column, row[column]) for name, column in logps.items()}
-            counts = {name: _token_count(column, row) for name, column in tokens.items()}
+            scores = [_logp(column, row[column]) for column in logps]
+            counts = [_token_count(column, row) for column in tokens]
             if isinstance(example, RawPair):
-                identity: bytes | None = pairs.read(example)[1]
+                prompt, *responses = reader.read(example)[0].response_ids
             else:
-                identity = parse_id(row[ID_COLUMN])
-            if identity is None:
-                raise Broken(
-                    ID_COLUMN,
-                    f"is {row[ID_COLUMN]!r}; an id has 32 hex digits, as `mrpo inspect` shows",
-                )
+                assert prepared is not None
+                known = prepared.find(row[ID_COLUMN])
+                if known is None:
+                    left[UNKNOWN] += 1
+                    continue
+                prompt, *responses = known
         except Broken as error:
             raise UserError(f"{source.given}, {source.unit} {number}, {error}") from None
         except Unusable as error:
             left[error.reason] += 1
         else:
-            if None in scores.values():
+            if None in scores:
                 left[NO_SCORE] += 1
-            else:
-                yield {ID_COLUMN: identity, **scores, **counts}
+                continue
+            for response, logp, count in zip(responses, scores, counts):
+                ids = {"prompt_id": prompt, "response_id": response}
+                yield {**ids, "logp": logp, "tokens": count}
+
+
+class _PreparedIds:
+    """The ids of the prompts and responses of prepared pairs, by pair id."""
+
+    def __init__(self, pairs: PairShards) -> None:
+        self._pairs = pairs
+        self._index = IdIndex(pairs.pair_ids(shard) for shard in range(len(pairs.names)))
+        parts = (pairs.response_ids(shard) for shard in range(len(pairs.names)))
+        self._ids = ResponseIds(*map(np.concatenate, zip(*parts)))
+
+    def find(self, value: Any) -> Responses | None:
+        """Those of a pair, None where it is not there; raises `Broken` where the value is no id."""
+        pair_id = parse_id(value)
+        if pair_id is None:
+            raise Broken(
+                ID_COLUMN, f"is {value!r}; an id has 32 hex digits, as `mrpo inspect` shows"
+            )
+        (place,) = self._index.find(ids_from_bytes([pair_id])).tolist()
+        return None if place < 0 else [ids[place].tobytes() for ids in self._ids]
 
 
 def _present(store: Store, config: ImportConfig) -> ReferenceRecord:
@@ -141,19 +166,17 @@ def _present(store: Store, config: ImportConfig) -> ReferenceRecord:
     return ReferenceRecord(alias=config.alias, entry=entry, inputs=inputs, runs=(run,))
 
 
-def _first_rows(table: pa.Table, source: str, left: Counter[str]) -> pa.Table:
-    """The rows without repetitions, which `left` counts; `UserError` where these differ."""
+def _first_rows(table: pa.Table, source: str) -> pa.Table:
+    """The first row of each response; `UserError` where others differ by more than rounding."""
     places = _places(table, table)
     first = table.take(pa.array(places))
-    different = _different(table, first)
+    different = _different(table, first, rounding=ROUNDING)
     if different.any():
         raise UserError(
-            f"{source}: {different.sum():,} rows repeat a pair with other scores; "
-            f"{_difference(table, first, different)}; keep a single row of each pair"
+            f"{source}: {different.sum():,} times a response comes again with another score; "
+            f"{_difference(table, first, different)}; keep one score of each response"
         )
-    firsts = places == np.arange(len(table))
-    left[ALREADY_THERE] += int((~firsts).sum())
-    return table.filter(pa.array(firsts))
+    return table.filter(pa.array(places == np.arange(len(table))))
 
 
 def _changed(
@@ -166,7 +189,8 @@ def _changed(
     different = _different(known, before)
     if different.any() and not config.replace:
         raise UserError(
-            f"{config.source}: {different.sum():,} pairs have other scores than {record.title}; "
+            f"{config.source}: {different.sum():,} responses have other scores than "
+            f"{record.title}; "
             f"{_difference(known, before, different)}; --replace makes them a new identity that "
             f"{config.alias} then means, another --alias a reference beside it"
         )
@@ -174,26 +198,34 @@ def _changed(
 
 
 def _places(table: pa.Table, rows: pa.Table) -> np.ndarray:
-    """[n] where in the table the pair of each row is; -1 where it is not."""
-    return IdIndex(ids_to_numpy(table[ID_COLUMN])).find(ids_to_numpy(rows[ID_COLUMN]))
+    """[n] where in the table the response of each row is; -1 where it is not."""
+    index = IdIndex(ids_to_numpy(table["response_id"]))
+    return index.find(ids_to_numpy(rows["response_id"]))
 
 
-def _different(rows: pa.Table, others: pa.Table, names: Sequence[str] = VALUES) -> np.ndarray:
-    """[n] whether a given value of a row differs from that of its counterpart."""
+def _different(
+    rows: pa.Table, others: pa.Table, names: Sequence[str] = VALUES, rounding: float = 0.0
+) -> np.ndarray:
+    """[n] whether a given value of a row differs from that of its counterpart.
+
+    Log-probs may differ by the share `rounding`.
+    """
     different = np.zeros(len(rows), dtype=bool)
     for name in names:
-        given = rows[name].is_valid().to_numpy()
-        different |= given & (rows[name].to_numpy() != others[name].to_numpy())
+        given, other = rows[name].to_numpy(), others[name].to_numpy()
+        allowed = rounding * np.abs(other) if name == "logp" else 0
+        different |= rows[name].is_valid().to_numpy() & ~(np.abs(given - other) <= allowed)
     return different
 
 
 def _difference(rows: pa.Table, others: pa.Table, different: np.ndarray) -> str:
-    """The first pair whose values differ, and how."""
+    """The first response whose values differ, and how."""
     place = int(np.flatnonzero(different)[0])
     row, other = rows.slice(place, 1), others.slice(place, 1)
     name = next(name for name in VALUES if _different(row, other, [name]).any())
     given, stored = row[name][0].as_py(), other[name][0].as_py()
-    return f"pair {row[ID_COLUMN][0].as_py().hex()}: {name} is {given}, before it was {stored}"
+    response = row["response_id"][0].as_py().hex()
+    return f"response {response}: {name} is {given}, before it was {stored}"
 
 
 def _replacement(
