@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mrpo.data.ids import IdArray, ids_from_bytes, ids_to_arrow
-from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord
+from mrpo.data.ids import IdArray, ResponseIds, ids_from_bytes
+from mrpo.data.store import ReferenceRecord
+from mrpo.tests.response_rows import response_rows, rows_of_pairs
 
 ScoreTable = Callable[..., pa.Table]
 
@@ -20,30 +21,25 @@ def make_ids(count: int, seed: int = 0) -> IdArray:
 
 
 def score_table(ids: IdArray | Sequence[bytes], first: float = -1.0, **columns: Any) -> pa.Table:
-    """Rows whose chosen log-probs are first, first - 1, …; any column can be given."""
+    """Rows of responses whose log-probs are first, first - 1, …; any column can be given."""
     ids = ids if isinstance(ids, np.ndarray) else ids_from_bytes(list(ids))
-    n = len(ids)
-    values: dict[str, Any] = {
-        "chosen_logp": first - np.arange(n),
-        "rejected_logp": first - np.arange(n) - 0.5,
-        "chosen_end_logp": np.full(n, -0.1),
-        "rejected_end_logp": np.full(n, -0.2),
-        "chosen_tokens": np.full(n, 7),
-        "rejected_tokens": np.full(n, 9),
-        "prompt_tokens": np.full(n, 11),
-        "chosen_boundary": [False] * n,
-        "rejected_boundary": [False] * n,
-        "reason": [None] * n,
-    } | columns
-    arrays = {name: pa.array(values[name], SCORE_SCHEMA.field(name).type) for name in values}
-    return pa.table({"pair_id": ids_to_arrow(ids), **arrays})
+    return response_rows(ids, **{"logp": first - np.arange(len(ids)), **columns})
 
 
 def missing_table(ids: IdArray, reason: str) -> pa.Table:
-    """Rows of pairs that can never be scored."""
-    nothing: list[None] = [None] * len(ids)
-    names = ("chosen_logp", "rejected_logp", "chosen_end_logp", "rejected_end_logp")
-    return score_table(ids, reason=[reason] * len(ids), **dict.fromkeys(names, nothing))
+    """Rows of responses that can never be scored."""
+    return score_table(ids, reason=[reason] * len(ids))
+
+
+def pair_ids(count: int, seed: int = 0) -> ResponseIds:
+    """The ids of pairs of different prompts, with different responses."""
+    return ResponseIds(*(make_ids(count, seed=1000 * seed + part) for part in range(3)))
+
+
+def pair_table(ids: ResponseIds, first: float = -1.0, **columns: Any) -> pa.Table:
+    """Rows of both responses of pairs: chosen ones first, first - 1, …, rejected ones 0.5 less."""
+    chosen = first - np.arange(len(ids.chosen))
+    return rows_of_pairs(ids, **{"chosen_logp": chosen, "rejected_logp": chosen - 0.5, **columns})
 
 
 def reference_record(alias: str = "llama", commit: str = "a" * 40, **more: Any) -> ReferenceRecord:
@@ -64,6 +60,8 @@ def make() -> Any:
         ids = staticmethod(make_ids)
         scores = staticmethod(score_table)
         missing = staticmethod(missing_table)
+        pair_ids = staticmethod(pair_ids)
+        pair_scores = staticmethod(pair_table)
         record = staticmethod(reference_record)
 
     return Make

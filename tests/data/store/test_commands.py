@@ -65,15 +65,15 @@ def test_status_shows_every_reference_and_what_of_the_pairs_is_missing(
     whole = store.record(make.record("a", "a" * 40, runs=({"engine": "hf", "pairs": "pairs"},)))
     part = store.record(make.record("b", "b" * 40))
     for shard in range(3):
-        store.scores(whole.identity).add(make.scores(pairs.pair_ids(shard)))
-    store.scores(part.identity).add(make.scores(pairs.pair_ids(2)))
+        store.scores(whole.identity).add(make.scores(pairs.response_ids(shard).both))
+    store.scores(part.identity).add(make.scores(pairs.response_ids(2).both))
     status(StatusConfig(store=store.root, pairs=str(pairs.path)))
     header, *lines, last = capsys.readouterr().out.splitlines()[-4:]
     assert header.split()[:3] == ["reference", "identity", "rows"]
     assert header.endswith("missing of 25")
-    assert lines[0].split()[:3] == ["b", part.identity[:12], "5"]
+    assert lines[0].split()[:3] == ["b", part.identity[:12], "10"]
     assert lines[0].split()[-1] == "20"
-    assert lines[1].split()[:3] == ["a", whole.identity[:12], "25"]
+    assert lines[1].split()[:3] == ["a", whole.identity[:12], "50"]
     assert "hf" in lines[1].split()
     assert lines[1].split()[-2:] == ["org/name@aaaaaaa", "0"]
     assert last.startswith(f"store   {store.root} (2 references, ")
@@ -85,7 +85,7 @@ def test_references_that_scored_the_same_shards_are_looked_up_once(
     for name, shards in (("a", [0, 1]), ("b", [1, 0]), ("c", [1, 2])):
         record = store.record(make.record(name, name * 40))
         for shard in shards:
-            store.scores(record.identity).add(make.scores(pairs.pair_ids(shard), first=-len(name)))
+            store.scores(record.identity).add(make.scores(pairs.response_ids(shard).both, first=-len(name)))
     looked = []
     missing = ScoreFiles.missing
     monkeypatch.setattr(
@@ -94,7 +94,7 @@ def test_references_that_scored_the_same_shards_are_looked_up_once(
     status(StatusConfig(store=store.root, pairs=str(pairs.path)))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
     assert {line[0]: line[-1] for line in lines} == {"a": "5", "b": "5", "c": "10"}
-    assert len(looked) == 2
+    assert len(looked) == 2 * 3  # shards of pairs
 
 
 def test_status_shows_the_other_references_beside_a_torn_file(
@@ -103,12 +103,12 @@ def test_status_shows_the_other_references_beside_a_torn_file(
     for name in "ab":
         record = store.record(make.record(name, name * 40))
         scores = store.scores(record.identity)
-        file = scores.add(make.scores(pairs.pair_ids(0)))
+        file = scores.add(make.scores(pairs.response_ids(0).both))
     (Path(store.root) / record.identity / "scores" / file).write_bytes(b"PAR1 torn")
     status(StatusConfig(store=store.root, pairs=str(pairs.path)))
     torn, good = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
     assert (torn[0], torn[2], torn[-1]) == ("b", "damaged", "damaged")
-    assert (good[0], good[2], good[-1]) == ("a", "10", "15")
+    assert (good[0], good[2], good[-1]) == ("a", "20", "15")
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_gc_lists_first_and_removes_only_when_told(
     assert not (Path(store.root) / littered["new"] / "leases").exists()
     assert store.scores(littered["new"]).set_aside() == []
     kept = store.scores(littered["new"]).read()
-    assert kept.sort_by("pair_id").equals(rows.sort_by("pair_id"))
+    assert kept.sort_by("response_id").equals(rows.sort_by("response_id"))
     gc(GcConfig(store=store.root, runs=str(tmp_path / "runs")))
     assert "would remove 0 files" in capsys.readouterr().out
 

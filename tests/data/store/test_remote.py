@@ -148,7 +148,7 @@ def test_a_remote_store_does_what_a_local_one_does(url: str, make: Any) -> None:
     scores, ids = store.scores(record.identity), make.ids(30)
     bad, good = scores.add(make.scores(ids[:10])), scores.add(make.scores(ids[10:20]))
     assert (scores.missing(ids) == (np.arange(30) >= 20)).all()
-    assert (scores.num_rows(), len(scores.pair_ids()), scores.read().num_rows) == (20, 20, 20)
+    assert (scores.num_rows(), len(scores.response_ids()), scores.read().num_rows) == (20, 20, 20)
     with scores.lease("a" * 32) as held:
         assert held
     path = f"{url.split('://')[1]}/{record.identity}/scores/{bad}"

@@ -42,7 +42,7 @@ def test_rows_come_back_as_they_were(store: Store, make: Any) -> None:
     scores.add(make.missing(make.ids(3, seed=1), "beyond_context"))
     assert scores.read().slice(0, 13).num_rows == scores.num_rows() == 13
     kept = scores.read()
-    order = [kept["pair_id"].to_pylist().index(pair_id.tobytes()) for pair_id in ids]
+    order = [kept["response_id"].to_pylist().index(pair_id.tobytes()) for pair_id in ids]
     assert kept.take(order).equals(table.cast(SCORE_SCHEMA))
     assert kept["reason"].to_pylist().count("beyond_context") == 3
 
@@ -53,14 +53,12 @@ def test_token_logps_are_kept_beside_files_without_them(store: Store, make: Any)
     scores.add(make.scores(ids[:2]))
     lists = [[-0.5, -0.5], [-1.0]]
     table = make.scores(ids[2:])
-    for name in ("chosen_token_logps", "rejected_token_logps"):
-        table = table.append_column(name, [lists])
-    scores.add(table)
-    kept = scores.read(["chosen_token_logps"])["chosen_token_logps"].to_pylist()
+    scores.add(table.append_column("token_logps", [lists]))
+    kept = scores.read(["token_logps"])["token_logps"].to_pylist()
     assert sorted(map(str, kept)) == sorted(map(str, [None, None, *lists]))
 
 
-def test_only_unknown_pairs_are_missing_whatever_their_order_or_data_set(
+def test_only_unknown_responses_are_missing_whatever_their_order_or_data_set(
     store: Store, make: Any
 ) -> None:
     identity = make.record().identity
@@ -72,11 +70,11 @@ def test_only_unknown_pairs_are_missing_whatever_their_order_or_data_set(
         assert reader.missing(ids).sum() == 950 - start
     mixed = np.random.default_rng(0).permutation(1000)
     assert (reader.missing(ids[mixed]) == (mixed >= 500)).all()
-    assert set(reader.pair_ids().tolist()) == set(ids[:500].tolist())
+    assert set(reader.response_ids().tolist()) == set(ids[:500].tolist())
     assert store.scores("0" * 32).missing(ids).all()
 
 
-def test_of_two_rows_for_a_pair_the_first_by_file_name_counts_for_every_reader(
+def test_of_two_rows_for_a_response_the_first_by_file_name_counts_for_every_reader(
     store: Store, make: Any
 ) -> None:
     scores = store.scores(make.record().identity)
@@ -86,16 +84,16 @@ def test_of_two_rows_for_a_pair_the_first_by_file_name_counts_for_every_reader(
         scores.add(make.scores(ids[1:], first=-20.0)),
     ]
     winner = -11.0 if names[0] < names[1] else -20.0
-    kept = scores.read(["pair_id", "chosen_logp"])
-    values = dict(zip(kept["pair_id"].to_pylist(), kept["chosen_logp"].to_pylist()))
+    kept = scores.read(["response_id", "logp"])
+    values = dict(zip(kept["response_id"].to_pylist(), kept["logp"].to_pylist()))
     assert values == {ids[0].tobytes(): -10.0, ids[1].tobytes(): winner, ids[2].tobytes(): -21.0}
-    assert len(scores.pair_ids()) == 3
+    assert len(scores.response_ids()) == 3
     assert scores.num_rows() == 4
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(6)))
-def test_a_unit_is_its_set_of_pairs(order: list[int]) -> None:
+def test_a_unit_is_its_set_of_responses(order: list[int]) -> None:
     ids = np.frombuffer(bytes(range(96)), dtype="V16")
     assert unit_of(ids[order]) == unit_of(ids)
     assert unit_of(ids[order[:5]]) != unit_of(ids)
@@ -111,11 +109,10 @@ def test_the_same_rows_have_the_same_name_and_stand_once(store: Store, make: Any
 @pytest.mark.parametrize(
     "columns",
     [
-        {"chosen_logp": [-1.0, float("nan")]},
-        {"rejected_logp": [float("-inf"), -1.0]},
-        {"chosen_logp": [None, -1.0]},
-        {"chosen_end_logp": [float("inf"), -1.0]},
-        {"reason": [None, "beyond_context"]},
+        {"logp": [-1.0, float("nan")]},
+        {"logp": [float("-inf"), -1.0]},
+        {"logp": [None, -1.0]},
+        {"end_logp": [float("inf"), -1.0]},
     ],
 )
 def test_a_score_is_finite_or_has_its_reason(store: Store, make: Any, columns: dict) -> None:
@@ -125,7 +122,7 @@ def test_a_score_is_finite_or_has_its_reason(store: Store, make: Any, columns: d
     assert scores.names() == []
 
 
-def test_wrong_columns_and_repeated_pairs_are_faults_of_ours(store: Store, make: Any) -> None:
+def test_wrong_columns_and_repeated_rows_are_faults_of_ours(store: Store, make: Any) -> None:
     scores = store.scores(make.record().identity)
     ids = make.ids(2)
     with pytest.raises(AssertionError):
