@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mrpo.data.config import ImportConfig, PrepareConfig, StatusConfig
 from mrpo.data.join import join, matrix
+from mrpo.data.pairs import Pair
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
@@ -112,13 +114,53 @@ def test_a_table_by_pair_id_is_enough(tmp_path: Path, pairs: PairShards, kind: s
             "r": [-i - 0.5 for i in n],
         }
         pq.write_table(pa.table(table), path)
+    named = {"by_id": True, "pairs": str(pairs.path)}
     store = bring(
-        tmp_path, str(path), by_id=True, chosen_logps_column="c", rejected_logps_column="r"
+        tmp_path, str(path), chosen_logps_column="c", rejected_logps_column="r", **named
     )
     joined = join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
     assert matrix(joined.table(0), "ref_rejected_logps")[:, 0].tolist() == [
         -0.5, -1.5, -2.5, -3.5, -4.5, -5.5,
     ]  # fmt: skip
+
+
+def test_ids_of_other_pairs_are_left_out_and_counted(
+    tmp_path: Path, pairs: PairShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [pairs.pair_ids(0)[2].tobytes().hex(), "0" * 32]
+    scores = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    rows = [{"pair_id": pair_id} | scores for pair_id in ids]
+    source, folder = jsonl(tmp_path / "scores.jsonl", rows), str(pairs.path)
+    store = bring(tmp_path, source, by_id=True, pairs=folder)
+    assert (
+        "imported 2 responses; pairs left out: not in the folder of pairs 1"
+        in capsys.readouterr().out
+    )
+    stored = store.scores(store.resolve("judge", {}).identity).response_ids()
+    expected = pairs.response_ids(0).take(np.array([2])).both
+    assert sorted(stored.tolist()) == sorted(expected.tolist())
+    with pytest.raises(UserError, match="no effect without --by-id"):
+        ImportConfig(source=source, alias="judge", model="judge-v2", pairs=folder)
+
+
+def test_a_response_of_several_pairs_is_imported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounding tells apart what others computed for each pair; the first score counts."""
+
+    def pair(chosen: str, rejected: str, *logps: float) -> dict[str, Any]:
+        names = ("prompt", "chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps")
+        return dict(zip(names, ("Count.", chosen, rejected, *logps)))
+
+    rows = [pair("1", "2", -100.0, -200.0), pair("1", "3", -100.4, -300.0)]
+    rows.append(pair("2", "3", -199.0, -301.0))
+    store = bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows))
+    assert "imported 3 responses; pairs left out: none" in capsys.readouterr().out
+    stored = store.scores(store.resolve("judge", {}).identity).read(["logp"])["logp"].to_pylist()
+    assert sorted(stored) == [-300.0, -200.0, -100.0]
+    rows[2]["ref_chosen_logps"] = -190.0
+    with pytest.raises(UserError, match=r"1 times a response comes again .* is -190\.0, before"):
+        bring(tmp_path, jsonl(tmp_path / "other.jsonl", rows), alias="other")
 
 
 def test_rows_without_a_score_are_counted_and_never_zero(
@@ -129,15 +171,17 @@ def test_rows_without_a_score_are_counted_and_never_zero(
     rows[1]["ref_rejected_logps"] = float("nan")
     rows[2]["chosen"] = ""
     store = bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows))
-    assert "imported 3 pairs; left out: empty_response 1, no score 2" in capsys.readouterr().out
+    assert "imported 6 responses; pairs left out: empty_response 1, no score 2" in capsys.readouterr().out
     with pytest.raises(UserError, match="3 for judge"):
         join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
 
 
 def chosen(store: Store, name: str = "judge") -> dict[bytes, float]:
-    """The chosen log-probs that a name means, by pair."""
+    """The chosen log-probs that a name means, by prompt."""
     table = store.scores(store.resolve(name, {}).identity).read()
-    return dict(zip(table["pair_id"].to_pylist(), table["chosen_logp"].to_pylist()))
+    ids = {Pair(**row).response_ids[1] for row in ROWS}
+    rows = table.select(["response_id", "prompt_id", "logp"]).to_pylist()
+    return {row["prompt_id"]: row["logp"] for row in rows if row["response_id"] in ids}
 
 
 def test_the_same_scores_again_are_already_there_and_another_model_is_another_reference(
@@ -146,7 +190,7 @@ def test_the_same_scores_again_are_already_there_and_another_model_is_another_re
     bring(tmp_path, jsonl(tmp_path / "scores.jsonl", scored()))
     twice = jsonl(tmp_path / "twice.jsonl", [*scored(), *scored()])
     store = bring(tmp_path, twice)
-    assert "imported 0 pairs; left out: already there 12" in capsys.readouterr().out
+    assert "imported 0 responses; 12 were there already; pairs left out: none" in capsys.readouterr().out
     first = store.resolve("judge", {})
     other = jsonl(tmp_path / "other.jsonl", scored(ref_chosen_logps=-99.0))
     bring(tmp_path, other, model="judge-v3")
@@ -166,7 +210,7 @@ def test_corrected_scores_are_refused_until_they_may_replace_the_stored_ones(
     corrected = [scored()[0] | {"ref_chosen_logps": -99.0}]  # of the last pair, -6.0 before
     source = jsonl(tmp_path / "corrected.jsonl", corrected)
     message = (
-        rf"1 pairs have other scores than {before.title}; pair [0-9a-f]{{32}}: chosen_logp is "
+        rf"1 responses have other scores than {before.title}; response [0-9a-f]{{32}}: logp is "
         r"-99\.0, before it was -6\.0; --replace makes"
     )
     with pytest.raises(UserError, match=message):
@@ -177,8 +221,8 @@ def test_corrected_scores_are_refused_until_they_may_replace_the_stored_ones(
     assert after.identity != before.identity
     assert f"replaced 1 scores of {before.title}" in capsys.readouterr().out
     assert sorted(chosen(store).values()) == [-99.0, -5, -4, -3, -2, -1]
-    tokens = store.scores(after.identity).read()["chosen_tokens"]
-    assert tokens.to_pylist() == [3] * 6  # which the corrected file does not give
+    tokens = store.scores(after.identity).read()["tokens"]
+    assert tokens.to_pylist().count(3) == 6  # which the corrected file does not give
     assert chosen(store, before.title) == wrong
     bring(tmp_path, source, replace=True)  # nothing differs any more
     bring(tmp_path, source)
@@ -189,13 +233,13 @@ def test_corrected_scores_are_refused_until_they_may_replace_the_stored_ones(
 @pytest.mark.parametrize("change", [{"ref_rejected_logps": -9.0}, {"ref_rejected_tokens": 4}])
 def test_any_other_value_is_a_difference(tmp_path: Path, change: dict[str, Any]) -> None:
     bring(tmp_path, jsonl(tmp_path / "scores.jsonl", scored()))
-    with pytest.raises(UserError, match="6 pairs have other scores"):
+    with pytest.raises(UserError, match="6 responses have other scores"):
         bring(tmp_path, jsonl(tmp_path / "other.jsonl", scored(**change)))
 
 
 def test_two_rows_of_a_pair_that_differ_are_refused(tmp_path: Path) -> None:
     rows = [*scored(), scored()[2] | {"ref_chosen_logps": -99.0}]
-    with pytest.raises(UserError, match=r"1 rows repeat a pair .* is -99\.0, before it was -4\.0"):
+    with pytest.raises(UserError, match=r"1 times a response comes again .* is -99\.0, before it was -4\.0"):
         bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows), replace=True)
     assert not (tmp_path / "store").exists()
 
@@ -220,13 +264,15 @@ def test_a_wrong_value_stops_with_file_line_and_field(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_missing_column_an_odd_id_and_an_odd_alias_are_refused(tmp_path: Path) -> None:
+def test_a_missing_column_an_odd_id_and_an_odd_alias_are_refused(
+    tmp_path: Path, pairs: PairShards
+) -> None:
     plain = jsonl(tmp_path / "plain.jsonl", ROWS)
     with pytest.raises(UserError, match="'ref_chosen_logps' is missing; there are"):
         bring(tmp_path, plain)
     odd = jsonl(tmp_path / "odd.jsonl", [row | {"pair_id": "12"} for row in scored()])
     with pytest.raises(UserError, match="32 hex digits"):
-        bring(tmp_path, odd, by_id=True)
+        bring(tmp_path, odd, by_id=True, pairs=str(pairs.path))
     with pytest.raises(UserError, match="not allowed"):
         bring(tmp_path, plain, alias="../judge")
     empty = [row | {"ref_chosen_logps": None} for row in scored()]
