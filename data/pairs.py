@@ -46,6 +46,24 @@ _ENCODER = json.JSONEncoder(
 
 
 @dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a response answers: the turns before it, with the tools and the template's variables."""
+
+    turns: Turns
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.turns, str)
+
+    @classmethod
+    def of(cls, pair: Pair) -> Prompt:
+        """The prompt of both responses of a pair."""
+        return cls(pair.prompt, pair.tools, pair.chat_template_kwargs)
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One preference pair: everything a renderer needs, and where the pair came from.
 

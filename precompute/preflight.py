@@ -216,11 +216,10 @@ def _survey_shard(task: tuple[Job, PairSelection, int, list[int]]) -> MissingPai
     rendered = renderer_for(job).render_many(selection.pairs.pairs(shard, rows))
     ids = selection.pairs.pair_ids(shard)[rows]
     work = sort_out(ids, rendered, job.context, job.limit)
-    branches = [branch for pair in work.pairs for branch in (pair.chosen, pair.rejected)]
     return MissingPairs(
         todo=len(work.pairs),
         tokens=work.tokens,
-        scored_tokens=sum(branch.num_scored for branch in branches),
+        scored_tokens=sum(one.num_scored for pair in work.pairs for one in pair.responses),
         longest=max(map(padded_tokens, work.pairs), default=0),
         left_out=[work.left_out],
         refused=Counter(row["reason"] for row in work.refused),

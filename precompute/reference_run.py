@@ -113,7 +113,7 @@ class _Running:
     log: Path
     environment: Mapping[str, str]
     batch: int = 0  # tokens that it computes at once
-    ahead: int = 0  # pairs it reported as progress, before their shard was finished
+    ahead: float = 0  # pairs it reported as progress, before their shard was finished
     mistake: str | None = None  # of the user's
 
 

@@ -25,13 +25,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.ids import IdArray, IdIndex, unit_of
-from ..data.rendering import Refusal, RenderedPair, Renderer
+from ..data.rendering import Refusal, RenderedPrompt, Renderer
 from ..data.shards import PairShards, ShardWriter
 from ..data.store import SCORE_SCHEMA, TOKEN_COLUMNS, ScoreFiles, Store
 from ..errors import UserError
 from ..model.packing import packed_tokens, padded_tokens
 from .engines import EngineName
-from .engines.protocol import Engine, EngineSettings, PairTokenLogps, Progress
+from .engines.protocol import Engine, EngineSettings, Logps, Progress
 from .process import Report
 
 RENDERERS = 16  # kept in a process at most
@@ -99,7 +99,7 @@ class ShardWork:
     """Missing pairs of a shard as one reference sees them."""
 
     ids: IdArray  # [n] of the pairs that can be scored
-    pairs: list[RenderedPair]
+    pairs: list[RenderedPrompt]  # each a prompt with its chosen and its rejected response
     refused: list[dict[str, Any]]  # rows with a permanent reason
     left_out: IdArray  # [n] of the pairs that only a limit of this run leaves out
 
@@ -181,7 +181,8 @@ class ReferenceScorer:
             shard,
             self._engine,
             keep_token_logps=self._job.keep_token_logps,
-            progress=lambda pairs: self._report({"event": "progress", "pairs": pairs}),
+            # The engine counts responses, of which a pair has two.
+            progress=lambda count: self._report({"event": "progress", "pairs": count / 2}),
         )
         if len(result.table):
             self._scores.add(result.table)
@@ -254,7 +255,7 @@ def renderer_for(job: Job) -> Renderer:
 
 def sort_out(
     ids: IdArray,
-    rendered: Sequence[RenderedPair | Refusal],
+    rendered: Sequence[RenderedPrompt | Refusal],
     context: int | None,
     limit: int | None,
 ) -> ShardWork:
@@ -263,7 +264,7 @@ def sort_out(
     `context` is the longest sequence (tokens) of the model itself, `limit` that of this run.
     """
     kept: list[int] = []
-    pairs: list[RenderedPair] = []
+    pairs: list[RenderedPrompt] = []
     refused: list[dict[str, Any]] = []
     left_out: list[int] = []
     for row, pair in enumerate(rendered):
@@ -284,7 +285,7 @@ def score_rows(
     work: ShardWork, engine: Engine | None, *, keep_token_logps: bool, progress: Progress
 ) -> ShardResult:
     """Score a shard's pairs and build the rows to store, refusals included."""
-    scored: list[PairTokenLogps] = []
+    scored: list[tuple[Logps, ...]] = []
     if work.pairs:
         assert engine is not None, "preflight saw no pair to score"
         scored = engine.score(work.pairs, progress)
@@ -297,7 +298,7 @@ def score_rows(
             not_finite.append((row["pair_id"], bad[0]))
             continue
         if keep_token_logps:
-            row |= dict(zip(TOKEN_COLUMNS, (logps.chosen, logps.rejected)))
+            row |= dict(zip(TOKEN_COLUMNS, logps))
         rows.append(row)
     schema = SCORE_SCHEMA
     for name in TOKEN_COLUMNS if keep_token_logps else ():
@@ -305,11 +306,10 @@ def score_rows(
     return ShardResult(pa.Table.from_pylist(rows, schema), not_finite)
 
 
-def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
+def _sums(pair: RenderedPrompt, logps: Sequence[Logps]) -> dict[str, float]:
     """Nats of each response and of its end of turn, summed in float64."""
     sums = {}
-    for name in ("chosen", "rejected"):
-        sequence, values = getattr(pair, name), getattr(logps, name)
+    for name, sequence, values in zip(("chosen", "rejected"), pair.responses, logps):
         assert len(values) == sequence.num_scored
         end = values[len(values) - (len(sequence.token_ids) - sequence.end_start) :]
         sums[f"{name}_logp"] = float(values.astype(np.float64).sum())
@@ -317,11 +317,12 @@ def _sums(pair: RenderedPair, logps: PairTokenLogps) -> dict[str, float]:
     return sums
 
 
-def _token_counts(pair: RenderedPair) -> dict[str, Any]:
+def _token_counts(pair: RenderedPrompt) -> dict[str, Any]:
+    chosen, rejected = pair.responses
     return {
-        "chosen_tokens": pair.chosen.num_scored,
-        "rejected_tokens": pair.rejected.num_scored,
-        "prompt_tokens": pair.chosen.start,
-        "chosen_boundary": pair.chosen.boundary,
-        "rejected_boundary": pair.rejected.boundary,
+        "chosen_tokens": chosen.num_scored,
+        "rejected_tokens": rejected.num_scored,
+        "prompt_tokens": chosen.start,
+        "chosen_boundary": chosen.boundary,
+        "rejected_boundary": rejected.boundary,
     }
