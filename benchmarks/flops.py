@@ -16,7 +16,7 @@ from mrpo.model.packing import PADDING, Batch
 def forward_flops(logps: SequenceLogps, batch: Batch) -> int:
     """Floating-point operations of one forward; a multiplication with an addition counts as two."""
     config = logps.lm.config.get_text_config()
-    real = batch.pair != PADDING
+    real = batch.prompt != PADDING
     tokens = int(real.sum())
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     positions = batch.position_ids[real]

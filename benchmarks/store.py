@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from mrpo.benchmarks.store_generated import SMALL, generate
 from mrpo.data.config import StatusConfig
 from mrpo.data.join import JoinedScores, join
-from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.data.store.commands import status
@@ -43,9 +43,9 @@ MB = 10**6
 class OneToken:
     """Replaces the renderer: tokenizing is not the store's work."""
 
-    def render_many(self, pairs: list[Any]) -> list[RenderedPair]:
+    def render_many(self, pairs: list[Any]) -> list[RenderedPrompt]:
         sequence = RenderedSequence([1, 2], 1, 2, False)
-        return [RenderedPair(sequence, sequence, 1)] * len(pairs)
+        return [RenderedPrompt((sequence, sequence), 1)] * len(pairs)
 
 
 def measure_status(folder: Path) -> dict[str, float]:

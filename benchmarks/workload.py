@@ -25,7 +25,7 @@ from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 
 if TYPE_CHECKING:
-    from mrpo.data.rendering import RenderedPair, Renderer
+    from mrpo.data.rendering import RenderedPrompt, Renderer
 
 HH = "hh_harmless_test.jsonl.gz"
 TOKENIZER_SIZE = 16_384
@@ -120,31 +120,31 @@ def write_model(folder: Path, size: Size, pairs: Sequence[Pair]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def rendered(renderer: Renderer, pairs: Sequence[Pair]) -> list[RenderedPair]:
+def rendered(renderer: Renderer, pairs: Sequence[Pair]) -> list[RenderedPrompt]:
     """The pairs as token ids; none of them is refused."""
-    from mrpo.data.rendering import RenderedPair
+    from mrpo.data.rendering import RenderedPrompt
 
     shown = renderer.render_many(pairs)
-    assert all(isinstance(pair, RenderedPair) for pair in shown)
+    assert all(isinstance(pair, RenderedPrompt) for pair in shown)
     return shown  # type: ignore[return-value]
 
 
-def tokens_twice(pairs: Sequence[RenderedPair]) -> int:
+def tokens_twice(pairs: Sequence[RenderedPrompt]) -> int:
     """Tokens of all sequences, each prompt counted for both responses."""
-    return sum(len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)
+    return sum(len(response.token_ids) for pair in pairs for response in pair.responses)
 
 
-def described(model: Path, pairs: Sequence[RenderedPair], forwards: int = 1) -> dict[str, int]:
+def described(model: Path, pairs: Sequence[RenderedPrompt], forwards: int = 1) -> dict[str, int]:
     """The numbers of pairs and tokens, and the operations of so many forwards over them."""
     return {
         "pairs": len(pairs),
         "tokens": tokens_twice(pairs),
-        "prompt_tokens": sum(pair.chosen.start for pair in pairs),
+        "prompt_tokens": sum(pair.responses[0].start for pair in pairs),
         "flops": forwards * useful_flops(model, pairs),
     }
 
 
-def useful_flops(model: Path, pairs: Sequence[RenderedPair]) -> int:
+def useful_flops(model: Path, pairs: Sequence[RenderedPrompt]) -> int:
     """Floating-point operations of one forward over the pairs, each prompt once."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,8 +1,8 @@
-"""Attention over packed rows: torch's sdpa pair by pair, or FlexAttention on a GPU.
+"""Attention over packed rows: torch's sdpa prompt by prompt, or FlexAttention on a GPU.
 
-A token sees the shared prompt of its own pair and the earlier tokens of its own branch. A sliding
-window counts position ids, not offsets in the row: the rejected branch comes after the chosen one
-but follows the prompt. Padding sees padding, so that no row of the mask is empty.
+A token sees what its own prompt's responses share and the earlier tokens of its own response. A
+sliding window counts position ids, not offsets in the row: a second response comes after the first
+one but follows the prompt. Padding sees padding, so that no row of the mask is empty.
 
 Both functions are registered with transformers. Every packable architecture passes its attention
 function the layer's sliding window and the keywords that the decoder was called with, so the masks
@@ -44,15 +44,15 @@ def mask_mod(batch: Batch, window: int | None) -> MaskMod:
     It is the same code over tensors of the same shapes for every window, so that what compiles it
     for one layer has compiled it for all.
     """
-    pair, branch, position = batch.pair, batch.branch, batch.position_ids
+    prompt, branch, position = batch.prompt, batch.branch, batch.position_ids
     earliest = position - (window - 1) if window is not None else torch.zeros_like(position)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_pair = pair[row, query] == pair[row, key]
+        same_prompt = prompt[row, query] == prompt[row, key]
         key_branch = branch[row, key]
         own = (key_branch == SHARED) | (key_branch == branch[row, query])
         earlier = position[row, key] <= position[row, query]
-        return same_pair & own & earlier & (position[row, key] >= earliest[row, query])
+        return same_prompt & own & earlier & (position[row, key] >= earliest[row, query])
 
     return visible
 
@@ -60,8 +60,9 @@ def mask_mod(batch: Batch, window: int | None) -> MaskMod:
 def dense_mask(batch: Batch, window: int | None, start: int = 0, stop: int | None = None) -> Tensor:
     """The boolean mask [B, 1, l, l] of the row's tokens from `start` to `stop`, for sdpa."""
     rows, length = batch.input_ids.shape
-    offsets = torch.arange(start, length if stop is None else stop, device=batch.pair.device)
-    row = torch.arange(rows, device=batch.pair.device)[:, None, None, None]
+    device = batch.input_ids.device
+    offsets = torch.arange(start, length if stop is None else stop, device=device)
+    row = torch.arange(rows, device=device)[:, None, None, None]
     head = torch.zeros_like(row)
     return mask_mod(batch, window)(row, head, offsets[:, None], offsets[None, :])
 
@@ -121,7 +122,7 @@ class PackedMasks:
         return self._blocks[window]
 
     def dense(self, window: int | None) -> list[Tensor]:
-        """The boolean masks [1, 1, l, l]: one for each pair alone, and one for the padding."""
+        """The boolean masks [1, 1, l, l]: one for each prompt alone, and one for the padding."""
         if window not in self._dense:
             self._dense[window] = [dense_mask(self.batch, window, *span) for span in self.spans]
         return self._dense[window]
@@ -141,8 +142,8 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Attention of queries [B, H, L, D] over keys and values [B, H_kv, L, D], as [B, L, H, D].
 
-    Pairs of a packed row never see each other, so each is computed alone: the cost grows with the
-    lengths of the pairs, not of the row (measured: 5 times faster at 7 pairs of 211 tokens than one
+    Prompts of a packed row never see each other, so each is computed alone: the cost grows with
+    their lengths, not with the row's (measured: 5 times faster at 7 pairs of 211 tokens than one
     sdpa under the row's dense mask).
     """
     if packed is None and softcap is None:
@@ -160,7 +161,7 @@ def sdpa_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # it would be recompiled for every number of pairs
+@torch.compiler.disable  # it would be recompiled for every number of prompts
 def _attend_spans(
     heads: Heads,
     packed: PackedMasks,

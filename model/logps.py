@@ -26,10 +26,19 @@ from .load import (
     rope_limit,
     set_attention,
 )
-from .packing import PADDING, SHARED, Batch, pack, padded_tokens, plan_padded, plan_rows, unpacked
+from .packing import (
+    PADDING,
+    Batch,
+    pack,
+    packed_tokens,
+    padded_tokens,
+    plan_padded,
+    plan_rows,
+    unpacked,
+)
 
 if TYPE_CHECKING:
-    from ..data.rendering import RenderedPair
+    from ..data.rendering import RenderedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +46,8 @@ logger = logging.getLogger(__name__)
 class Routing(NamedTuple):
     """Where an MoE model's routers send tokens: sums over the tokens of all layers.
 
-    A token of a shared prompt counts twice, as it would in two rows; padding does not count.
+    A token counts as often as it would with one response a row: that of a shared prompt once for
+    each of its responses. Padding does not count.
     """
 
     assigned: Tensor  # [E], how often an expert was among those chosen; no gradient
@@ -104,21 +114,43 @@ class SequenceLogps(nn.Module):
         modules = self.lm.get_decoder().modules()
         return next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count)
 
-    def plan(self, pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
-        """The indices of the pairs in each forward, at most `max_tokens` tokens at a time."""
+    def tokens(self, prompt: RenderedPrompt) -> int:
+        """Tokens that the decoder computes for a prompt and its responses."""
+        if self.packs and not self._beyond_rope_limit(prompt):
+            return packed_tokens(prompt)
+        return len(prompt.responses) * padded_tokens(prompt)
+
+    def parts(self, prompt: RenderedPrompt, max_tokens: int) -> list[range]:
+        """The numbers of a prompt's responses in parts of at most `max_tokens` tokens each, the
+        prompt repeated in each; a response beyond the budget is alone."""
+        first, parts = 0, []
+        for number in range(1, len(prompt.responses)):
+            if self.tokens(prompt.only(range(first, number + 1))) > max_tokens:
+                parts.append(range(first, number))
+                first = number
+        return [*parts, range(first, len(prompt.responses))]
+
+    def plan(self, prompts: Sequence[RenderedPrompt], max_tokens: int) -> list[list[int]]:
+        """The indices of the prompts in each forward, at most `max_tokens` tokens at a time."""
         alone: list[int] = []
         together: list[int] = []
-        for index, pair in enumerate(pairs):
-            (alone if self._beyond_rope_limit(pair) else together).append(index)
-        plan = (plan_rows if self.packs else plan_padded)([pairs[i] for i in together], max_tokens)
-        return [[i] for i in alone] + [[together[i] for i in row] for row in plan]
+        for index, prompt in enumerate(prompts):
+            (alone if self._beyond_rope_limit(prompt) else together).append(index)
+        plan = plan_rows if self.packs else plan_padded
+        rows = plan([prompts[i] for i in together], max_tokens)
+        return [[i] for i in alone] + [[together[i] for i in row] for row in rows]
 
-    def collate(self, pairs: Sequence[RenderedPair], device: torch.device | str) -> Batch:
-        """The pairs as a batch, packed where the architecture allows it."""
-        if not self.packs or any(self._beyond_rope_limit(pair) for pair in pairs):
-            return unpacked(pairs, device)
+    def collate(
+        self,
+        prompts: Sequence[RenderedPrompt],
+        device: torch.device | str,
+        copies: Sequence[int] | None = None,
+    ) -> Batch:
+        """The prompts as a batch, packed where the architecture allows it; `copies` as `pack`."""
+        if not self.packs or any(map(self._beyond_rope_limit, prompts)):
+            return unpacked(prompts, device, copies=copies)
         flex = self.lm.config._attn_implementation == FLEX
-        return pack(pairs, device, length=padded_length if flex else None)
+        return pack(prompts, device, length=padded_length if flex else None, copies=copies)
 
     def forward(self, batch: Batch) -> Tensor:
         """Log-probs in nats of the scored tokens, in the batch's order."""
@@ -146,9 +178,7 @@ class SequenceLogps(nn.Module):
         self.routing = None
         if self.rope_limit is not None:
             _forget_longest(self.lm.get_decoder())
-        weight = torch.where(
-            batch.pair == PADDING, 0.0, torch.where(batch.branch == SHARED, 2.0, 1.0)
-        )
+        weight = batch.copies.float()
         if batch.spans is None and self.rope_limit and batch.input_ids.shape[1] > self.rope_limit:
             return self._row_by_row(batch, weight)
         if batch.spans is None:
@@ -168,9 +198,9 @@ class SequenceLogps(nn.Module):
     def _row_by_row(self, batch: Batch, weight: Tensor) -> Tensor:
         """Hidden states of rows computed one at a time, without their padding."""
         width, rows = batch.input_ids.shape[1], []
-        for ids, pair, row_weight in zip(batch.input_ids, batch.pair, weight):
+        for ids, prompt, row_weight in zip(batch.input_ids, batch.prompt, weight):
             _forget_longest(self.lm.get_decoder())
-            length = int((pair != PADDING).sum())
+            length = int((prompt != PADDING).sum())
             hidden = self._decode(row_weight[:length], input_ids=ids[None, :length])
             rows.append(nn.functional.pad(hidden, (0, 0, 0, width - length)))
         return torch.cat(rows)
@@ -192,8 +222,8 @@ class SequenceLogps(nn.Module):
             self.routing = layer
         return output.last_hidden_state
 
-    def _beyond_rope_limit(self, pair: RenderedPair) -> bool:
-        return self.rope_limit is not None and padded_tokens(pair) > self.rope_limit
+    def _beyond_rope_limit(self, prompt: RenderedPrompt) -> bool:
+        return self.rope_limit is not None and padded_tokens(prompt) > self.rope_limit
 
 
 def _through_module(

@@ -1,9 +1,9 @@
-"""Rows of token ids for a model: pairs packed with their prompt once, or one response a row.
+"""Rows of token ids for a model: responses packed behind their prompt, or one response a row.
 
-A packed row holds, for each of its pairs, the tokens that the branches share, then the rest of the
-chosen branch, then the rest of the rejected branch. Position ids restart at the shared length, so
-that each branch follows its prompt; the masks of `attention.py` keep branches and pairs apart.
-`plan_rows` assigns pairs to rows: the speed depends on it, the numbers do not.
+A packed row holds, for each of its prompts, the tokens that its responses share, then the rest of
+each response, one after the other. Position ids restart at the shared length, so that each response
+follows its prompt; the masks of `attention.py` keep responses and prompts apart. `plan_rows`
+assigns prompts to rows: the speed depends on it, the numbers do not.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..data.rendering import RenderedPair, RenderedSequence
+    from ..data.rendering import RenderedPrompt, RenderedSequence
 
 PADDING = -1
-SHARED, CHOSEN, REJECTED = 0, 1, 2
+SHARED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The input of a forward: B rows of L tokens, and the R scored tokens among them.
 
-    Scored tokens are ordered by sequence, and within a sequence as in the text. Sequence
-    `2 * i` is the chosen and `2 * i + 1` the rejected branch of the i-th pair given.
+    A sequence is a response with its prompt; sequences are numbered in the order in which prompts
+    and their responses were given. Scored tokens are ordered by sequence, and within one as in the
+    text.
     """
 
     input_ids: Tensor  # [B, L]
     position_ids: Tensor  # [B, L], from 0 in every sequence
-    pair: Tensor  # [B, L], which pair a token belongs to; PADDING after the last
-    branch: Tensor  # [B, L], SHARED, CHOSEN or REJECTED
+    prompt: Tensor  # [B, L], which prompt a token belongs to; PADDING after the last
+    branch: Tensor  # [B, L], SHARED, or from 1 which of the prompt's responses
+    copies: Tensor  # [B, L], as how many tokens it counts: one for each response of the batch
     predict: Tensor  # [R], flat index into B * L of the token whose hidden state predicts
     targets: Tensor  # [R], the scored token ids
     sequence: Tensor  # [R], which sequence a scored token belongs to
     token_counts: tuple[int, ...]  # scored tokens of each sequence
-    spans: tuple[tuple[int, int], ...] | None  # a packed row's [start, stop) per pair
+    spans: tuple[tuple[int, int], ...] | None  # a packed row's [start, stop) per prompt
 
     @property
     def num_tokens(self) -> int:
@@ -47,27 +49,28 @@ class Batch:
         return self.input_ids.numel()
 
 
-def packed_tokens(pair: RenderedPair) -> int:
-    """Tokens of a pair in a packed row: the shared prompt counts once."""
-    return len(pair.chosen.token_ids) + len(pair.rejected.token_ids) - pair.shared
+def packed_tokens(prompt: RenderedPrompt) -> int:
+    """Tokens of a prompt and its responses in a packed row: what they share counts once."""
+    repeats = len(prompt.responses) - 1
+    return sum(len(one.token_ids) for one in prompt.responses) - repeats * prompt.shared
 
 
-def padded_tokens(pair: RenderedPair) -> int:
-    """Tokens of the longer response with its prompt: the width of the pair's padded rows."""
-    return max(len(pair.chosen.token_ids), len(pair.rejected.token_ids))
+def padded_tokens(prompt: RenderedPrompt) -> int:
+    """Tokens of the longest response with its prompt: the width of the prompt's padded rows."""
+    return max(len(one.token_ids) for one in prompt.responses)
 
 
-def plan_rows(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
-    """Indices of the pairs in each packed row, at most `max_tokens` tokens a row.
+def plan_rows(prompts: Sequence[RenderedPrompt], max_tokens: int) -> list[list[int]]:
+    """Indices of the prompts in each packed row, at most `max_tokens` tokens a row.
 
-    Best fit decreasing: the longest pair first, each into the fullest row that still has room. A
-    pair longer than the budget gets a row of its own. The plan is a function of the lengths alone;
-    rows come longest pair first, indices within a row ascending.
+    Best fit decreasing: the longest first, each into the fullest row that still has room. A prompt
+    whose tokens are beyond the budget gets a row of its own. The plan is a function of the lengths
+    alone; rows come longest first, indices within a row ascending.
     """
-    sizes = [packed_tokens(pair) for pair in pairs]
+    sizes = [packed_tokens(prompt) for prompt in prompts]
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending
-    for index in sorted(range(len(pairs)), key=lambda i: (-sizes[i], i)):
+    for index in sorted(range(len(prompts)), key=lambda i: (-sizes[i], i)):
         fit = bisect_left(room, (sizes[index], 0))
         if fit < len(room):
             left, row = room.pop(fit)
@@ -79,63 +82,74 @@ def plan_rows(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]
     return [sorted(row) for row in rows]
 
 
-def plan_padded(pairs: Sequence[RenderedPair], max_tokens: int) -> list[list[int]]:
-    """Indices of the pairs in each padded batch, at most `max_tokens` tokens with the padding.
+def plan_padded(prompts: Sequence[RenderedPrompt], max_tokens: int) -> list[list[int]]:
+    """Indices of the prompts in each padded batch, at most `max_tokens` tokens with the padding.
 
-    Pairs of similar length go together, longest first; one longer than the budget is alone.
+    Prompts of similar length go together, longest first; one beyond the budget is alone.
     """
-    widths = [padded_tokens(pair) for pair in pairs]
+    widths = [padded_tokens(prompt) for prompt in prompts]
     batches: list[list[int]] = []
-    for index in sorted(range(len(pairs)), key=lambda i: (-widths[i], i)):
-        # The first pair of a batch is its longest, and sets the width of all its rows.
-        if batches and 2 * (len(batches[-1]) + 1) * widths[batches[-1][0]] <= max_tokens:
+    rows = 0  # of the last batch
+    for index in sorted(range(len(prompts)), key=lambda i: (-widths[i], i)):
+        rows += len(prompts[index].responses)
+        # The first prompt of a batch has its longest response, which sets the width of all rows.
+        if batches and rows * widths[batches[-1][0]] <= max_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
+            rows = len(prompts[index].responses)
     return [sorted(batch) for batch in batches]
 
 
 def pack(
-    pairs: Sequence[RenderedPair],
+    prompts: Sequence[RenderedPrompt],
     device: torch.device | str = "cpu",
     *,
     length: Callable[[int], int] | None = None,
+    copies: Sequence[int] | None = None,
 ) -> Batch:
-    """One packed row of all the pairs; `length` of its tokens is the length to pad it to.
+    """One packed row of all the prompts; `length` of its tokens is the length to pad it to.
 
-    Without pairs, a row of padding: a process without work must still join its group's forward.
+    `copies`: as how many each sequence counts, 1 where it is None. Without prompts, a row of
+    padding: a process without work must still join its group's forward.
     """
-    row = _Columns()
+    row = _Columns(copies)
     spans = []
-    for index, pair in enumerate(pairs):
-        start, shared = len(row.ids), pair.shared
-        row.add(pair.chosen.token_ids[:shared], 0, index, SHARED)
-        for branch, sequence in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+    for index, prompt in enumerate(prompts):
+        start, shared = len(row.ids), prompt.shared
+        ids = prompt.responses[0].token_ids[:shared]
+        row.add(ids, 0, index, SHARED, row.copies_of(len(prompt.responses)))
+        for branch, sequence in enumerate(prompt.responses, SHARED + 1):
             assert 0 <= shared <= sequence.start, (shared, sequence.start)
-            first = len(row.ids)  # index of the branch's own first token
-            row.add(sequence.token_ids[shared:], shared, index, branch)
+            first = len(row.ids)  # index of the response's own first token
+            row.add(sequence.token_ids[shared:], shared, index, branch, row.copies_of(1))
             before = first + sequence.start - shared  # index of the first scored token
-            # The token before the first scored one is the branch's own, or the last shared one.
+            # The token before the first scored one is the response's own, or the last shared one.
             opener = before - 1 if sequence.start > shared else start + shared - 1
             row.score(sequence, opener, before)
         spans.append((start, len(row.ids)))
     tokens = max(len(row.ids), 1)
     padded = length(tokens) if length is not None else tokens
-    row.add([0] * (padded - len(row.ids)), 0, PADDING, SHARED)
+    row.add([0] * (padded - len(row.ids)), 0, PADDING, SHARED, 0)
     return row.batch(len(row.ids), tuple(spans), device)
 
 
-def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") -> Batch:
-    """One response a row after its prompt, padded on the right; without pairs, as `pack`."""
-    rows = _Columns()
-    width = max((padded_tokens(pair) for pair in pairs), default=1)
-    if not pairs:
-        rows.add([0], 0, PADDING, SHARED)
-    for index, pair in enumerate(pairs):
-        for branch, sequence in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+def unpacked(
+    prompts: Sequence[RenderedPrompt],
+    device: torch.device | str = "cpu",
+    *,
+    copies: Sequence[int] | None = None,
+) -> Batch:
+    """One response a row after its prompt, padded on the right; without prompts, as `pack`."""
+    rows = _Columns(copies)
+    width = max((padded_tokens(prompt) for prompt in prompts), default=1)
+    if not prompts:
+        rows.add([0], 0, PADDING, SHARED, 0)
+    for index, prompt in enumerate(prompts):
+        for branch, sequence in enumerate(prompt.responses, SHARED + 1):
             first, length = len(rows.ids) + sequence.start, len(sequence.token_ids)
-            rows.add(sequence.token_ids, 0, index, branch)
-            rows.add([0] * (width - length), length, PADDING, branch)
+            rows.add(sequence.token_ids, 0, index, branch, rows.copies_of(1))
+            rows.add([0] * (width - length), length, PADDING, branch, 0)
             rows.score(sequence, first - 1, first)
     return rows.batch(width, None, device)
 
@@ -143,22 +157,34 @@ def unpacked(pairs: Sequence[RenderedPair], device: torch.device | str = "cpu") 
 class _Columns:
     """The columns of a batch under construction, as plain lists."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: Sequence[int] | None) -> None:
+        self._copies_of_sequence = copies
         self.ids: list[int] = []
         self.positions: list[int] = []
-        self.pairs: list[int] = []
+        self.prompts: list[int] = []
         self.branches: list[int] = []
+        self.copies: list[int] = []
         self.predict: list[int] = []
         self.targets: list[int] = []
         self.token_counts: list[int] = []
 
-    def add(self, token_ids: list[int], position: int, pair: int, branch: int) -> None:
+    def copies_of(self, count: int) -> int:
+        """As how many the next `count` sequences count together."""
+        if self._copies_of_sequence is None:
+            return count
+        number = len(self.token_counts)
+        return sum(self._copies_of_sequence[number : number + count])
+
+    def add(
+        self, token_ids: list[int], position: int, prompt: int, branch: int, copies: int
+    ) -> None:
         """Append tokens whose positions count up from `position`."""
         count = len(token_ids)
         self.ids += token_ids
         self.positions += range(position, position + count)
-        self.pairs += [pair] * count
+        self.prompts += [prompt] * count
         self.branches += [branch] * count
+        self.copies += [copies] * count
 
     def score(self, sequence: RenderedSequence, opener: int, first: int) -> None:
         """Append the scored tokens: the first is at index `first` and is predicted at `opener`."""
@@ -180,8 +206,9 @@ class _Columns:
         return Batch(
             input_ids=column(self.ids).view(-1, width),
             position_ids=column(self.positions).view(-1, width),
-            pair=column(self.pairs).view(-1, width),
+            prompt=column(self.prompts).view(-1, width),
             branch=column(self.branches).view(-1, width),
+            copies=column(self.copies).view(-1, width),
             predict=column(self.predict),
             targets=column(self.targets),
             sequence=column(sequences),

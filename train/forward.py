@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.rendering import RenderedPair
+from ..data.rendering import RenderedPrompt
 from ..method.objective import Method
 from ..model.logps import Routing, SequenceLogps, sum_by_sequence
 from .distributed import Ranks
@@ -62,7 +62,7 @@ class PairForward:
     ranks: Ranks
     autocast: bool  # bfloat16 over float32 weights
 
-    def __call__(self, pairs: Sequence[RenderedPair]) -> PairLogps:
+    def __call__(self, pairs: Sequence[RenderedPrompt]) -> PairLogps:
         """Log-probs of the pairs in one micro-batch. Gradients flow where they are enabled."""
         device = self.ranks.device
         batch = self.policy.collate(pairs, device)
@@ -95,7 +95,7 @@ class PairForward:
         return MicroBatch(loss.sum(), measures, logps.tokens, self.policy.routing)
 
     def shares(
-        self, pairs: Sequence[RenderedPair], max_tokens: int
+        self, pairs: Sequence[RenderedPrompt], max_tokens: int
     ) -> list[tuple[list[int], float]]:
         """This rank's micro-batches of a batch: indices of pairs, and their weight, 1 or 0.
 

@@ -22,9 +22,10 @@ from typing import Generic, NamedTuple, NoReturn, TypeVar
 import numpy as np
 
 from ..data.pairs import Pair
-from ..data.rendering import Refusal, RenderedPair, Renderer
+from ..data.rendering import Refusal, RenderedPrompt, Renderer
 from ..errors import UserError
 from ..method.objective import Method, ReferenceLogps, ReferenceTargets
+from ..model.packing import padded_tokens
 from .dataset import Chunk, Rows, TrainingPairs, Window, stacked
 
 WINDOW_ROWS = 65_536
@@ -50,7 +51,7 @@ START = Position()
 class StepBatch:
     """The pairs of one optimizer step, and the position of the stream after them."""
 
-    pairs: list[RenderedPair]
+    pairs: list[RenderedPrompt]
     ids: list[bytes]
     scores: ReferenceLogps
     targets: ReferenceTargets  # of the same pairs, on the CPU
@@ -90,11 +91,11 @@ def window(
 
 def rendered_within(
     pairs: Sequence[Pair], renderer: Renderer, limits: Mapping[str, int]
-) -> Iterator[RenderedPair | Refusal]:
+) -> Iterator[RenderedPrompt | Refusal]:
     """Each pair as the policy sees it, or why it is dropped; `limits` as `PairStream` has them."""
     for rendered in renderer.render_many(pairs):
-        if isinstance(rendered, RenderedPair):
-            longest = max(len(rendered.chosen.token_ids), len(rendered.rejected.token_ids))
+        if isinstance(rendered, RenderedPrompt):
+            longest = padded_tokens(rendered)
             over = (reason for reason, limit in limits.items() if longest > limit)
             if reason := next(over, None):
                 rendered = Refusal(reason, f"{longest} tokens, above {limits[reason]}")
@@ -203,7 +204,7 @@ class PairStream:
                     yield _Example(after, rendered, chunk, place)
             number, row = number + 1, 0
 
-    def _rendered(self, chunk: Chunk) -> Iterator[RenderedPair | Refusal]:
+    def _rendered(self, chunk: Chunk) -> Iterator[RenderedPrompt | Refusal]:
         """The rows of a chunk, rendered a block at a time."""
         for start in range(0, len(chunk), BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, len(chunk))
@@ -229,7 +230,7 @@ class _Example(NamedTuple):
     """One row on its way into a batch."""
 
     after: Position  # the next row's
-    rendered: RenderedPair | Refusal
+    rendered: RenderedPrompt | Refusal
     chunk: Chunk
     place: int  # of the row in its chunk
 

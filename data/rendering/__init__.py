@@ -1,11 +1,11 @@
-"""Pairs to token ids, the same way for every model: template, text, tokens, split."""
+"""Responses to token ids, the same way for every model: template, text, tokens, split."""
 
 # ruff: noqa: F401 (what the folder offers)
 from .program import TODAY, run_template
 from .renderer import (
     RENDERING_VERSION,
     ExplainedSequence,
-    RenderedPair,
+    RenderedPrompt,
     RenderedSequence,
     Renderer,
     byte_tokenizer,

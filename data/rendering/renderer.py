@@ -1,7 +1,7 @@
-"""Pairs to token ids, the same way for references and policy.
+"""Responses under their prompt to token ids, the same way for references and policy.
 
-A pair's text (from a chat template by `template.py`, or plain prompt and response) is tokenized as
-a whole, once, without added special tokens, and split by character offset where the prompt ends:
+The text of both (from a chat template by `template.py`, or plain prompt and response) is tokenized
+as a whole, once, without added special tokens, and split by character offset where the prompt ends:
 
     <s>[INST] What is 2 + 2? [/INST] It is 4.</s>
     |---------- prompt -----------||-- scored --|    "</s>" is the end of turn
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ..pairs import Prompt
 from ..references import GGUF, files_of, from_pretrained
 from .template import ChatTemplate, Refusal, RenderedText
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from ..pairs import Pair
+    from ..pairs import Pair, Turns
 
 LONG_ID = re.compile(rb'(?<!\\)":\s*\d{8}')  # tokenizers counts up to the largest id, for minutes
 RENDERING_VERSION = 1  # part of a score's identity: raise it when any token id changes
@@ -36,7 +37,7 @@ RENDERING_VERSION = 1  # part of a score's identity: raise it when any token id 
 
 @dataclass(frozen=True, slots=True)
 class RenderedSequence:
-    """One branch of a pair as token ids; scored is `token_ids[start:]` without its `context`."""
+    """A response with its prompt as token ids; scored is `token_ids[start:]` without `context`."""
 
     token_ids: list[int]
     start: int  # index of the first scored token, at least 1
@@ -59,17 +60,33 @@ class RenderedSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class RenderedPair:
-    """Both branches; `shared` counts their common first tokens, none of them scored in either."""
+class RenderedPrompt:
+    """A prompt with its responses, one or more; of a pair these are chosen and rejected.
 
-    chosen: RenderedSequence
-    rejected: RenderedSequence
+    `shared` counts common first tokens of all responses, none of them scored in any.
+    """
+
+    responses: tuple[RenderedSequence, ...]
     shared: int
+
+    @classmethod
+    def of(cls, responses: Sequence[RenderedSequence]) -> RenderedPrompt:
+        """The responses of one prompt, with as many shared tokens as they have."""
+        first = responses[0].token_ids
+        shared = min(response.start for response in responses)
+        for response in responses[1:]:
+            ids = response.token_ids
+            shared = next((i for i in range(shared) if ids[i] != first[i]), shared)
+        return cls(tuple(responses), shared)
+
+    def only(self, numbers: Iterable[int]) -> RenderedPrompt:
+        """The prompt with some of its responses."""
+        return RenderedPrompt(tuple(self.responses[number] for number in numbers), self.shared)
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainedSequence:
-    """One branch as `mrpo inspect` shows it: text, tokens and the characters under each token."""
+    """A response as `mrpo inspect` shows it: text, tokens and the characters under each token."""
 
     rendered: RenderedText
     sequence: RenderedSequence
@@ -78,7 +95,7 @@ class ExplainedSequence:
 
 
 class Renderer:
-    """Renders pairs for one model. Picklable; rendering one pair never depends on another."""
+    """Renders for one model. Picklable; rendering one response never depends on another."""
 
     def __init__(
         self,
@@ -124,42 +141,52 @@ class Renderer:
         """The text that ends a turn; None where the template has no special token there."""
         return None if self.chat_template is None else self.template.tail().kept or None
 
-    def render(self, pair: Pair) -> RenderedPair | Refusal:
+    def render(self, pair: Pair) -> RenderedPrompt | Refusal:
         """The pair as this model sees it, or a permanent reason why it can't be."""
         return self.render_many([pair])[0]
 
-    def render_many(self, pairs: Sequence[Pair]) -> list[RenderedPair | Refusal]:
+    def render_many(self, pairs: Sequence[Pair]) -> list[RenderedPrompt | Refusal]:
         """As `render`, for many pairs in one batched call of the tokenizer."""
-        shown = [self.texts(pair) for pair in pairs]
-        kept = [branches for branches in shown if not isinstance(branches, Refusal)]
-        texts = [branch.text for branches in kept for branch in branches]
+        asked = [(Prompt.of(pair), (pair.chosen, pair.rejected)) for pair in pairs]
+        return [
+            _paired(*sequences, alike=pair.chosen == pair.rejected)
+            for pair, sequences in zip(pairs, self.render_responses(asked))
+        ]
+
+    def render_responses(
+        self, asked: Sequence[tuple[Prompt, Sequence[Turns]]]
+    ) -> list[list[RenderedSequence | Refusal]]:
+        """For each prompt its responses as this model sees them, or permanent reasons why not.
+
+        Where the prompt itself can't be shown, all its responses have the same refusal. What is
+        rendered of a prompt goes together by `RenderedPrompt.of`.
+        """
+        shown = [self.texts(prompt, responses) for prompt, responses in asked]
+        texts = [one.text for some in shown for one in some if isinstance(one, RenderedText)]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        rendered: list[RenderedPair | Refusal] = []
-        for pair, branches in zip(pairs, shown):
-            if isinstance(branches, Refusal):
-                rendered.append(branches)
-                continue
-            sequences = (self._sequence(b, next(encodings), pair.is_chat) for b in branches)
-            rendered.append(_paired(*sequences, alike=pair.chosen == pair.rejected))
-        return rendered
+        return [
+            [
+                one if isinstance(one, Refusal) else self._sequence(one, next(encodings), chat)
+                for one in some
+            ]
+            for some, chat in zip(shown, (prompt.is_chat for prompt, _ in asked))
+        ]
 
     def explain(self, pair: Pair) -> tuple[ExplainedSequence, ExplainedSequence] | Refusal:
-        """Both branches with their text and the characters under each token."""
-        texts, ids = self.texts(pair), self.render(pair)
-        if isinstance(texts, Refusal):
-            return texts
-        if isinstance(ids, Refusal):
-            return ids
-        return self._explained(texts[0], ids.chosen), self._explained(texts[1], ids.rejected)
-
-    def texts(self, pair: Pair) -> tuple[RenderedText, RenderedText] | Refusal:
-        """Chosen and rejected as the text that is tokenised (plain text without BOS and EOS)."""
-        if pair.is_chat:
-            return self.template.render(pair)
-        chosen, rejected = (
-            self._plain(str(pair.prompt), str(turns)) for turns in (pair.chosen, pair.rejected)
-        )
+        """Both responses with their text and the characters under each token."""
+        rendered = self.render(pair)
+        if isinstance(rendered, Refusal):
+            return rendered
+        texts = self.texts(Prompt.of(pair), (pair.chosen, pair.rejected))
+        chosen, rejected = map(self._explained, texts, rendered.responses)
         return chosen, rejected
+
+    def texts(self, prompt: Prompt, responses: Sequence[Turns]) -> list[RenderedText | Refusal]:
+        """Each response as the text that is tokenized (plain text without BOS and EOS)."""
+        if prompt.is_chat:
+            shown = self.template.render(prompt, responses)
+            return [shown] * len(responses) if isinstance(shown, Refusal) else shown
+        return [self._plain(str(prompt.turns), str(response)) for response in responses]
 
     def own_end(self, text: str) -> str | None:
         """The end of turn or EOS with which a plain text ends by itself, so that none is added."""
@@ -216,7 +243,10 @@ class Renderer:
             )
         return RenderedSequence(ids, start, end_start, boundary, tuple(context[::-1]))
 
-    def _explained(self, rendered: RenderedText, sequence: RenderedSequence) -> ExplainedSequence:
+    def _explained(
+        self, rendered: RenderedText | Refusal, sequence: RenderedSequence
+    ) -> ExplainedSequence:
+        assert isinstance(rendered, RenderedText)
         encoding = self._backend.encode(rendered.text, add_special_tokens=False)
         under = [(b, e) for _, b, e in spans(rendered.text, encoding, self._added)][::-1]
         ids, length = sequence.token_ids, len(rendered.text)
@@ -228,18 +258,16 @@ class Renderer:
 
 def _paired(
     chosen: RenderedSequence | Refusal, rejected: RenderedSequence | Refusal, *, alike: bool
-) -> RenderedPair | Refusal:
-    """Both branches with their shared part; `alike` where the data's responses are the same."""
+) -> RenderedPrompt | Refusal:
+    """Both responses together; `alike` where the data's responses are the same."""
     if isinstance(chosen, Refusal):
-        return Refusal(chosen.reason, f"chosen: {chosen.detail}")
+        of_both = chosen is rejected  # the prompt can't be shown
+        return chosen if of_both else replace(chosen, detail=f"chosen: {chosen.detail}")
     if isinstance(rejected, Refusal):
-        return Refusal(rejected.reason, f"rejected: {rejected.detail}")
+        return replace(rejected, detail=f"rejected: {rejected.detail}")
     if chosen.token_ids == rejected.token_ids and not alike:
         return Refusal("responses_render_equal", "the responses differ, and their token ids do not")
-    shared, most = 0, min(chosen.start, rejected.start)
-    while shared < most and chosen.token_ids[shared] == rejected.token_ids[shared]:
-        shared += 1
-    return RenderedPair(chosen, rejected, shared)
+    return RenderedPrompt.of((chosen, rejected))
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerFast:

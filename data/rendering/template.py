@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,7 @@ from .responses import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from ..pairs import Message, Pair
+    from ..pairs import Message, Prompt, Turns
 
 Place = Literal["prefix", "sentinel"]  # the way in which the response's place was found
 PLACES: dict[Place, str] = {
@@ -61,7 +61,7 @@ TOOL = {
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a pair can't be rendered for a model: a permanent reason, and details."""
+    """Why a response can't be rendered for a model: a permanent reason, and details."""
 
     reason: str
     detail: str
@@ -140,33 +140,34 @@ class ChatTemplate:
         names = template_variables(self.get() or "")
         return sorted(filter(re.compile(r"(?=.*(think|reason))(?!.*(content|text)$)").match, names))
 
-    def render(self, pair: Pair) -> tuple[RenderedText, RenderedText] | Refusal:
-        """Chosen and rejected as text, or why the template can't show them.
+    def render(
+        self, prompt: Prompt, responses: Iterable[Turns]
+    ) -> list[RenderedText | Refusal] | Refusal:
+        """Each response as text, or why the template can't show it; one refusal for all where it
+        can't show the prompt.
 
         Raises `UserError` where there is no template at all.
         """
-        assert isinstance(pair.prompt, list)
-        template = self.get(pair.tools)
+        assert isinstance(prompt.turns, list)
+        template = self.get(prompt.tools)
         if template is None:
             raise UserError(
                 f"{self._name} has no chat template and the pairs are messages; give it one with "
                 "chat_template in refs.yaml, or prepare the pairs as text"
             )
-        own = pair.chat_template_kwargs or {}  # a pair's own win over its reference's
+        own = prompt.chat_template_kwargs or {}  # a pair's own win over its reference's
         self._check_kwargs(own, "a pair")
-        show = self._shower(template, {"tools": pair.tools, **self.kwargs, **own})
-        prompt = folded(pair.prompt) if self.folds else pair.prompt
+        show = self._shower(template, {"tools": prompt.tools, **self.kwargs, **own})
+        turns = folded(prompt.turns) if self.folds else prompt.turns
         try:
-            asked = show(prompt, asks=True)
+            asked = show(turns, asks=True)
         except TEMPLATE_ERRORS as error:
-            return Refusal("template_refused", _one_line(error) + self._fold_hint(show, prompt))
-        branches = []
-        for name in ("chosen", "rejected"):
-            branch = self._branch(show, prompt, getattr(pair, name), asked, self.tail(pair.tools))
-            if isinstance(branch, Refusal):
-                return replace(branch, detail=f"{name}: {branch.detail}")
-            branches.append(branch)
-        return branches[0], branches[1]
+            return Refusal("template_refused", _one_line(error) + self._fold_hint(show, turns))
+        tail, rendered = self.tail(prompt.tools), []
+        for response in responses:
+            assert isinstance(response, list)
+            rendered.append(self._response(show, turns, response, asked, tail))
+        return rendered
 
     def _shower(self, template: str, kwargs: Mapping[str, Any]) -> Show:
         variables = {"tools": None, **self.tokenizer.special_tokens_map, **kwargs}
@@ -176,7 +177,7 @@ class ChatTemplate:
 
         return show
 
-    def _branch(
+    def _response(
         self, show: Show, prompt: list[Message], response: list[Message], asked: str, tail: Tail
     ) -> RenderedText | Refusal:
         """The response as given, else with its reasoning in a field that the template reads."""

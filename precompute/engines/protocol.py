@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from ...data.rendering import RenderedPair
+    from ...data.rendering import RenderedPrompt
 
+# Log-probs in nats of a response's scored tokens, those of `RenderedSequence.scored`.
 Logps = np.ndarray[Any, np.dtype[np.float32]]
-Progress = Callable[[int], None]  # called with the pairs finished since the last call
-
-
-@dataclass(frozen=True, slots=True)
-class PairTokenLogps:
-    """Log-probs in nats of the scored tokens of each branch, as `RenderedSequence.scored`."""
-
-    chosen: Logps
-    rejected: Logps
+Progress = Callable[[int], None]  # called with the responses finished since the last call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +58,9 @@ class Engine(Protocol):
         """What is recorded beside the scores: engine, versions, device, settings in force."""
 
     def score(
-        self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[PairTokenLogps]:
-        """The log-probs of every pair, in the given order."""
+        self, prompts: Sequence[RenderedPrompt], progress: Progress = lambda responses: None
+    ) -> list[tuple[Logps, ...]]:
+        """The log-probs of every response of every prompt, in the given order."""
 
     def close(self) -> None:
         """Free the devices, connections and processes that the engine holds."""

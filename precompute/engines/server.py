@@ -3,9 +3,10 @@
 `/v1/completions` takes token ids and gives every row's `prompt_logprobs`; it never reads the prefix
 cache for them. Started with `--enable-scale-out` on the V2 model runner (a GPU's default), a
 server also scores given ids on the responses' rows alone, at `/inference/v1/generate`; there the
-prompt is computed once per pair. Scores whose rows came from the cache are missing from the answer
-and requested again. Each pair has a cache salt of its own, so that no other traffic decides what
-it finds cached. A server that serves another model or tokenizer than refs.yaml names is refused.
+prompt is computed once for all its responses. Scores whose rows came from the cache are missing
+from the answer and requested again. Each prompt has a cache salt of its own, so that no other
+traffic decides what it finds cached. A server that serves another model or tokenizer than refs.yaml
+names is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import numpy as np
 import tenacity
 
 from ...errors import UserError
-from .protocol import EngineSettings, Logps, PairTokenLogps, Progress
-from .requests import Request, disagreement, plan_requests, scored_pair, trial_pair
+from .protocol import EngineSettings, Logps, Progress
+from .requests import Request, all_logps, disagreement, plan_requests, trial_prompt
 
 if TYPE_CHECKING:
-    from ...data.rendering import RenderedPair
+    from ...data.rendering import RenderedPrompt
 
 BLOCK = 8  # every block size of vLLM is a multiple of it; the server does not report its own
 ATTEMPTS = 8
@@ -81,32 +82,32 @@ class ServerEngine:
         }
 
     def score(
-        self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[PairTokenLogps]:
+        self, prompts: Sequence[RenderedPrompt], progress: Progress = lambda responses: None
+    ) -> list[tuple[Logps, ...]]:
         plans: dict[int, list[Request]] = {}
-        for request in plan_requests(pairs, BLOCK):
-            plans.setdefault(request.pair, []).append(request)
-        scored: dict[int, PairTokenLogps] = {}
+        for request in plan_requests(prompts, BLOCK):
+            plans.setdefault(request.prompt, []).append(request)
+        scored: dict[int, tuple[Logps, ...]] = {}
         pool = ThreadPoolExecutor(self._settings.concurrency)
         try:
             under_way = {
-                pool.submit(self._score, pairs[index], plan): index for index, plan in plans.items()
+                pool.submit(self._score, prompts[index], plan): index
+                for index, plan in plans.items()
             }
             for future in as_completed(under_way):
                 scored[under_way[future]] = future.result()
-                progress(1)
+                progress(len(future.result()))
         finally:
             pool.shutdown(cancel_futures=True)
-        return [scored[index] for index in range(len(pairs))]
+        return [scored[index] for index in range(len(prompts))]
 
     def close(self) -> None:
         self._client.close()
 
-    def _score(self, pair: RenderedPair, plan: Sequence[Request]) -> PairTokenLogps:
-        """One pair, the rejected response after the chosen one, whose blocks it shares."""
+    def _score(self, prompt: RenderedPrompt, plan: Sequence[Request]) -> tuple[Logps, ...]:
+        """One prompt, each response after those whose blocks it shares."""
         salt = secrets.token_hex(16)
-        parts = {request.branch: self._logps(request, salt) for request in plan}
-        return scored_pair(pair, parts)
+        return all_logps(prompt, {one.response: self._logps(one, salt) for one in plan})
 
     def _logps(self, request: Request, salt: str) -> Logps:
         if self._route == SHARING:
@@ -154,7 +155,7 @@ class ServerEngine:
             return False
         salt = secrets.token_hex(16)
         try:
-            for request in plan_requests([trial_pair(self.limit)], BLOCK):
+            for request in plan_requests([trial_prompt(self.limit)], BLOCK):
                 shared = self._given_ids(request, salt)
                 if shared is None:
                     shared = self._given_ids(replace(request, read_cache=False), salt)

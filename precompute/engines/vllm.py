@@ -1,4 +1,4 @@
-"""Engine vllm: prompt log-probs from a vLLM engine of its own, the prompt computed once per pair.
+"""Engine vllm: prompt log-probs from a vLLM engine, a prompt computed once for its responses.
 
 There are two routes, chosen when the engine is up. The V2 model runner scores given token ids on
 the rows of the responses alone (`prompt_logprob_token_ids`); the V1 runner, which CPUs and some
@@ -30,11 +30,11 @@ from transformers import AutoConfig
 from ...data.references import ADAPTER_CONFIG, from_pretrained
 from ...errors import UserError
 from ...files import write_json
-from .protocol import EngineSettings, Logps, PairTokenLogps, Progress, adapter_folder
-from .requests import Request, disagreement, plan_requests, scored_pair, trial_pair
+from .protocol import EngineSettings, Logps, Progress, adapter_folder
+from .requests import Request, all_logps, disagreement, plan_requests, trial_prompt
 
 if TYPE_CHECKING:
-    from ...data.rendering import RenderedPair
+    from ...data.rendering import RenderedPrompt
 
 LOGITS_BYTES = 4 * 2**30  # for the V1 runner's logits of one step, which vLLM does not plan for
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -113,14 +113,14 @@ class VllmEngine:
         }
 
     def score(
-        self, pairs: Sequence[RenderedPair], progress: Progress = lambda pairs: None
-    ) -> list[PairTokenLogps]:
+        self, prompts: Sequence[RenderedPrompt], progress: Progress = lambda responses: None
+    ) -> list[tuple[Logps, ...]]:
         self.cached_tokens = self.asked_again = 0
-        requests = plan_requests(pairs, self._block)
+        requests = plan_requests(prompts, self._block)
         if not self._share:
             requests = [replace(request, read_cache=False) for request in requests]
-        unfinished = Counter(request.pair for request in requests)
-        parts: list[dict[int, Logps]] = [{} for _ in pairs]
+        unfinished = Counter(request.prompt for request in requests)
+        parts: list[dict[int, Logps]] = [{} for _ in prompts]
         waiting: dict[str, Request] = {}
         for request in requests:
             self._send(request, waiting)
@@ -133,27 +133,25 @@ class VllmEngine:
                     self.asked_again += 1
                     self._send(replace(request, read_cache=False), waiting)
                     continue
-                parts[request.pair][request.branch] = logps
-                unfinished[request.pair] -= 1
-                if not unfinished[request.pair]:
-                    progress(1)
-        return [scored_pair(pair, branches) for pair, branches in zip(pairs, parts)]
+                parts[request.prompt][request.response] = logps
+                unfinished[request.prompt] -= 1
+                if not unfinished[request.prompt]:
+                    progress(len(prompts[request.prompt].responses))
+        return [all_logps(prompt, by_response) for prompt, by_response in zip(prompts, parts)]
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
         self._copies.cleanup()
 
     def _try_route(self) -> None:
-        """Score a short pair by the route and by plain prompt log-probs, which win."""
-        pair, route = trial_pair(self.limit), self.facts["route"]
-        chosen, self._by_token_ids, self._share = self._by_token_ids, False, False
-        (plain,) = self.score([pair])
-        self._by_token_ids, self._share = chosen, True
+        """Score a short prompt by the route and by plain prompt log-probs, which win."""
+        prompt, route = trial_prompt(self.limit), self.facts["route"]
+        by_token_ids, self._by_token_ids, self._share = self._by_token_ids, False, False
+        (plain,) = self.score([prompt])
+        self._by_token_ids, self._share = by_token_ids, True
         try:
-            (tried,) = self.score([pair])
-            tried_logps, plain_logps = (
-                np.concatenate([scored.chosen, scored.rejected]) for scored in (tried, plain)
-            )
+            (tried,) = self.score([prompt])
+            tried_logps, plain_logps = map(np.concatenate, (tried, plain))
             problem = disagreement(tried_logps, plain_logps, self._settings.dtype)
         except (TypeError, ValueError) as error:  # another vLLM than this was written for
             problem = " ".join(str(error).split())

@@ -29,8 +29,8 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, RenderedPair, Renderer
+from mrpo.data.pairs import Pair, Prompt
+from mrpo.data.rendering import RenderedPrompt, RenderedText, Renderer
 from mrpo.data.rendering.renderer import with_offsets
 from mrpo.tests.data import family_templates as templates
 
@@ -303,17 +303,24 @@ def ask(chosen: str = "Yes.", rejected: str = "No.", **more: Any) -> Pair:
     return pair_of([message("user", "Is it?")], chosen, rejected, **more)
 
 
-def rendered(renderer: Renderer, pair: Pair) -> RenderedPair:
+def rendered(renderer: Renderer, pair: Pair) -> RenderedPrompt:
     result = renderer.render(pair)
-    assert isinstance(result, RenderedPair), result
+    assert isinstance(result, RenderedPrompt), result
     return result
+
+
+def texts_of(renderer: Renderer, pair: Pair) -> list[RenderedText]:
+    """The texts of both responses, none of them refused."""
+    texts = []
+    for text in renderer.texts(Prompt.of(pair), (pair.chosen, pair.rejected)):
+        assert isinstance(text, RenderedText), text
+        texts.append(text)
+    return texts
 
 
 def split(renderer: Renderer, pair: Pair) -> tuple[str, str, str]:
     """The chosen branch's text: prompt, scored content, end of turn."""
-    texts = renderer.texts(pair)
-    assert not isinstance(texts, Refusal), texts
-    chosen = texts[0]
+    chosen = texts_of(renderer, pair)[0]
     at, end = chosen.prompt_end, chosen.content_end
     return chosen.text[:at], chosen.text[at:end], chosen.text[end:]
 

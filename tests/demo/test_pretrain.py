@@ -41,7 +41,7 @@ def test_any_corpus_of_chats_trains_a_reference_that_renders_pairs(
     pretrain(family, tmp_path / "corpus.jsonl", tmp_path / family)
     pair = Pair(prompt=chat[:1], chosen=chat[1:], rejected=[chat[1] | {"content": "No."}])
     renderer = Renderer.load(tmp_path / family)
-    text = renderer.tokenizer.decode(renderer.render(pair).chosen.token_ids)  # type: ignore[union-attr]
+    text = renderer.tokenizer.decode(renderer.render(pair).responses[0].token_ids)  # type: ignore[union-attr]
     assert text == renderer.tokenizer.apply_chat_template(chat, tokenize=False).removesuffix("\n")
     assert np.isfinite(summed_logps(tmp_path / family, [pair])).all()
 

@@ -20,7 +20,7 @@ from mrpo.data.ids import ids_from_bytes
 from mrpo.data.pairs import Message, Pair
 from mrpo.data.prepare import prepare
 from mrpo.data.references import ReferenceSpec, load_refs
-from mrpo.data.rendering import RenderedPair, Renderer
+from mrpo.data.rendering import RenderedPrompt, Renderer
 from mrpo.data.shards import PairShards
 from mrpo.data.store import ReferenceRecord, Store
 from mrpo.demo.models import FAMILIES, Family, build_model, build_tokenizer
@@ -91,7 +91,7 @@ def train_reference(
 
 
 def score(
-    model: Path, pairs: Sequence[Pair], rendered: Sequence[RenderedPair] | None = None
+    model: Path, pairs: Sequence[Pair], rendered: Sequence[RenderedPrompt] | None = None
 ) -> pa.Table:
     """What stage one stores of the pairs, or of other renderings of them."""
     engine = HfEngine(EngineSettings(alias="tiny", model=str(model)))

@@ -1,4 +1,4 @@
-"""Random pairs as token ids, and tiny models of any architecture."""
+"""Random prompts with responses as token ids, and tiny models of any architecture."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 
 VOCAB = 97
 
 
-def random_pair(rng: random.Random, longest: int = 30) -> RenderedPair:
-    """Prompt, two responses; up to three prompt tokens are left to the branches, some shared."""
+def random_prompt(rng: random.Random, responses: int = 2, longest: int = 30) -> RenderedPrompt:
+    """A prompt and responses; up to three prompt tokens are left to the responses, some shared."""
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(2, longest // 2))]
 
-    def branch() -> RenderedSequence:
+    def sequence() -> RenderedSequence:
         response = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, longest // 2))]
         ids = prompt + response
         end = rng.randrange(len(prompt), len(ids) + 1)
         return RenderedSequence(token_ids=ids, start=len(prompt), end_start=end, boundary=False)
 
     shared = max(1, len(prompt) - rng.randrange(4))
-    return RenderedPair(chosen=branch(), rejected=branch(), shared=shared)
+    return RenderedPrompt(tuple(sequence() for _ in range(responses)), shared)
 
 
 @pytest.fixture
-def pairs() -> list[RenderedPair]:
+def prompts() -> list[RenderedPrompt]:
+    """With two responses, as pairs have, with one and with more."""
     rng = random.Random(0)
-    return [random_pair(rng) for _ in range(6)]
+    return [random_prompt(rng, responses) for responses in (2, 1, 3, 2, 4, 2)]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 from mrpo.model.load import PACKABLE
 from mrpo.model.logps import SequenceLogps
 
@@ -81,9 +81,9 @@ def test_float32_loss_and_gradient(
     model_type: str,
     changes: dict[str, Any],
     tiny_lm: Callable[..., nn.Module],
-    pairs: list[RenderedPair],
+    prompts: list[RenderedPrompt],
 ) -> None:
-    compare(tiny_lm, model_type, changes, pairs, torch.float32, 1e-5)
+    compare(tiny_lm, model_type, changes, prompts, torch.float32, 1e-5)
 
 
 @pytest.mark.usefixtures("float64_throughout")
@@ -92,16 +92,16 @@ def test_float64_loss_and_gradient(
     model_type: str,
     changes: dict[str, Any],
     tiny_lm: Callable[..., nn.Module],
-    pairs: list[RenderedPair],
+    prompts: list[RenderedPrompt],
 ) -> None:
-    compare(tiny_lm, model_type, changes, pairs, torch.float64, 1e-10)
+    compare(tiny_lm, model_type, changes, prompts, torch.float64, 1e-10)
 
 
 def compare(
     tiny_lm: Callable[..., nn.Module],
     model_type: str,
     changes: dict[str, Any],
-    pairs: list[RenderedPair],
+    prompts: list[RenderedPrompt],
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
@@ -112,12 +112,12 @@ def compare(
     for lm in (plain, packed):
         if hasattr(lm.config, "num_experts_per_tok"):
             lm.set_experts_implementation("eager")  # the grouped kernel has no float64
-    expected = one_at_a_time(plain, pairs)
+    expected = one_at_a_time(plain, prompts)
     expected.backward()
     logps = SequenceLogps(packed, chunk_tokens=16)
-    loss = in_packed_rows(logps, pairs)
-    loss.backward()
-    assert abs(loss - expected) <= tolerance * abs(expected)
+    total = in_packed_rows(logps, prompts)
+    total.backward()
+    assert abs(total - expected) <= tolerance * abs(expected)
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in packed.named_parameters():
         gradient = gradients[name]
@@ -128,7 +128,7 @@ def compare(
             assert (parameter.grad - gradient).norm() <= tolerance * gradient.norm(), name
 
 
-def one_at_a_time(lm: nn.Module, pairs: list[RenderedPair]) -> Tensor:
+def one_at_a_time(lm: nn.Module, prompts: list[RenderedPrompt]) -> Tensor:
     def logp(sequence: RenderedSequence) -> Tensor:
         ids = torch.tensor([sequence.token_ids])
         logps = (
@@ -136,19 +136,25 @@ def one_at_a_time(lm: nn.Module, pairs: list[RenderedPair]) -> Tensor:
         )
         return logps.gather(1, ids[0, sequence.start :, None]).sum()
 
-    return sum(-logsigmoid(0.1 * (logp(pair.chosen) - logp(pair.rejected))) for pair in pairs)
+    losses = [loss(torch.stack([*map(logp, prompt.responses)])) for prompt in prompts]
+    return torch.stack(losses).sum()
 
 
-def in_packed_rows(logps: SequenceLogps, pairs: list[RenderedPair]) -> Tensor:
-    rows = logps.plan(pairs, 150)
-    assert 1 < len(rows) < len(pairs)
-    loss = torch.zeros((), dtype=torch.float64)
+def loss(logps: Tensor) -> Tensor:
+    """Of a prompt's responses, the first against each other one; of one response, itself."""
+    margins = logps[0] - logps[1:] if len(logps) > 1 else logps
+    return -logsigmoid(0.1 * margins).sum()
+
+
+def in_packed_rows(logps: SequenceLogps, prompts: list[RenderedPrompt]) -> Tensor:
+    rows = logps.plan(prompts, 150)
+    assert 1 < len(rows) < len(prompts)
+    total = torch.zeros((), dtype=torch.float64)
     for row in rows:
-        batch = logps.collate([pairs[index] for index in row], "cpu")
+        batch = logps.collate([prompts[index] for index in row], "cpu")
         assert batch.spans is not None
         assert len(batch.spans) == len(row)
-        sums = torch.stack([part.sum() for part in logps(batch).split(batch.token_counts)]).view(
-            -1, 2
-        )
-        loss = loss - logsigmoid(0.1 * (sums[:, 0] - sums[:, 1])).sum()
-    return loss
+        sums = torch.stack([part.sum() for part in logps(batch).split(batch.token_counts)])
+        for own in sums.split([len(prompts[index].responses) for index in row]):
+            total = total + loss(own)
+    return total

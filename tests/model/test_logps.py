@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 from mrpo.errors import UserError
 from mrpo.model.load import Attention, set_attention
 from mrpo.model.logps import SequenceLogps, split_by_sequence, sum_by_sequence
@@ -21,12 +22,12 @@ from mrpo.model.packing import Batch, pack, unpacked
 Lm = Callable[..., nn.Module]
 
 
-def one_at_a_time(lm: nn.Module, pairs: list[RenderedPair]) -> Tensor:
+def one_at_a_time(lm: nn.Module, prompts: list[RenderedPrompt]) -> Tensor:
     """Token log-probs [R] through transformers' own forward, eager and one sequence a batch."""
     lm.set_attn_implementation("eager")
     logps = []
-    for pair in pairs:
-        for sequence in (pair.chosen, pair.rejected):
+    for prompt in prompts:
+        for sequence in prompt.responses:
             ids = torch.tensor([sequence.token_ids])
             with torch.no_grad():
                 table = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
@@ -35,49 +36,55 @@ def one_at_a_time(lm: nn.Module, pairs: list[RenderedPair]) -> Tensor:
     return torch.cat(logps)
 
 
-def test_padded_rows_equal_packed_rows(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
-    expected = one_at_a_time(tiny_lm("mistral", sliding_window=4), pairs)
+def test_padded_rows_equal_packed_rows(tiny_lm: Lm, prompts: list[RenderedPrompt]) -> None:
+    expected = one_at_a_time(tiny_lm("mistral", sliding_window=4), prompts)
     logps = SequenceLogps(tiny_lm("mistral", sliding_window=4))
     with torch.no_grad():
-        assert torch.allclose(logps(pack(pairs)), expected, atol=1e-5)
-        assert torch.allclose(logps(unpacked(pairs)), expected, atol=1e-5)
+        assert torch.allclose(logps(pack(prompts)), expected, atol=1e-5)
+        assert torch.allclose(logps(unpacked(prompts)), expected, atol=1e-5)
 
 
 def test_what_a_tool_says_within_a_response_is_read_and_not_scored(
-    tiny_lm: Lm, pairs: list[RenderedPair]
+    tiny_lm: Lm, prompts: list[RenderedPrompt]
 ) -> None:
     def with_tool(sequence: RenderedSequence) -> RenderedSequence:
         begin, end = sequence.start + 1, len(sequence.token_ids) - 1
         return replace(sequence, context=((begin, end),)) if begin < end else sequence
 
     tools = [
-        replace(pair, chosen=with_tool(pair.chosen), rejected=with_tool(pair.rejected))
-        for pair in pairs
+        replace(prompt, responses=tuple(map(with_tool, prompt.responses))) for prompt in prompts
     ]
     kept = []
-    for pair in tools:
-        for sequence in (pair.chosen, pair.rejected):
+    for prompt in tools:
+        for sequence in prompt.responses:
             length = len(sequence.token_ids) - sequence.start
             kept += [i in (0, length - 1) for i in range(length)]
     assert 0 < sum(kept) < len(kept)
-    expected = one_at_a_time(tiny_lm("llama"), pairs)[torch.tensor(kept)]
+    expected = one_at_a_time(tiny_lm("llama"), prompts)[torch.tensor(kept)]
     logps = SequenceLogps(tiny_lm("llama"))
     with torch.no_grad():
         assert torch.allclose(logps(pack(tools)), expected, atol=1e-5)
         assert torch.allclose(logps(unpacked(tools)), expected, atol=1e-5)
 
 
-def test_scores_do_not_depend_on_neighbours(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+def by_prompt(sums: Tensor, prompts: list[RenderedPrompt]) -> tuple[Tensor, ...]:
+    """[S] of all sequences -> those of each prompt's responses."""
+    return sums.split([len(prompt.responses) for prompt in prompts])
+
+
+def test_scores_do_not_depend_on_neighbours(tiny_lm: Lm, prompts: list[RenderedPrompt]) -> None:
     logps = SequenceLogps(tiny_lm("llama"))
     with torch.no_grad():
-        together = sum_by_sequence(logps(pack(pairs)), pack(pairs)).view(-1, 2)
-        order = list(range(len(pairs)))
+        together = by_prompt(sum_by_sequence(logps(pack(prompts)), pack(prompts)), prompts)
+        order = list(range(len(prompts)))
         random.Random(1).shuffle(order)
-        batch = pack([pairs[index] for index in order])
-        shuffled = sum_by_sequence(logps(batch), batch).view(-1, 2)
-        alone = [sum_by_sequence(logps(pack([pair])), pack([pair])) for pair in pairs]
-    assert torch.allclose(shuffled, together[order], atol=1e-4)
-    assert torch.allclose(torch.stack(alone), together, atol=1e-4)
+        mixed = [prompts[index] for index in order]
+        batch = pack(mixed)
+        shuffled = by_prompt(sum_by_sequence(logps(batch), batch), mixed)
+        alone = [sum_by_sequence(logps(pack([prompt])), pack([prompt])) for prompt in prompts]
+    for place, index in enumerate(order):
+        assert torch.allclose(shuffled[place], together[index], atol=1e-4)
+        assert torch.allclose(alone[index], together[index], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -93,23 +100,23 @@ def test_other_architectures_run_one_response_a_row_and_say_so(
     model_type: str,
     changes: dict[str, int],
     tiny_lm: Lm,
-    pairs: list[RenderedPair],
+    prompts: list[RenderedPrompt],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = one_at_a_time(tiny_lm(model_type, **changes), pairs)
+    expected = one_at_a_time(tiny_lm(model_type, **changes), prompts)
     logps = SequenceLogps(tiny_lm(model_type, **changes))
     assert not logps.packs
     assert f"{model_type} is not on the list to pack" in caplog.text
     with torch.no_grad():
-        for row in logps.plan(pairs, 200):
-            batch = logps.collate([pairs[index] for index in row], "cpu")
+        for row in logps.plan(prompts, 200):
+            batch = logps.collate([prompts[index] for index in row], "cpu")
             assert batch.spans is None
             parts = split_by_sequence(logps(batch), batch)
-            separate = split_by_sequence(expected, unpacked(pairs))
-            for place, index in enumerate(row):
-                for branch in (0, 1):
-                    ours, theirs = parts[2 * place + branch], separate[2 * index + branch]
-                    assert torch.allclose(ours, theirs, atol=1e-4)
+            separate = split_by_sequence(expected, unpacked(prompts))
+            numbers = by_prompt(torch.arange(len(separate)), prompts)
+            wanted = [number for index in row for number in numbers[index].tolist()]
+            for ours, number in zip(parts, wanted, strict=True):
+                assert torch.allclose(ours, separate[number], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +128,30 @@ def test_other_architectures_run_one_response_a_row_and_say_so(
     ],
 )
 def test_head_that_is_not_understood_is_refused(
-    model_type: str, changes: dict[str, object], tiny_lm: Lm, pairs: list[RenderedPair]
+    model_type: str, changes: dict[str, object], tiny_lm: Lm, prompts: list[RenderedPrompt]
 ) -> None:
     logps = SequenceLogps(tiny_lm(model_type, **changes))
     with pytest.raises(UserError, match=f"{model_type} changes its logits"):
-        logps(logps.collate(pairs, "cpu"))
+        logps(logps.collate(prompts, "cpu"))
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 40, 70, 1000])
+def test_parts_hold_every_response_once_and_are_as_long_as_the_budget_allows(
+    tiny_lm: Lm, prompts: list[RenderedPrompt], max_tokens: int, packs: bool
+) -> None:
+    logps = SequenceLogps(tiny_lm("llama"))
+    logps.packs = packs
+    for prompt in prompts:
+        parts = logps.parts(prompt, max_tokens)
+        assert [n for part in parts for n in part] == list(range(len(prompt.responses)))
+        for part in parts:
+            computed = logps.collate([prompt.only(part)], "cpu").num_tokens
+            assert computed == logps.tokens(prompt.only(part))
+            assert len(part) == 1 or computed <= max_tokens
+        for part, following in pairwise(parts):
+            longer = prompt.only([*part, following[0]])
+            assert logps.tokens(longer) > max_tokens
 
 
 LONGROPE = {
@@ -146,45 +172,46 @@ DYNAMIC = {
 
 @pytest.mark.parametrize(("model_type", "changes"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
 def test_frequencies_that_depend_on_length_are_those_of_each_sequence(
-    model_type: str, changes: dict[str, object], tiny_lm: Lm, pairs: list[RenderedPair]
+    model_type: str, changes: dict[str, object], tiny_lm: Lm, prompts: list[RenderedPrompt]
 ) -> None:
     logps = SequenceLogps(tiny_lm(model_type, **changes))
     assert logps.rope_limit == 16
     sums_alone = []
-    for pair in pairs:
+    for prompt in prompts:
         # A fresh model each time: transformers' own remembers the longest sequence it has seen.
-        for branch in (pair.chosen, pair.rejected):
-            twice = one_at_a_time(tiny_lm(model_type, **changes), [RenderedPair(branch, branch, 1)])
-            sums_alone.append(twice[: len(twice) // 2].sum())
-    lengths = [len(s.token_ids) for pair in pairs for s in (pair.chosen, pair.rejected)]
+        for branch in prompt.responses:
+            alone = one_at_a_time(tiny_lm(model_type, **changes), [RenderedPrompt((branch,), 1)])
+            sums_alone.append(alone.sum())
+    lengths = [len(s.token_ids) for prompt in prompts for s in prompt.responses]
     assert min(lengths) <= 16 < max(lengths)
-    rows = logps.plan(pairs, 120)
-    assert sorted(index for row in rows for index in row) == list(range(len(pairs)))
+    rows = logps.plan(prompts, 120)
+    assert sorted(index for row in rows for index in row) == list(range(len(prompts)))
     with torch.no_grad():
         for row in rows:
-            batch = logps.collate([pairs[index] for index in row], "cpu")
-            sums = sum_by_sequence(logps(batch), batch).view(-1, 2)
-            expected = torch.stack(sums_alone).view(-1, 2)[row]
+            batch = logps.collate([prompts[index] for index in row], "cpu")
+            sums = sum_by_sequence(logps(batch), batch)
+            all_alone = by_prompt(torch.stack(sums_alone), prompts)
+            expected = torch.cat([all_alone[index] for index in row])
             assert torch.allclose(sums, expected.double(), atol=1e-4)
 
 
-def test_sums_are_those_of_the_parts(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
-    logps, batch = SequenceLogps(tiny_lm("llama")), pack(pairs)
+def test_sums_are_those_of_the_parts(tiny_lm: Lm, prompts: list[RenderedPrompt]) -> None:
+    logps, batch = SequenceLogps(tiny_lm("llama")), pack(prompts)
     with torch.no_grad():
         values = logps(batch)
     sums = sum_by_sequence(values, batch)
     assert sums.dtype == torch.float64
     parts = split_by_sequence(values, batch)
-    for number, part in enumerate(parts):
-        sequence = (pairs[number // 2].chosen, pairs[number // 2].rejected)[number % 2]
+    sequences = [sequence for prompt in prompts for sequence in prompt.responses]
+    for number, (part, sequence) in enumerate(zip(parts, sequences, strict=True)):
         assert len(part) == len(sequence.token_ids) - sequence.start
         assert sums[number].item() == pytest.approx(part.double().sum().item(), abs=1e-12)
     assert sum_by_sequence(logps(batch), batch).dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", [pack, unpacked])
-def test_batch_of_no_pairs_has_zero_gradients(
-    make: Callable[[list[RenderedPair]], Batch], tiny_lm: Lm
+def test_batch_of_no_prompts_has_zero_gradients(
+    make: Callable[[list[RenderedPrompt]], Batch], tiny_lm: Lm
 ) -> None:
     logps = SequenceLogps(tiny_lm("llama"))
     batch = make([])
@@ -195,22 +222,24 @@ def test_batch_of_no_pairs_has_zero_gradients(
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
-def test_lora_policy(targets: str | list[str], tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
+def test_lora_policy(targets: str | list[str], tiny_lm: Lm, prompts: list[RenderedPrompt]) -> None:
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     policy = peft.get_peft_model(tiny_lm("llama"), config).eval()
-    logps, batch = SequenceLogps(policy, chunk_tokens=16), pack(pairs)
+    logps, batch = SequenceLogps(policy, chunk_tokens=16), pack(prompts)
     values = logps(batch)
     merged = peft.get_peft_model(tiny_lm("llama"), config)
     merged.load_state_dict(policy.state_dict())
-    expected = one_at_a_time(merged.merge_and_unload(), pairs)
+    expected = one_at_a_time(merged.merge_and_unload(), prompts)
     assert torch.allclose(values, expected, atol=1e-4)
     values.sum().backward()
     for name, parameter in policy.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
 
 
-def test_activation_checkpointing_changes_nothing(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
-    batch, gradients = pack(pairs), []
+def test_activation_checkpointing_changes_nothing(
+    tiny_lm: Lm, prompts: list[RenderedPrompt]
+) -> None:
+    batch, gradients = pack(prompts), []
     for checkpointing in (False, True):
         lm = tiny_lm("gemma2", sliding_window=4).train()
         calls = count_calls(lm.get_decoder().layers[0].mlp)
@@ -229,8 +258,8 @@ def count_calls(module: nn.Module) -> list[None]:
     return calls
 
 
-def test_bfloat16_autocast_is_near_float32(tiny_lm: Lm, pairs: list[RenderedPair]) -> None:
-    logps, batch = SequenceLogps(tiny_lm("qwen3")), pack(pairs)
+def test_bfloat16_autocast_is_near_float32(tiny_lm: Lm, prompts: list[RenderedPrompt]) -> None:
+    logps, batch = SequenceLogps(tiny_lm("qwen3")), pack(prompts)
     exact = logps(batch)
     with torch.autocast("cpu", torch.bfloat16):
         rough = logps(batch)
@@ -242,11 +271,11 @@ def test_bfloat16_autocast_is_near_float32(tiny_lm: Lm, pairs: list[RenderedPair
 
 @pytest.mark.parametrize("attn", ["sdpa", "flex_attention"])
 def test_compiled_layers_serve_rows_of_every_shape(
-    attn: Attention, tiny_lm: Lm, pairs: list[RenderedPair]
+    attn: Attention, tiny_lm: Lm, prompts: list[RenderedPrompt]
 ) -> None:
     lm = tiny_lm("mistral", sliding_window=4, head_dim=16, num_hidden_layers=1)
     logps, compiled = SequenceLogps(lm), CompileCounter()
-    shapes = [pairs[:count] for count in (6, 3, 4, 2, 5, 1)]
+    shapes = [prompts[:count] for count in (6, 3, 4, 2, 5, 1)]
     with torch.no_grad():
         expected = [logps(logps.collate(some, "cpu")) for some in shapes]
         set_attention(lm, attn)
@@ -261,7 +290,7 @@ def test_compiled_layers_serve_rows_of_every_shape(
 
 
 def test_multimodal_wrapper_scores_text_through_its_decoder(
-    tiny_lm: Lm, pairs: list[RenderedPair]
+    tiny_lm: Lm, prompts: list[RenderedPrompt]
 ) -> None:
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     text = tiny_lm("gemma3_text", sliding_window=4, layer_types=["sliding_attention"] * 2)
@@ -274,26 +303,27 @@ def test_multimodal_wrapper_scores_text_through_its_decoder(
     logps = SequenceLogps(lm)
     assert logps.packs
     with torch.no_grad():
-        values = logps(pack(pairs))
-    assert torch.allclose(values, one_at_a_time(lm, pairs), atol=1e-4)
+        values = logps(pack(prompts))
+    assert torch.allclose(values, one_at_a_time(lm, prompts), atol=1e-4)
 
 
 def test_replaced_neighbour_leaves_a_score_bit_for_bit(
-    tiny_lm: Lm, pairs: list[RenderedPair]
+    tiny_lm: Lm, prompts: list[RenderedPrompt]
 ) -> None:
     logps = SequenceLogps(tiny_lm("llama"))
-    changed = replace(pairs[1], rejected=replace(pairs[1].rejected))
-    changed.rejected.token_ids[-1] += 1
+    last = prompts[1].responses[-1]
+    other = replace(last, token_ids=[*last.token_ids[:-1], last.token_ids[-1] ^ 1])
+    changed = replace(prompts[1], responses=(*prompts[1].responses[:-1], other))
     with torch.no_grad():
-        before = logps(pack(pairs[:2]))
-        after = logps(pack([pairs[0], changed]))
-    mine = pack(pairs[:2]).sequence < 2
+        before = logps(pack(prompts[:2]))
+        after = logps(pack([prompts[0], changed]))
+    mine = pack(prompts[:2]).sequence < 2
     assert torch.equal(before[mine], after[mine])
 
 
 def test_a_model_that_sees_later_tokens_is_refused(
-    tiny_lm: Callable[..., nn.Module], pairs: list[RenderedPair]
+    tiny_lm: Callable[..., nn.Module], prompts: list[RenderedPrompt]
 ) -> None:
     logps = SequenceLogps(tiny_lm("bert"))
     with pytest.raises(UserError, match="a token sees those after it"):
-        logps(unpacked(pairs))
+        logps(unpacked(prompts))

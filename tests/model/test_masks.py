@@ -11,7 +11,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
-from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 from mrpo.model.attention import (
     FLEX_BLOCK,
     block_mask,
@@ -29,50 +29,54 @@ def sequence(token_ids: list[int], start: int) -> RenderedSequence:
     return RenderedSequence(token_ids, start=start, end_start=len(token_ids), boundary=False)
 
 
-TWO_PAIRS = [
-    # Shared prompt 1 2 3, chosen 4 5, rejected 6; then shared prompt 7, chosen 8, rejected 9.
-    RenderedPair(sequence([1, 2, 3, 4, 5], 3), sequence([1, 2, 3, 6], 3), shared=3),
-    RenderedPair(sequence([7, 8], 1), sequence([7, 9], 1), shared=1),
+TWO_PROMPTS = [
+    # Prompt 1 2 3 with responses 4 5 and 6; then prompt 7 with 8, 9 and 3 4.
+    RenderedPrompt((sequence([1, 2, 3, 4, 5], 3), sequence([1, 2, 3, 6], 3)), shared=3),
+    RenderedPrompt((sequence([7, 8], 1), sequence([7, 9], 1), sequence([7, 3, 4], 1)), shared=1),
 ]
 
 FULL = """
-x........
-xx.......
-xxx......
-xxxx.....
-xxxxx....
-xxx..x...
-......x..
-......xx.
-......x.x
+x..........
+xx.........
+xxx........
+xxxx.......
+xxxxx......
+xxx..x.....
+......x....
+......xx...
+......x.x..
+......x..x.
+......x..xx
 """
 
 # With a window of 2 a token sees itself and the one before it in its own sequence: the rejected
 # 6 sees the prompt's 3, which lies three tokens before it in the row.
 WINDOW_OF_TWO = """
-x........
-xx.......
-.xx......
-..xx.....
-...xx....
-..x..x...
-......x..
-......xx.
-......x.x
+x..........
+xx.........
+.xx........
+..xx.......
+...xx......
+..x..x.....
+......x....
+......xx...
+......x.x..
+......x..x.
+.........xx
 """
 
 
 @pytest.mark.parametrize(("window", "drawn"), [(None, FULL), (2, WINDOW_OF_TWO)])
 def test_mask_is_as_drawn(window: int | None, drawn: str) -> None:
     expected = torch.tensor([[mark == "x" for mark in line] for line in drawn.split()])
-    batch = pack(TWO_PAIRS)
+    batch = pack(TWO_PROMPTS)
     assert torch.equal(dense_mask(batch, window)[0, 0], expected)
-    assert torch.equal(dense_mask(batch, window, 6, 9)[0, 0], expected[6:, 6:])
+    assert torch.equal(dense_mask(batch, window, 6, 11)[0, 0], expected[6:, 6:])
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_flex_rule_is_the_dense_mask(pairs: list[RenderedPair], window: int | None) -> None:
-    batch = pack(pairs, length=padded_length)
+def test_flex_rule_is_the_dense_mask(prompts: list[RenderedPrompt], window: int | None) -> None:
+    batch = pack(prompts, length=padded_length)
     length = batch.input_ids.shape[1]
     assert length % FLEX_BLOCK == 0
     assert length > sum(stop - start for start, stop in batch.spans or ())
@@ -86,38 +90,39 @@ def test_flex_rule_is_the_dense_mask(pairs: list[RenderedPair], window: int | No
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_flex_attention_gives_the_log_probs_of_sdpa(
-    pairs: list[RenderedPair],
+    prompts: list[RenderedPrompt],
     window: int | None,
     tiny_lm: Callable[..., nn.Module],
 ) -> None:
     lm = tiny_lm("mistral", sliding_window=window, head_dim=16)
     logps = SequenceLogps(lm)
     with torch.no_grad():
-        expected = logps(logps.collate(pairs, "cpu"))
+        expected = logps(logps.collate(prompts, "cpu"))
         set_attention(lm, "flex_attention")
-        batch = logps.collate(pairs, "cpu")
+        batch = logps.collate(prompts, "cpu")
         assert batch.num_tokens % FLEX_BLOCK == 0
         assert torch.allclose(logps(batch), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("model_type", "heads"), [("gemma2", 4), ("mistral", 6)])
 def test_flex_attention_has_softcaps_and_any_number_of_heads(
-    pairs: list[RenderedPair], tiny_lm: Callable[..., nn.Module], model_type: str, heads: int
+    prompts: list[RenderedPrompt], tiny_lm: Callable[..., nn.Module], model_type: str, heads: int
 ) -> None:
     sizes = {"num_attention_heads": heads, "hidden_size": 16 * heads, "head_dim": 16}
     caps = {"attn_logit_softcapping": 0.5} if model_type == "gemma2" else {}
     lm = tiny_lm(model_type, sliding_window=4, **sizes, **caps)
     logps = SequenceLogps(lm)
     with torch.no_grad():
-        expected = logps(logps.collate(pairs, "cpu"))
+        expected = logps(logps.collate(prompts, "cpu"))
         set_attention(lm, "flex_attention")
-        assert torch.allclose(logps(logps.collate(pairs, "cpu")), expected, atol=1e-5)
+        assert torch.allclose(logps(logps.collate(prompts, "cpu")), expected, atol=1e-5)
 
 
-def packs_of_all_lengths() -> list[list[RenderedPair]]:
+def packs_of_all_lengths() -> list[list[RenderedPrompt]]:
     """Packed rows of 200 to 1,400 tokens."""
-    pair = RenderedPair(sequence([1] * 50, 40), sequence([1] * 45 + [2] * 10, 40), shared=40)
-    return [[pair] * count for count in range(3, 23, 3)]
+    responses = sequence([1] * 50, 40), sequence([1] * 45 + [2] * 10, 40)
+    prompt = RenderedPrompt(responses, shared=40)
+    return [[prompt] * count for count in range(3, 23, 3)]
 
 
 def test_rows_of_all_lengths_and_windows_compile_two_masks() -> None:
@@ -125,8 +130,8 @@ def test_rows_of_all_lengths_and_windows_compile_two_masks() -> None:
     compiled = CompileCounter()
     create = never_eager(create_block_mask, backend=compiled)
     lengths = set()
-    for pairs in packs_of_all_lengths():
-        batch = pack(pairs, length=padded_length)
+    for prompts in packs_of_all_lengths():
+        batch = pack(prompts, length=padded_length)
         length = batch.input_ids.shape[1]
         lengths.add(length)
         for window in (None, 8):
@@ -138,8 +143,8 @@ def test_rows_of_all_lengths_and_windows_compile_two_masks() -> None:
 def test_rows_of_all_lengths_and_windows_compile_few_kernels() -> None:
     compiled = CompileCounter()
     kernel = never_eager(flex_attention, backend=compiled)
-    for pairs in packs_of_all_lengths()[::2]:
-        batch = pack(pairs, length=padded_length)
+    for prompts in packs_of_all_lengths()[::2]:
+        batch = pack(prompts, length=padded_length)
         heads = torch.randn(1, 1, batch.input_ids.shape[1], 16)
         for window in (None, 8):
             kernel(heads, heads, heads, block_mask=block_mask(batch, window))

@@ -1,4 +1,4 @@
-"""`SequenceLogps` is the unit that FSDP2 shards: two processes, one of them without pairs."""
+"""`SequenceLogps` is the unit that FSDP2 shards: two processes, one of them without prompts."""
 
 from __future__ import annotations
 

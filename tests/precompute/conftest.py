@@ -1,4 +1,4 @@
-"""Fixtures of the scoring tests: pairs of corner cases, and a vLLM engine that tests share."""
+"""Fixtures of the scoring tests: prompts of corner cases, and a vLLM engine that tests share."""
 
 from __future__ import annotations
 
@@ -17,52 +17,80 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mrpo.data.rendering import RenderedPair, RenderedSequence
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 from mrpo.demo.models import write_reference
-from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
+from mrpo.precompute.engines.protocol import EngineSettings, Logps
 from mrpo.tests.precompute.workspace import Workspace
 
 TEXTS = ["The quick brown fox jumps over the lazy dog, 12 times out of 345."] * 4
 VOCABULARY = 300  # smaller than that of any reference here
 
 
-def rendered(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> RenderedPair:
-    """A pair of given token ids; the last token of each response is its end of turn."""
+def rendered(prompt: Sequence[int], *responses: Sequence[int]) -> RenderedPrompt:
+    """A prompt of given token ids; the last token of each response is its end of turn."""
     sequences = [
         RenderedSequence(
             [*prompt, *response], len(prompt), len(prompt) + len(response) - 1, boundary=False
         )
-        for response in (chosen, rejected)
+        for response in responses
     ]
-    return RenderedPair(*sequences, shared=len(prompt))
+    return RenderedPrompt(tuple(sequences), shared=len(prompt))
 
 
 def random_pair(
     prompt: int, common: int, chosen: int, rejected: int, generator: random.Random
-) -> RenderedPair:
+) -> RenderedPrompt:
     """Random ids: `common` first tokens of both responses, then the given numbers of their own."""
+    both = random_ids(common, generator)
+    own = [
+        [first, *random_ids(count, generator)][:count]
+        for first, count in ((11, chosen), (12, rejected))
+    ]
+    return rendered(random_ids(prompt, generator), both + own[0], both + own[1])
 
-    def ids(count: int) -> list[int]:
-        return [generator.randrange(20, VOCABULARY) for _ in range(count)]
 
-    both = ids(common)
-    own = [[first, *ids(count)][:count] for first, count in ((11, chosen), (12, rejected))]
-    return rendered(ids(prompt), both + own[0], both + own[1])
+def random_prompt(prompt: int, common: int, generator: random.Random) -> RenderedPrompt:
+    """Six responses of which some part from others after `common` tokens, or twice as many; one is
+    another's beginning and one is another's equal."""
+    first, second, *ends = (random_ids(count, generator) for count in (common, common, 9, 5, 7, 3))
+    responses = [
+        [*first, *second, 11, *ends[0]],
+        [*first, *second, 12, *ends[1]],
+        [*first, 13, *ends[2]],
+        [*first, *second, 11],
+        [14, *ends[3]],
+        [*first, *second, 12, *ends[1]],
+    ]
+    return rendered(random_ids(prompt, generator), *responses)
+
+
+def random_ids(count: int, generator: random.Random) -> list[int]:
+    return [generator.randrange(20, VOCABULARY) for _ in range(count)]
 
 
 @pytest.fixture(name="make_pair")
-def _make_pair() -> Callable[..., RenderedPair]:
+def _make_pair() -> Callable[..., RenderedPrompt]:
     """`random_pair` with a generator of the test's own."""
     generator = random.Random(3)
     return lambda *lengths: random_pair(*lengths, generator)
 
 
+@pytest.fixture(name="make_prompt")
+def _make_prompt() -> Callable[..., RenderedPrompt]:
+    """A prompt of so many tokens with responses of so many, which have nothing in common."""
+    generator = random.Random(4)
+    return lambda prompt, counts: rendered(
+        random_ids(prompt, generator), *(random_ids(count, generator) for count in counts)
+    )
+
+
 @pytest.fixture(scope="session")
-def corner_pairs() -> list[RenderedPair]:
+def corner_prompts() -> list[RenderedPrompt]:
     """Prompt lengths 1 to 300, responses that share 0 to 40 first tokens, one-token responses.
 
     Wherever the responses part at a multiple of a block size, both with and without a common
     beginning; also a response that is the beginning of the other, and prompts that occur twice.
+    Most are pairs, which the others make up of six responses and of a single one.
     """
     generator = random.Random(7)
     pairs = []
@@ -74,11 +102,16 @@ def corner_pairs() -> list[RenderedPair]:
             pairs.append(random_pair(prompt, shared, *own, generator))
     for prompt, common in ((31, 5), (32, 32), (64, 0), (40, 24)):
         whole = random_pair(prompt, common, 9, 9, generator)
-        ids = whole.chosen.token_ids
+        ids = whole.responses[0].token_ids
         pairs.append(rendered(ids[:prompt], ids[prompt:], ids[prompt : prompt + common + 1]))
         pairs.append(rendered(ids[:prompt], ids[prompt : prompt + common + 1], ids[prompt:]))
         pairs.append(rendered(ids[:prompt], [14, 15], ids[prompt:]))
-    return pairs
+    several = [
+        random_prompt(prompt, common, generator)
+        for prompt in (1, 15, 16, 31, 32, 64, 127, 128, 200)
+        for common in (0, 1, 8, 16)
+    ]
+    return [*pairs, *several, *(prompt.only([0]) for prompt in several[::5])]
 
 
 @pytest.fixture(scope="session")
@@ -123,13 +156,15 @@ def write_adapter(reference: Path, folder: Path, **options: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def expected(reference_folder: Path, corner_pairs: list[RenderedPair]) -> list[PairTokenLogps]:
-    """The corner pairs' log-probs by transformers' own forward, one response at a time."""
-    return one_by_one(reference_folder, corner_pairs)
+def expected(
+    reference_folder: Path, corner_prompts: list[RenderedPrompt]
+) -> list[tuple[Logps, ...]]:
+    """The corner prompts' log-probs by transformers' own forward, one response at a time."""
+    return one_by_one(reference_folder, corner_prompts)
 
 
 @pytest.fixture(scope="session", name="one_by_one")
-def _one_by_one() -> Callable[..., list[PairTokenLogps]]:
+def _one_by_one() -> Callable[..., list[tuple[Logps, ...]]]:
     return one_by_one
 
 
@@ -138,29 +173,31 @@ def _differ() -> Callable[..., float]:
     return largest_difference
 
 
-def one_by_one(folder: Path, pairs: Sequence[RenderedPair], **options: Any) -> list[PairTokenLogps]:
+def one_by_one(
+    folder: Path, prompts: Sequence[RenderedPrompt], **options: Any
+) -> list[tuple[Logps, ...]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    return model_logps(model, pairs)
+    return model_logps(model, prompts)
 
 
 @torch.inference_mode()
-def model_logps(model: Any, pairs: Sequence[RenderedPair]) -> list[PairTokenLogps]:
+def model_logps(model: Any, prompts: Sequence[RenderedPrompt]) -> list[tuple[Logps, ...]]:
     def logps(sequence: RenderedSequence) -> np.ndarray:
         ids = torch.tensor([sequence.token_ids])
         table = model(ids).logits[0, sequence.start - 1 : -1].log_softmax(-1)
         return table.gather(-1, ids[0, sequence.start :, None])[:, 0].numpy()
 
-    return [PairTokenLogps(logps(pair.chosen), logps(pair.rejected)) for pair in pairs]
+    return [tuple(map(logps, prompt.responses)) for prompt in prompts]
 
 
 def largest_difference(
-    scored: Sequence[PairTokenLogps], expected: Sequence[PairTokenLogps]
+    scored: Sequence[tuple[Logps, ...]], expected: Sequence[tuple[Logps, ...]]
 ) -> float:
-    """Of the log-probs of a sequence, in nats, over both branches; every shape must agree."""
+    """Of the log-probs of a response, in nats, over all of them; every shape must agree."""
     worst = 0.0
     assert len(scored) == len(expected)
     for a, b in zip(scored, expected):
-        for x, y in ((a.chosen, b.chosen), (a.rejected, b.rejected)):
+        for x, y in zip(a, b, strict=True):
             assert x.shape == y.shape
             assert np.isfinite(x).all()
             worst = max(worst, abs(float(x.astype(np.float64).sum() - y.astype(np.float64).sum())))
@@ -184,8 +221,8 @@ class EngineProcess:
         self.facts, self.limit = self._receive()
         self.counters: dict[str, int] = {}
 
-    def score(self, pairs: Sequence[RenderedPair]) -> list[PairTokenLogps]:
-        self._send(list(pairs))
+    def score(self, prompts: Sequence[RenderedPrompt]) -> list[tuple[Logps, ...]]:
+        self._send(list(prompts))
         scored, self.counters = self._receive()
         self._receive()
         return scored

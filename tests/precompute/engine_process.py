@@ -1,6 +1,6 @@
 """An engine in a process of its own, for tests: `python engine_process.py NAME`.
 
-Reads pickles from stdin (first the settings, then lists of rendered pairs) and answers each list
+Reads pickles from stdin (first the settings, then lists of rendered prompts) and answers each list
 with a pickle of the scores and the engine's counters. vLLM changes its process for good (threads,
 torch.distributed), which other tests must not see.
 """
@@ -23,10 +23,10 @@ def main() -> None:
         pickle.dump((engine.facts, engine.limit), answers)
         answers.flush()
         try:
-            pairs = pickle.load(sys.stdin.buffer)
+            prompts = pickle.load(sys.stdin.buffer)
         except EOFError:
             break
-        scored = engine.score(pairs, finished.append)
+        scored = engine.score(prompts, finished.append)
         counters = {
             "cached_tokens": getattr(engine, "cached_tokens", 0),
             "asked_again": getattr(engine, "asked_again", 0),

@@ -35,8 +35,8 @@ def test_rows_are_the_sums_of_what_the_engine_gives(workspace: Workspace) -> Non
     stored = workspace.by_id("llama", [*SCORE_SCHEMA.names, *TOKEN_COLUMNS])
     for pair_id, pair, score in zip(pairs.pair_ids(0), rendered, scored):
         row = stored[pair_id.tobytes()]
-        for name in ("chosen", "rejected"):
-            sequence, logps = getattr(pair, name), getattr(score, name).astype(np.float64)
+        for name, sequence, values in zip(("chosen", "rejected"), pair.responses, score):
+            logps = values.astype(np.float64)
             end = sequence.end_start - sequence.start
             assert row[f"{name}_logp"] == pytest.approx(logps.sum(), abs=CLOSE)
             assert row[f"{name}_end_logp"] == pytest.approx(logps[end:].sum(), abs=CLOSE)
@@ -45,7 +45,7 @@ def test_rows_are_the_sums_of_what_the_engine_gives(workspace: Workspace) -> Non
             assert row[f"{name}_boundary"] is False
             token_logps = np.array(row[f"{name}_token_logps"], dtype=np.float64)
             assert token_logps.sum() == row[f"{name}_logp"]
-        assert row["prompt_tokens"] == pair.chosen.start
+        assert row["prompt_tokens"] == pair.responses[0].start
         assert row["reason"] is None
 
 

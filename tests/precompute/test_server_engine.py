@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mrpo.data.rendering import RenderedPair, Renderer
+from mrpo.data.rendering import RenderedPrompt, Renderer
 from mrpo.errors import UserError
 from mrpo.precompute.engines import server
-from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
+from mrpo.precompute.engines.protocol import EngineSettings, Logps
 from mrpo.precompute.engines.server import PLAIN, SHARING, ServerEngine
 from mrpo.precompute.worker import PROBES
 
@@ -165,19 +165,20 @@ def fake_logps(sequence: Any) -> list[float]:
     "options", [{}, {"shares": True}, {"shares": True, "omits": True}], ids=str
 )
 def test_every_scored_token_has_the_log_prob_of_its_own_id_and_place(
-    serve: Serve, make_pair: Any, options: dict[str, bool]
+    serve: Serve, make_pair: Any, make_prompt: Any, options: dict[str, bool]
 ) -> None:
     fake = serve(**options)
-    pairs = [make_pair(30, 3, 5, 8), make_pair(9, 0, 1, 1), make_pair(12, 8, 4, 4)]
+    prompts = [make_pair(30, 3, 5, 8), make_pair(9, 0, 1, 1), make_pair(12, 8, 4, 4)]
+    prompts.append(make_prompt(20, [5, 9, 1, 5]))
     finished: list[int] = []
     running = engine(fake.url)
     assert running.facts["route"] == (SHARING if options else PLAIN)
     fake.bodies.clear()
-    for pair, score in zip(pairs, running.score(pairs, finished.append)):
-        assert score.chosen.tolist() == pytest.approx(fake_logps(pair.chosen))
-        assert score.rejected.tolist() == pytest.approx(fake_logps(pair.rejected))
-    assert sum(finished) == 3
-    assert len({body["cache_salt"] for body in fake.bodies}) == 3
+    for prompt, scored in zip(prompts, running.score(prompts, finished.append)):
+        for response, logps in zip(prompt.responses, scored, strict=True):
+            assert logps.tolist() == pytest.approx(fake_logps(response))
+    assert sum(finished) == 2 + 2 + 2 + 4
+    assert len({body["cache_salt"] for body in fake.bodies}) == 4
     assert {body["model"] for body in fake.bodies} == {"served"}
 
 
@@ -202,7 +203,7 @@ def test_a_server_that_is_busy_is_asked_again(
     assert "503" in capsys.readouterr().err
     fake.failures = 2
     (score,) = running.score([make_pair(9, 0, 1, 1)])
-    assert np.isfinite(score.chosen).all()
+    assert np.isfinite(np.concatenate(score)).all()
 
 
 def test_a_server_that_stays_away_is_a_users_mistake(
@@ -245,7 +246,7 @@ def test_a_server_that_shows_nothing_but_its_api_works(serve: Serve, make_pair: 
     running = engine(fake.url, probes={"hello": [1, 3]})
     assert running.facts["route"] == PLAIN
     (score,) = running.score([pair])
-    assert score.chosen.tolist() == pytest.approx(fake_logps(pair.chosen))
+    assert score[0].tolist() == pytest.approx(fake_logps(pair.responses[0]))
 
 
 def test_a_route_whose_trial_differs_is_not_used(
@@ -253,7 +254,7 @@ def test_a_route_whose_trial_differs_is_not_used(
 ) -> None:
     assert engine(serve(shares=True, wrong=True).url).facts["route"] == PLAIN
     printed = capsys.readouterr().err
-    assert "is not used: on a trial pair it is 6 nats off plain prompt_logprobs" in printed
+    assert "is not used: on a trial prompt it is 6 nats off plain prompt_logprobs" in printed
 
 
 def test_pauses_double_and_an_answer_that_is_no_json_is_asked_for_again(
@@ -342,8 +343,8 @@ def test_vllm_writes_arrays_as_the_small_server_does() -> None:
 def test_a_real_server_gives_the_rows_of_transformers(
     real_server: str,
     reference_folder: Path,
-    corner_pairs: list[RenderedPair],
-    expected: list[PairTokenLogps],
+    corner_prompts: list[RenderedPrompt],
+    expected: list[tuple[Logps, ...]],
     differ: Any,
 ) -> None:
     """It has the sharing route, but a CPU's runner does not score given ids: so it is not used."""
@@ -357,7 +358,7 @@ def test_a_real_server_gives_the_rows_of_transformers(
         "concurrency": 16,
     }
     assert running.limit == 1023
-    assert differ(running.score(corner_pairs[::2]), expected[::2]) < CLOSE
+    assert differ(running.score(corner_prompts[::2]), expected[::2]) < CLOSE
 
 
 @pytest.mark.vllm

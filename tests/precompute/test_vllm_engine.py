@@ -17,10 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrpo.data.rendering import RenderedPair
+from mrpo.data.rendering import RenderedPrompt
 from mrpo.errors import UserError
-from mrpo.precompute.engines.protocol import EngineSettings, PairTokenLogps
-from mrpo.precompute.engines.requests import Request, plan_requests, trial_pair
+from mrpo.precompute.engines.protocol import EngineSettings, Logps
+from mrpo.precompute.engines.requests import Request, plan_requests, trial_prompt
 from mrpo.precompute.engines.vllm import (
     VllmEngine,
     _arguments,
@@ -33,34 +33,43 @@ CLOSE = 1e-3  # nats, of a whole sequence
 
 
 @pytest.mark.vllm
-def test_every_corner_pair_is_as_one_response_at_a_time(
-    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
+def test_every_corner_prompt_is_as_one_response_at_a_time(
+    vllm_engine: Any,
+    corner_prompts: list[RenderedPrompt],
+    expected: list[tuple[Logps, ...]],
+    differ: Any,
 ) -> None:
-    scored = vllm_engine.score(corner_pairs)
+    scored = vllm_engine.score(corner_prompts)
     assert differ(scored, expected) < CLOSE
-    assert vllm_engine.counters["finished"] == len(corner_pairs)
-    # Prompts of a single pair are shared without a second attempt.
+    assert vllm_engine.counters["finished"] == sum(len(p.responses) for p in corner_prompts)
+    # Prompts that occur once are shared without a second attempt.
     assert vllm_engine.counters["asked_again"] <= 12
     assert vllm_engine.counters["cached_tokens"] > 20_000
 
 
 @pytest.mark.vllm
 def test_rows_that_the_cache_swallows_are_asked_for_again(
-    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
+    vllm_engine: Any,
+    corner_prompts: list[RenderedPrompt],
+    expected: list[tuple[Logps, ...]],
+    differ: Any,
 ) -> None:
     """The second time every block is cached, those of the responses too."""
-    vllm_engine.score(corner_pairs)
-    scored = vllm_engine.score(corner_pairs)
+    vllm_engine.score(corner_prompts)
+    scored = vllm_engine.score(corner_prompts)
     assert vllm_engine.counters["asked_again"] > 100
     assert differ(scored, expected) < CLOSE
 
 
 @pytest.mark.vllm
 def test_order_and_neighbours_change_nothing(
-    vllm_engine: Any, corner_pairs: list[RenderedPair], expected: list[PairTokenLogps], differ: Any
+    vllm_engine: Any,
+    corner_prompts: list[RenderedPrompt],
+    expected: list[tuple[Logps, ...]],
+    differ: Any,
 ) -> None:
-    places = random.Random(1).sample(range(len(corner_pairs)), 60)
-    scored = vllm_engine.score([corner_pairs[place] for place in places])
+    places = random.Random(1).sample(range(len(corner_prompts)), 60)
+    scored = vllm_engine.score([corner_prompts[place] for place in places])
     assert differ(scored, [expected[place] for place in places]) < CLOSE
 
 
@@ -222,12 +231,12 @@ class TestTrial:
         engine._target_form, engine._max_tokens = "rows", 192
         engine._settings = EngineSettings(alias="llama", model="org/model")
 
-        def score(pairs: list[RenderedPair]) -> list[PairTokenLogps]:
+        def score(prompts: list[RenderedPrompt]) -> list[tuple[Logps, ...]]:
             if engine._by_token_ids and error is not None:
                 raise error
             extra = off if engine._by_token_ids else 0
-            counts = [branch.num_scored for branch in (pairs[0].chosen, pairs[0].rejected)]
-            return [PairTokenLogps(*(np.full(n, extra - 5, np.float32) for n in counts))]
+            counts = [response.num_scored for response in prompts[0].responses]
+            return [tuple(np.full(n, extra - 5, np.float32) for n in counts)]
 
         engine.score = score  # type: ignore[method-assign, assignment]
         return engine
@@ -245,7 +254,7 @@ class TestTrial:
         engine._try_route()
         assert (engine._by_token_ids, engine._share) == (False, False)
         printed = capsys.readouterr().err
-        assert f"on a trial pair it is {off:.2g} nats off plain prompt_logprobs" in printed
+        assert f"on a trial prompt it is {off:.2g} nats off plain prompt_logprobs" in printed
 
     def test_so_they_do_where_vllm_takes_no_such_request(
         self, capsys: pytest.CaptureFixture[str]
@@ -255,12 +264,12 @@ class TestTrial:
         assert not engine._by_token_ids
         assert "is not used: prompt_logprob_token_ids must be a list of" in capsys.readouterr().err
 
-    def test_the_pair_is_short_and_its_second_response_reads_the_cache(self) -> None:
-        chosen, rejected = plan_requests([trial_pair(None)], 16)
+    def test_the_prompt_is_short_and_its_second_response_reads_the_cache(self) -> None:
+        chosen, rejected = plan_requests([trial_prompt(None)], 16)
         assert len(chosen.token_ids) == 64
         assert rejected.read_cache
         assert rejected.first > 16
-        (only, *_) = plan_requests([trial_pair(3)], 16)
+        (only, *_) = plan_requests([trial_prompt(3)], 16)
         assert len(only.token_ids) == 3
 
     def test_both_forms_of_the_ids_are_known(self) -> None:
@@ -281,7 +290,7 @@ class TestTrial:
 class TestReading:
     """How an output is read on both routes, without an engine."""
 
-    request_ = Request(pair=0, branch=1, token_ids=[5, 6, 7, 8, 9], first=3, read_cache=True)
+    request_ = Request(prompt=0, response=1, token_ids=[5, 6, 7, 8, 9], first=3, read_cache=True)
 
     def engine(self, by_token_ids: bool) -> VllmEngine:
         engine = object.__new__(VllmEngine)

@@ -168,7 +168,7 @@ def _scores(folder: Path, pairs: PairShards, shard: int, missing: int) -> pa.Tab
         "rejected_logp": logps[1::2].tolist(),
         "chosen_tokens": list(batch.token_counts[0::2]),
         "rejected_tokens": list(batch.token_counts[1::2]),
-        "prompt_tokens": [pair.chosen.start for pair in rendered],
+        "prompt_tokens": [pair.responses[0].start for pair in rendered],
     }
     there = {name: [None] * missing + values[missing:] for name, values in columns.items()}
     there["reason"] = ["beyond_context"] * missing + [None] * (len(rendered) - missing)

@@ -127,7 +127,7 @@ def test_long_pairs_are_dropped_whole_and_counted_once(
     rows = stream(source, renderer).epoch_rows
     all_batches = stream(source, renderer, limits={}, total_rows=rows).batches()
     pairs = [pair for batch in all_batches for pair in batch.pairs]
-    long = sum(max(len(p.chosen.token_ids), len(p.rejected.token_ids)) > 60 for p in pairs)
+    long = sum(max(len(one.token_ids) for one in p.responses) > 60 for p in pairs)
     assert 0 < long < rows == len(pairs)
     limited = list(stream(source, renderer, total_rows=2 * rows).batches())
     assert sum(map(len, limited)) == 2 * (rows - long)

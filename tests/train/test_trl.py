@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs
-from mrpo.data.rendering import RenderedPair, Renderer
+from mrpo.data.rendering import RenderedPrompt, Renderer
 from mrpo.data.shards import PairShards
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 from mrpo.model.load import load_model
@@ -74,7 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str,
 def score(model: Path, shards: PairShards) -> pa.Table:
     """Every pair under one model, in the store's columns."""
     rendered = Renderer.load(model).render_many(shards.pairs(0))
-    pairs = [pair for pair in rendered if isinstance(pair, RenderedPair)]
+    pairs = [pair for pair in rendered if isinstance(pair, RenderedPrompt)]
     assert len(pairs) == PAIRS
     logps = SequenceLogps(load_model(str(model), dtype="float32", device="cpu"))
     with torch.no_grad():

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, RenderedPair, RenderedSequence, RenderedText
-from mrpo.tests.data.families import FAMILIES, Family, message
+from mrpo.data.rendering import Refusal, RenderedPrompt, RenderedSequence, RenderedText
+from mrpo.tests.data.families import FAMILIES, Family, message, texts_of
 
 # Random Unicode, and more often what tokenizers trip over: white space, accents that compose with
 # the letter before, Hangul parts, emoji of several code points, characters of one to four bytes.
@@ -63,9 +63,7 @@ def own_tokens(family: Family, text: str) -> tuple[list[int], list[tuple[int, in
     return encoded["input_ids"], encoded["offset_mapping"]
 
 
-def alike(
-    pair: Pair, texts: tuple[RenderedText, RenderedText], ids: RenderedPair | Refusal
-) -> bool:
+def alike(pair: Pair, texts: list[RenderedText], ids: RenderedPrompt | Refusal) -> bool:
     """Whether the pair is refused since its responses differ in nothing that the model sees."""
     if not isinstance(ids, Refusal) or ids.reason != "responses_render_equal":
         return False
@@ -75,6 +73,15 @@ def alike(
     ]
     assert squeezed[0] == squeezed[1]
     return True
+
+
+def check_shared(prompt: RenderedPrompt) -> None:
+    """As many first tokens are shared as are common to all responses and scored in none."""
+    shared, responses = prompt.shared, prompt.responses
+    most = min(response.start for response in responses)
+    assert len({tuple(response.token_ids[:shared]) for response in responses}) == 1
+    assert shared <= most
+    assert shared == most or len({response.token_ids[shared] for response in responses}) > 1
 
 
 def check_branch(family: Family, rendered: RenderedText, branch: RenderedSequence) -> None:
@@ -129,21 +136,16 @@ def test_scored_tokens_hold_the_response_of_a_chat_and_nothing_else(
     pair = Pair(
         [message("user", prompt)], [message("assistant", chosen)], [message("assistant", rejected)]
     )
-    texts, ids = renderer.texts(pair), renderer.render(pair)
-    assert not isinstance(texts, Refusal)
+    texts, ids = texts_of(renderer, pair), renderer.render(pair)
     if alike(pair, texts, ids):
         return
     assert not isinstance(ids, Refusal)
-    for content, rendered, branch in zip((chosen, rejected), texts, (ids.chosen, ids.rejected)):
+    for content, rendered, branch in zip((chosen, rejected), texts, ids.responses):
         scored = rendered.text[rendered.prompt_end : rendered.content_end]
         assert scored == family.scored(content)
         assert rendered.text[rendered.content_end :] == (family.end_of_turn or "")
         check_branch(family, rendered, branch)
-    shared, branches = ids.shared, (ids.chosen, ids.rejected)
-    assert shared <= min(branch.start for branch in branches)
-    assert ids.chosen.token_ids[:shared] == ids.rejected.token_ids[:shared]
-    at_most = shared == min(branch.start for branch in branches)
-    assert at_most or ids.chosen.token_ids[shared] != ids.rejected.token_ids[shared]
+    check_shared(ids)
 
 
 @every_family
@@ -157,15 +159,14 @@ def test_scored_tokens_hold_the_response_of_plain_text_and_nothing_else(
 ) -> None:
     renderer = family.renderer()
     pair = Pair(prompt, chosen, rejected)
-    texts, ids = renderer.texts(pair), renderer.render(pair)
-    assert not isinstance(texts, Refusal)
+    texts, ids = texts_of(renderer, pair), renderer.render(pair)
     if alike(pair, texts, ids):
         return
     if isinstance(ids, Refusal):  # a prompt joined to the response whole, and no BOS before it
         assert ids.reason == "nothing_before_response"
         assert renderer.tokenizer("a").input_ids == own_tokens(family, "a")[0]
         return
-    for rendered, branch in zip(texts, (ids.chosen, ids.rejected)):
+    for rendered, branch in zip(texts, ids.responses):
         check_branch(family, rendered, branch)
         with_special = renderer.tokenizer(rendered.text).input_ids
         assert branch.token_ids == [*with_special, renderer.tokenizer.eos_token_id]

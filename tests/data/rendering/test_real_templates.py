@@ -130,11 +130,11 @@ def test_what_is_scored_is_the_response_and_all_of_it(renderers: dict[str, Rende
                 ), (name, rendered)
                 continue
             taken[kind] += 1
-            assert rendered.chosen.token_ids != rendered.rejected.token_ids
-            shared = renderer.tokenizer.decode(rendered.chosen.token_ids[: rendered.shared])
+            assert rendered.responses[0].token_ids != rendered.responses[1].token_ids
+            shared = renderer.tokenizer.decode(rendered.responses[0].token_ids[: rendered.shared])
             for turns, branch in (
-                (pair.chosen, rendered.chosen),
-                (pair.rejected, rendered.rejected),
+                (pair.chosen, rendered.responses[0]),
+                (pair.rejected, rendered.responses[1]),
             ):
                 text = scored_text(renderer, branch)
                 prompt = renderer.tokenizer.decode(branch.token_ids[: branch.start])
@@ -182,7 +182,7 @@ def test_the_independent_way_of_doctor_gives_the_same_tokens(
             rendered = renderer.render(pair)
             if isinstance(rendered, Refusal):
                 continue
-            for number, branch in enumerate((rendered.chosen, rendered.rejected)):
+            for number, branch in enumerate(rendered.responses):
                 sequence = plain.sequence(pair, number)
                 if renderer.end_of_turn is not None:
                     assert sequence.token_ids == branch.token_ids, (name, kind)
@@ -231,7 +231,7 @@ def test_reasoning_reaches_the_field_that_the_template_reads(
     for name in ("Qwen-Qwen3-0.6B", "openai-gpt-oss-120b", "GLM-4.7-Flash", "tencent-Hy3"):
         rendered = renderers[name].render(pair)
         assert not isinstance(rendered, Refusal), (name, rendered)
-        text = scored_text(renderers[name], rendered.chosen)
+        text = scored_text(renderers[name], rendered.responses[0])
         assert text.index("Count.") < text.index("Four."), name
 
 

@@ -16,11 +16,11 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, RenderedPair, Renderer
+from mrpo.data.rendering import Refusal, RenderedPrompt, Renderer
 from mrpo.data.rendering.template import ChatTemplate
 from mrpo.tests.data import family_templates
-from mrpo.tests.data.families import Family, message
-from mrpo.tests.data.rendering.test_properties import PIECES, TEXT, check_branch
+from mrpo.tests.data.families import Family, message, texts_of
+from mrpo.tests.data.rendering.test_properties import PIECES, TEXT, check_branch, check_shared
 
 Tokenizers = dict[str, PreTrainedTokenizerFast]
 
@@ -108,7 +108,7 @@ def test_token_ids_are_those_of_the_published_vectors(
         if isinstance(rendered, Refusal):  # one token for text and response, and no BOS before it
             assert rendered.reason == "nothing_before_response"
             continue
-        assert rendered.chosen.token_ids == [
+        assert rendered.responses[0].token_ids == [
             *tokenizer(text + " yes").input_ids,
             tokenizer.eos_token_id,
         ]
@@ -126,12 +126,13 @@ def test_a_chat_on_real_tokenizers(
     pair = Pair(
         [message("user", prompt)], [message("assistant", chosen)], [message("assistant", rejected)]
     )
-    texts, ids = renderer.texts(pair), renderer.render(pair)
-    if isinstance(texts, Refusal) or isinstance(ids, Refusal):
+    ids = renderer.render(pair)
+    if isinstance(ids, Refusal):
         assert chosen.strip() == rejected.strip() or not (chosen.strip() and rejected.strip())
         return
     family = Family(name, lambda: renderer.tokenizer, template, None)
-    for content, rendered, branch in zip((chosen, rejected), texts, (ids.chosen, ids.rejected)):
+    texts = texts_of(renderer, pair)
+    for content, rendered, branch in zip((chosen, rejected), texts, ids.responses):
         # The whole response is scored; templates may trim it, or open it with an empty thought.
         scored = rendered.text[rendered.prompt_end : rendered.content_end]
         assert scored.strip().endswith(content.strip())
@@ -139,10 +140,7 @@ def test_a_chat_on_real_tokenizers(
         check_branch(family, rendered, branch)
         check_decoding(renderer.tokenizer, rendered.text, branch.token_ids)
         assert branch.end_start < len(branch.token_ids) or renderer.end_of_turn is None
-    shared, starts = ids.shared, (ids.chosen.start, ids.rejected.start)
-    assert shared <= min(starts)
-    assert ids.chosen.token_ids[:shared] == ids.rejected.token_ids[:shared]
-    assert shared == min(starts) or ids.chosen.token_ids[shared] != ids.rejected.token_ids[shared]
+    check_shared(ids)
 
 
 @every_tokenizer
@@ -155,14 +153,13 @@ def test_plain_text_on_real_tokenizers(
 ) -> None:
     renderer, pair = renderers[name], Pair(prompt, chosen, rejected)
     tokenizer = renderer.tokenizer
-    texts, ids = renderer.texts(pair), renderer.render(pair)
-    assert not isinstance(texts, Refusal)
+    texts, ids = texts_of(renderer, pair), renderer.render(pair)
     if isinstance(ids, Refusal):
         assert ids.reason == "nothing_before_response"
         assert tokenizer("a").input_ids == tokenizer("a", add_special_tokens=False).input_ids
         return
     family = Family(name, lambda: tokenizer, OWN, None)
-    for rendered, branch in zip(texts, (ids.chosen, ids.rejected)):
+    for rendered, branch in zip(texts, ids.responses):
         check_branch(family, rendered, branch)
         assert branch.token_ids == [*tokenizer(rendered.text).input_ids, tokenizer.eos_token_id]
         check_decoding(tokenizer, rendered.text, branch.token_ids)
@@ -178,7 +175,7 @@ def test_pairs_on_real_tokenizers_render_alike_alone_and_together(
         for a in contents
     ]
     together = renderer.render_many(pairs)
-    assert all(isinstance(rendered, RenderedPair) for rendered in together)
+    assert all(isinstance(rendered, RenderedPrompt) for rendered in together)
     assert together == [renderer.render(pair) for pair in pairs]
 
 

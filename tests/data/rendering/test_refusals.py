@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, RenderedPair, Renderer
+from mrpo.data.rendering import Refusal, RenderedPrompt, Renderer
 from mrpo.errors import UserError
 from mrpo.tests.data.families import BY_NAME, ask, message, pair_of, rendered
 from mrpo.tests.data.family_templates import PHI3
@@ -35,7 +35,7 @@ def test_what_a_template_does_not_take_is_a_reason_not_an_error(
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "template_refused"
     assert says in refusal.detail
-    assert isinstance(fine, RenderedPair)
+    assert isinstance(fine, RenderedPrompt)
 
 
 def test_nothing_before_a_response_that_could_predict_it_is_a_reason() -> None:
@@ -43,7 +43,7 @@ def test_nothing_before_a_response_that_could_predict_it_is_a_reason() -> None:
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "nothing_before_response"
     with_bos = rendered(BY_NAME["llama3"].renderer(), Pair("", "Yes.", "No."))
-    assert with_bos.chosen.start == 1
+    assert with_bos.responses[0].start == 1
 
 
 def test_a_response_that_leaves_no_token_is_a_reason() -> None:
@@ -92,7 +92,7 @@ def test_a_mistral_folder_gets_a_fast_tokenizer_even_with_mistral_common_install
     (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
 
-    assert isinstance(Renderer.load(tmp_path).render(Pair("Is it?", "Yes", "No")), RenderedPair)
+    assert isinstance(Renderer.load(tmp_path).render(Pair("Is it?", "Yes", "No")), RenderedPrompt)
     by_default = AutoTokenizer.from_pretrained(tmp_path)
     assert type(by_default).__name__ == "MistralCommonBackend"
     with pytest.raises(UserError, match=r"MistralCommonBackend\) gives no character offsets"):
@@ -103,7 +103,7 @@ def test_messages_for_a_model_without_template_are_refused() -> None:
     renderer = Renderer(BY_NAME["alpaca"].tokenizer())
     assert renderer.chat_template is None
     assert renderer.end_of_turn is None
-    assert isinstance(renderer.render(Pair("Is it?", " Yes.", " No.")), RenderedPair)
+    assert isinstance(renderer.render(Pair("Is it?", " Yes.", " No.")), RenderedPrompt)
     with pytest.raises(UserError, match="no chat template and the pairs are messages"):
         renderer.render(ask())
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mrpo.data.pairs import Pair
-from mrpo.data.rendering import Refusal, RenderedPair, Renderer
+from mrpo.data.rendering import Refusal, RenderedPrompt, Renderer
 from mrpo.tests.data.families import (
     BY_NAME,
     FAMILIES,
@@ -186,7 +186,7 @@ def test_a_response_that_the_template_does_not_show_is_refused() -> None:
     escapes = escapes.replace("~ message.content", "~ (message.content | tojson)")
     pair = ask('He said "no"\nand left.', "No.")
     assert isinstance(
-        Renderer(family.tokenizer(), chat_template=escapes).render(pair), RenderedPair
+        Renderer(family.tokenizer(), chat_template=escapes).render(pair), RenderedPrompt
     )
 
 
@@ -219,7 +219,7 @@ def test_of_several_turns_only_the_assistants_own_tokens_are_scored() -> None:
     )
     pair = Pair([message("user", "2+2?")], chosen, rejected, tools=TOOLS)
     result = rendered(renderer, pair)
-    branch = result.chosen
+    branch = result.responses[0]
     ((begin, end),) = branch.context
     ids = branch.token_ids
     assert decode(renderer, ids[branch.start : begin]).startswith("<tool_call>")
@@ -298,9 +298,10 @@ def test_without_an_end_of_turn_the_response_ends_with_its_content() -> None:
     renderer = BY_NAME["alpaca"].renderer()
     result = rendered(renderer, ask("Yes.\n\n", "Yes."))
     assert renderer.end_of_turn is None
-    assert decode(renderer, result.chosen.token_ids).endswith("Response:\nYes.\n\n")
-    assert decode(renderer, result.rejected.token_ids).endswith("Response:\nYes.")
-    assert result.chosen.end_start == len(result.chosen.token_ids)
+    chosen, rejected = result.responses
+    assert decode(renderer, chosen.token_ids).endswith("Response:\nYes.\n\n")
+    assert decode(renderer, rejected.token_ids).endswith("Response:\nYes.")
+    assert chosen.end_start == len(chosen.token_ids)
 
 
 def test_a_template_that_always_opens_the_next_turn_still_ends_with_the_end_of_turn() -> None:

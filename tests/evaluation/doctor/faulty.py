@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrpo.data.pairs import Pair, Turns
-from mrpo.data.rendering import RenderedPair, RenderedSequence, Renderer
+from mrpo.data.rendering import RenderedPrompt, RenderedSequence, Renderer
 from mrpo.demo.models import Family, build_model
 from mrpo.tests.evaluation.trained import Clinic, score
 
@@ -48,7 +48,8 @@ def no_template(clinic: Clinic, alias: str) -> pa.Table:
         return RenderedSequence([*ids, tokenizer.eos_token_id], start, len(ids), False)
 
     rendered = [
-        _pair(shown(pair, pair.chosen), shown(pair, pair.rejected)) for pair in clinic.pairs
+        RenderedPrompt.of([shown(pair, turns) for turns in (pair.chosen, pair.rejected)])
+        for pair in clinic.pairs
     ]
     return score(clinic.models[alias], clinic.pairs, rendered)
 
@@ -175,21 +176,14 @@ def with_columns(table: pa.Table, columns: dict[str, Any]) -> pa.Table:
     return table
 
 
-def _sequences(rendered: Sequence[RenderedPair]) -> list[RenderedSequence]:
-    return [sequence for pair in rendered for sequence in (pair.chosen, pair.rejected)]
+def _sequences(rendered: Sequence[RenderedPrompt]) -> list[RenderedSequence]:
+    return [sequence for pair in rendered for sequence in pair.responses]
 
 
 def _changed(
-    rendered: Sequence[RenderedPair], change: Callable[[RenderedSequence], RenderedSequence]
-) -> list[RenderedPair]:
-    return [_pair(change(pair.chosen), change(pair.rejected)) for pair in rendered]
-
-
-def _pair(chosen: RenderedSequence, rejected: RenderedSequence) -> RenderedPair:
-    shared, most = 0, min(chosen.start, rejected.start)
-    while shared < most and chosen.token_ids[shared] == rejected.token_ids[shared]:
-        shared += 1
-    return RenderedPair(chosen, rejected, shared)
+    rendered: Sequence[RenderedPrompt], change: Callable[[RenderedSequence], RenderedSequence]
+) -> list[RenderedPrompt]:
+    return [RenderedPrompt.of([*map(change, pair.responses)]) for pair in rendered]
 
 
 def _messages(turns: Turns) -> list[dict[str, Any]]:
