@@ -265,8 +265,8 @@ class VerifyConfig(StoreSettings):
 class UpgradeConfig(StoreSettings):
     """Move the scores of a store that an earlier version wrote over; nothing is scored again.
 
-    Rows were pairs then and are responses now, so the pairs' texts are needed. Rows of pairs in none
-    of the folders are kept aside and counted; a later run with their folder moves them too.
+    Rows were pairs then and are responses now, so the pairs' texts are needed. Rows of pairs in
+    none of the folders are kept aside and counted; a later run with their folder moves them too.
 
     Example: `mrpo store upgrade --store store --pairs pairs,pairs-flip`
     """

@@ -4,8 +4,8 @@ An id is 16 raw bytes, the head of a SHA-256, so its first 8 bytes nearly always
 comparison. Sorted columns of uint64 take 16 bytes an id; Python or Arrow hash tables of the same
 ids take several times that (measured: 2.0 GB against 0.5 GB for 10 million).
 
-Digests name identities, units of responses and the bytes of files by their content, whatever wrote it.
-All are heads of SHA-256, printed as hex.
+Digests name identities, units of responses and the bytes of files by their content, whatever wrote
+it. All are heads of SHA-256, printed as hex.
 
 A reviewed table holds a reviewer's decisions about single pairs: `mrpo audit` writes one with an
 empty `decision` column, to be filled in with keep, exclude or flip. Any table of pair ids works: in

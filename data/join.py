@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 from ..files import new_folder, read_json, write_json
-from .ids import IdArray, IdIndex, ResponseIds, digest_of, ids_to_arrow, ids_to_numpy
+from .ids import IdArray, IdIndex, ResponseIds, digest_of, ids_to_arrow
 from .references import load_refs
 from .store import OVER_LIMIT, NotScored, ReferenceRecord, ScoreFiles, Store
 
@@ -213,7 +213,9 @@ class _Responses:
         lacking = int(((places[0] < 0) | (places[1] < 0)).sum())
         chosen, rejected = places
         tokens = [self._tokens[place] for place in places]
-        reasons = np.where(self._reasons[chosen] > 0, self._reasons[chosen], self._reasons[rejected])
+        reasons = np.where(
+            self._reasons[chosen] > 0, self._reasons[chosen], self._reasons[rejected]
+        )
         alike = alike_rendered(*(self._checksums[place] for place in places), *tokens)
         alike &= (ids.chosen != ids.rejected) & (reasons == 0)
         columns: dict[str, pa.Array] = {}
@@ -249,9 +251,7 @@ def alike_rendered(
     differ in a single token, and others except for one in 4 billion.
     """
     known = chosen_checksums > 0
-    return (
-        known & (chosen_checksums == rejected_checksums) & (chosen_tokens == rejected_tokens)
-    )
+    return known & (chosen_checksums == rejected_checksums) & (chosen_tokens == rejected_tokens)
 
 
 def _list_missing(path: Path, alias: str, ids: IdArray, reasons: pa.ChunkedArray) -> None:

@@ -1,14 +1,13 @@
 """Pairs on disk: `part-00000.parquet` … and `manifest.json`, written once, read by every stage.
 
-`PairShards` opens a finished folder. `ShardWriter` fills shards with pairs in the order they come, so
-that more rows at the end change the last shard alone; it writes the manifest last, so a folder that
-has one is complete. `replaced_shards` puts a folder's new files in place of
-the old ones once all are written, unless somebody who uses the old ones still needs them. A shard
-is read only if its bytes are those that the manifest says, so nobody meets other pairs than those
-that he opened.
+`PairShards` opens a finished folder. `ShardWriter` fills shards with pairs in the order they come,
+so that more rows at the end change the last shard alone; it writes the manifest last, so a folder
+that has one is complete. `replaced_shards` puts a folder's new files in place of the old ones once
+all are written, unless somebody who uses the old ones still needs them. A shard is read only if its
+bytes are those that the manifest says, so nobody meets other pairs than those that he opened.
 
-`tables.py` has the columns. Folders of earlier versions lack the ids of prompts and responses, which
-are then computed from the texts.
+`tables.py` has the columns. Folders of earlier versions lack the ids of prompts and responses,
+which are then computed from the texts.
 """
 
 from __future__ import annotations

@@ -251,7 +251,9 @@ def _read_scores(store: Store, record: ReferenceRecord, ids: ResponseIds) -> Ref
     chosen, rejected = np.where(source < 0, absent, stored).reshape(2, -1)
     reasons = np.where(chosen == "", rejected, chosen)
     alike = alike_rendered(*columns["checksum"].T, *columns["tokens"].T)
-    reasons = np.where(alike & (ids.chosen != ids.rejected) & (reasons == ""), RENDER_EQUAL, reasons)
+    reasons = np.where(
+        alike & (ids.chosen != ids.rejected) & (reasons == ""), RENDER_EQUAL, reasons
+    )
     # A pair whose one response has no score has none.
     for name in ("logp", "end_logp"):
         columns[name][reasons != ""] = np.nan

@@ -131,7 +131,7 @@ def print_plans(plans: Sequence[ReferencePlan], selection: PairSelection, store:
     """What was derived, on stdout."""
     pairs, engine = selection.pairs, plans[0].job.engine
     print(
-        f"{selection.num_pairs:,} pairs of {pairs.path} with {selection.num_responses:,} responses, "
+        f"{selection.num_pairs:,} pairs of {pairs.path}, {selection.num_responses:,} responses, "
         f"engine {engine}, store {store.root}"
     )
     for plan in plans:

@@ -115,9 +115,7 @@ class PairSelection:
         prompts = ids.prompts[lacking // 2]
         order = np.argsort(IdIndex(prompts).find(prompts), kind="stable")
         lacking = lacking[order]
-        return ResponseSet(
-            responses[lacking], prompts[order], rows[lacking // 2], lacking % 2 == 1
-        )
+        return ResponseSet(responses[lacking], prompts[order], rows[lacking // 2], lacking % 2 == 1)
 
     def all_missing(self, scores: ScoreFiles) -> Iterator[tuple[int, ResponseSet]]:
         """The same shard by shard, each response once, though it stands in several shards."""
@@ -277,7 +275,8 @@ def write_sample(
     for shard, rows in enumerate(pairs.rows):
         known = np.ones(rows, bool)
         if index is not None:
-            known = (index.find(pairs.response_ids(shard).both) >= 0).reshape(2, -1).all(axis=0)
+            chosen, rejected = np.split(index.find(pairs.response_ids(shard).both) >= 0, 2)
+            known = chosen & rejected
         places += [(shard, int(row)) for row in np.flatnonzero(known)]
     if not places:
         return None
@@ -332,11 +331,11 @@ def sort_out(
         for place, response in enumerate(responses, start):
             if kept is not None and not kept[place]:
                 continue
-            ids = _ids_of(missing.prompt_ids[place], missing.ids[place])
+            row = _ids_of(missing.prompt_ids[place], missing.ids[place])
             if isinstance(response, Refusal):
-                refused.append({**ids, "reason": response.reason})
+                refused.append({**row, "reason": response.reason})
             elif context is not None and len(response.token_ids) > context:
-                refused.append({**ids, "reason": "beyond_context", **_rendered_facts(response)})
+                refused.append({**row, "reason": "beyond_context", **_rendered_facts(response)})
             elif limit is not None and len(response.token_ids) > limit:
                 left_out.append(place)
             else:

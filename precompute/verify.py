@@ -139,7 +139,9 @@ def _compare(record: ReferenceRecord, stored: pa.Table, again: pa.Table) -> bool
     before = stored.take(pa.array(rows))
     refused = again["reason"].is_valid().to_numpy()
     if refused.any():
-        print(f"differs {_title(record)}: {refused.sum()} of {len(again)} responses are refused now")
+        print(
+            f"differs {_title(record)}: {refused.sum()} of {len(again)} responses are refused now"
+        )
         return False
     dtype = str(record.inputs.get("dtype"))
     tokens = before["tokens"].to_numpy()

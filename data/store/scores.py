@@ -137,7 +137,8 @@ class ScoreFiles:
 
     def missing_pairs(self, ids: ResponseIds, *, refresh: bool = True) -> np.ndarray:
         """Which of the pairs have a response without a row, [n] bool; `refresh` as in `missing`."""
-        return self.missing(ids.both, refresh=refresh).reshape(2, -1).any(axis=0)
+        chosen, rejected = np.split(self.missing(ids.both, refresh=refresh), 2)
+        return chosen | rejected
 
     def leave_out(self, ids: IdArray) -> None:
         """Remember responses that only a limit of a run left without a score."""
@@ -248,7 +249,7 @@ class ScoreFiles:
             with pq.ParquetFile(source) as file:
                 there = [(field.name, field.type, field.nullable) for field in file.schema_arrow]
                 expected = {(field.name, field.type, field.nullable) for field in SCORE_SCHEMA}
-                if EARLIER_COLUMNS <= {name for name, *_ in there}:
+                if {name for name, *_ in there} >= EARLIER_COLUMNS:
                     raise EarlierLayout(self._files.root)
                 if len({name for name, *_ in there}) < len(there) or not expected <= set(there):
                     raise UserError(
@@ -305,8 +306,8 @@ def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> 
     row = int(np.flatnonzero(bad)[0])
     response, reason = table["response_id"][row].as_py().hex(), table["reason"][row].as_py()
     raise UserError(
-        f"response {response}: {name} is {values[row]} with reason {reason!r}; a score must be finite, "
-        f"or missing with a reason ({int(bad.sum())} such rows; check the reference's weights)"
+        f"response {response}: {name} is {values[row]} with reason {reason!r}; a score must be "
+        f"finite, or missing with a reason ({int(bad.sum())} such rows; check the reference's weights)"
     )
 
 

@@ -196,7 +196,7 @@ class _Earlier:
     def _is_old(self, name: str) -> bool:
         try:
             with self._files.open(f"{self._identity}/scores/{name}") as source:
-                return EARLIER_COLUMNS <= set(pq.read_schema(source).names)
+                return set(pq.read_schema(source).names) >= EARLIER_COLUMNS
         except (pa.ArrowException, OSError):
             return True  # not to be read by anybody
 
@@ -213,7 +213,7 @@ class _Earlier:
         return path
 
     def _move_left_out(self, texts: _Texts) -> None:
-        """Both responses of a pair that a limit left out: those that have a row are not asked for."""
+        """List both responses of a pair that a limit left out; one with a row is not missing."""
         folder = f"{self._identity}/{LEFT_OUT}"
         for name in self._files.names(folder):
             content = json.loads(self._files.read(f"{folder}/{name}"))

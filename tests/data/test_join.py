@@ -63,7 +63,9 @@ def test_every_row_gets_its_own_scores_whatever_the_order_and_the_files(
     assert (joined.names, joined.rows, joined.num_pairs) == (pairs.names, [30, 30, 10], 70)
     for shard, places in enumerate((order[:30], order[30:60], order[60:])):
         table = joined.table(shard)
-        assert table["pair_id"].to_pylist() == [pair_id.tobytes() for pair_id in ids.prompts[places]]
+        assert table["pair_id"].to_pylist() == [
+            pair_id.tobytes() for pair_id in ids.prompts[places]
+        ]
         expected = -1000.0 * np.arange(3)[None] - places[:, None]
         np.testing.assert_array_equal(matrix(table, "ref_chosen_logps"), expected)
         np.testing.assert_array_equal(matrix(table, "ref_rejected_logps"), expected - 0.5)

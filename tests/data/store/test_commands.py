@@ -85,7 +85,9 @@ def test_references_that_scored_the_same_shards_are_looked_up_once(
     for name, shards in (("a", [0, 1]), ("b", [1, 0]), ("c", [1, 2])):
         record = store.record(make.record(name, name * 40))
         for shard in shards:
-            store.scores(record.identity).add(make.scores(pairs.response_ids(shard).both, first=-len(name)))
+            store.scores(record.identity).add(
+                make.scores(pairs.response_ids(shard).both, first=-len(name))
+            )
     looked = []
     missing = ScoreFiles.missing
     monkeypatch.setattr(

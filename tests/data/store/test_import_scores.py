@@ -115,9 +115,7 @@ def test_a_table_by_pair_id_is_enough(tmp_path: Path, pairs: PairShards, kind: s
         }
         pq.write_table(pa.table(table), path)
     named = {"by_id": True, "pairs": str(pairs.path)}
-    store = bring(
-        tmp_path, str(path), chosen_logps_column="c", rejected_logps_column="r", **named
-    )
+    store = bring(tmp_path, str(path), chosen_logps_column="c", rejected_logps_column="r", **named)
     joined = join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
     assert matrix(joined.table(0), "ref_rejected_logps")[:, 0].tolist() == [
         -0.5, -1.5, -2.5, -3.5, -4.5, -5.5,
@@ -171,7 +169,10 @@ def test_rows_without_a_score_are_counted_and_never_zero(
     rows[1]["ref_rejected_logps"] = float("nan")
     rows[2]["chosen"] = ""
     store = bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows))
-    assert "imported 6 responses; pairs left out: empty_response 1, no score 2" in capsys.readouterr().out
+    assert (
+        "imported 6 responses; pairs left out: empty_response 1, no score 2"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="3 for judge"):
         join(pairs, store, [store.resolve("judge", {})], tmp_path / "joined")
 
@@ -190,7 +191,10 @@ def test_the_same_scores_again_are_already_there_and_another_model_is_another_re
     bring(tmp_path, jsonl(tmp_path / "scores.jsonl", scored()))
     twice = jsonl(tmp_path / "twice.jsonl", [*scored(), *scored()])
     store = bring(tmp_path, twice)
-    assert "imported 0 responses; 12 were there already; pairs left out: none" in capsys.readouterr().out
+    assert (
+        "imported 0 responses; 12 were there already; pairs left out: none"
+        in capsys.readouterr().out
+    )
     first = store.resolve("judge", {})
     other = jsonl(tmp_path / "other.jsonl", scored(ref_chosen_logps=-99.0))
     bring(tmp_path, other, model="judge-v3")
@@ -239,7 +243,9 @@ def test_any_other_value_is_a_difference(tmp_path: Path, change: dict[str, Any])
 
 def test_two_rows_of_a_pair_that_differ_are_refused(tmp_path: Path) -> None:
     rows = [*scored(), scored()[2] | {"ref_chosen_logps": -99.0}]
-    with pytest.raises(UserError, match=r"1 times a response comes again .* is -99\.0, before it was -4\.0"):
+    with pytest.raises(
+        UserError, match=r"1 times a response comes again .* is -99\.0, before it was -4\.0"
+    ):
         bring(tmp_path, jsonl(tmp_path / "scores.jsonl", rows), replace=True)
     assert not (tmp_path / "store").exists()
 
