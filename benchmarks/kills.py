@@ -148,10 +148,10 @@ def write_workload(folder: Path, shards: int) -> int:
 
 
 def by_id(scores: ScoreFiles) -> dict[bytes, dict[str, Any]]:
-    """The rows as a reader gets them. Raises where it gets a pair twice."""
+    """The rows as a reader gets them. Raises where it gets a response twice."""
     rows = scores.read().to_pylist()
-    rows_by_id = {row["pair_id"]: row for row in rows}
-    assert len(rows_by_id) == len(rows), "a reader gets a pair twice"
+    rows_by_id = {row["response_id"]: row for row in rows}
+    assert len(rows_by_id) == len(rows), "a reader gets a response twice"
     return rows_by_id
 
 
@@ -161,7 +161,7 @@ def counts(row: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def difference(row: dict[str, Any], expected: dict[str, Any]) -> float:
-    """The largest difference between a pair's log-probs, in nats."""
+    """The largest difference between a response's log-probs, in nats."""
     return max(abs(row[name] - expected[name]) for name in row if name.endswith("logp"))
 
 

@@ -307,7 +307,8 @@ def _refuse(table: pa.Table, name: str, bad: np.ndarray, values: np.ndarray) -> 
     response, reason = table["response_id"][row].as_py().hex(), table["reason"][row].as_py()
     raise UserError(
         f"response {response}: {name} is {values[row]} with reason {reason!r}; a score must be "
-        f"finite, or missing with a reason ({int(bad.sum())} such rows; check the reference's weights)"
+        f"finite, or missing with a reason ({int(bad.sum())} such rows; check the reference's "
+        "weights)"
     )
 
 

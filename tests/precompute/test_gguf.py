@@ -35,13 +35,13 @@ def test_scores_are_those_of_the_folder(
     workspace = Workspace(tmp_path, {"folder": tiny_references["llama"], "file": file})
     workspace.prepare(rows(10))
     assert precompute(workspace.config()).exit_code == 0
-    columns = ["pair_id", "chosen_logp", "rejected_logp", "chosen_tokens", "prompt_tokens"]
+    columns = ["response_id", "logp", "tokens", "prompt_tokens"]
     from_folder, from_file = (workspace.by_id(name, columns) for name in ("folder", "file"))
-    assert len(from_file) == 10
+    assert len(from_file) == 20
     assert from_file.keys() == from_folder.keys()
-    for pair_id, row in from_folder.items():
-        assert np.isfinite(row["chosen_logp"])
-        assert from_file[pair_id] == row
+    for response_id, row in from_folder.items():
+        assert np.isfinite(row["logp"])
+        assert from_file[response_id] == row
 
 
 def test_the_tokenizer_is_that_of_the_folder(file: Path, tiny_references: dict[str, Path]) -> None:

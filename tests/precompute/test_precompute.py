@@ -30,20 +30,20 @@ def test_three_references_then_nothing(
     assert precompute(workspace.config()).exit_code == 0
     printed = capsys.readouterr().out
     for alias in ("llama", "mistral", "qwen"):
-        assert f"{alias}: 20 pairs scored (" in printed
-        assert len(workspace.by_id(alias)) == 20
-        assert workspace.scores(alias).num_rows() == 20
+        assert f"{alias}: 40 responses scored (" in printed
+        assert len(workspace.by_id(alias)) == 40
+        assert workspace.scores(alias).num_rows() == 40
         (record,) = [record for record in workspace.store.references() if record.alias == alias]
         assert record.runs[0]["engine"] == "hf"
         assert record.runs[0]["tokens_per_second"] > 0
-    assert "0 pairs in the store; 20 to score (" in printed
+    assert "0 responses in the store; 40 to score (" in printed
     assert printed.splitlines()[-1] == f"scores in {workspace.store.root}"
     (logs,) = Path(workspace.store.root, "logs").iterdir()
     assert yaml.safe_load((logs / "precompute.yaml").read_text())["refs"] == "llama,mistral,qwen"
 
     monkeypatch.setattr(process, "PYTHON", FORBIDDEN)
     assert precompute(workspace.config()).exit_code == 0
-    assert "llama: 0 pairs scored; 20 from the store" in capsys.readouterr().out
+    assert "llama: 0 responses scored; 40 from the store" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_everything_and_writes_nothing(
@@ -58,7 +58,7 @@ def test_a_dry_run_counts_everything_and_writes_nothing(
         precompute(workspace.config(refs="llama", dry_run=True, max_model_len=120)).exit_code == 0
     )
     printed = capsys.readouterr().out
-    assert "0 pairs in the store; 8 to score (" in printed
+    assert "0 responses in the store; 18 to score (" in printed
     assert "1 that can't be (beyond_context 1); 1 left out by --max-model-len" in printed
     assert not Path(workspace.store.root).exists()
 
@@ -70,7 +70,7 @@ def test_preflight_counts_the_same_on_many_cores(
     config = workspace.config(refs="llama,qwen", dry_run=True)
     precompute(config)
     alone = capsys.readouterr().out.partition("engine hf")[2]
-    monkeypatch.setattr(preflight, "POOL_PAIRS", 0)
+    monkeypatch.setattr(preflight, "POOL_RESPONSES", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     precompute(config)
     assert capsys.readouterr().out.partition("engine hf")[2] == alone
@@ -94,14 +94,14 @@ def test_a_reference_that_fails_costs_the_others_nothing(
     qwen = Path(references["qwen"]["model"])
     run = Workspace(tmp_path / "run", {"torn": torn, "broken": broken, "fine": qwen})
     run.prepare(rows(5))
-    reasons = "reference broken: pair .* not finite.*; model .*torn could not be loaded"
+    reasons = "reference broken: .* not finite.*; model .*torn could not be loaded"
     with pytest.raises(UserError, match=reasons) as raised:
         precompute(run.config())
     assert "\n" not in str(raised.value)
     printed = capsys.readouterr()
-    assert "torn: 0 pairs scored; 0 from the store; 5 NOT SCORED" in printed.out
-    assert "fine: 5 pairs scored (" in printed.out
-    assert len(run.by_id("fine")) == 5
+    assert "torn: 0 responses scored; 0 from the store; 10 NOT SCORED" in printed.out
+    assert "fine: 10 responses scored (" in printed.out
+    assert len(run.by_id("fine")) == 10
     assert len(run.by_id("torn")) == len(run.by_id("broken")) == 0
 
 

@@ -42,7 +42,7 @@ def test_from_python_or_in_this_process_the_files_are_those_of_precompute(
 ) -> None:
     """Byte for byte, under the same identities; and nothing is printed on stdout."""
     pairs = workspace.prepare(rows(20))
-    assert precompute(workspace.config(refs="llama,qwen")).scored == {"llama": 20, "qwen": 20}
+    assert precompute(workspace.config(refs="llama,qwen")).scored == {"llama": 40, "qwen": 40}
     expected = files(workspace.store)
     capfd.readouterr()
 
@@ -51,9 +51,9 @@ def test_from_python_or_in_this_process_the_files_are_those_of_precompute(
     result = score([specs["llama"], specs["qwen"]], pairs, from_specs, engine="hf")
     assert files(from_specs) == expected
     assert [record.alias for record in result.records] == ["llama", "qwen"]
-    assert [record.runs[-1]["pairs"] for record in result.records] == [20, 20]
+    assert [record.runs[-1]["responses"] for record in result.records] == [40, 40]
     assert (result.scored, result.unscored, result.exit_code) == (
-        {"llama": 20, "qwen": 20},
+        {"llama": 40, "qwen": 40},
         {"llama": 0, "qwen": 0},
         0,
     )
@@ -70,7 +70,7 @@ def test_from_python_or_in_this_process_the_files_are_those_of_precompute(
     assert [r.identity for r in again.records] == [r.identity for r in result.records]
     printed = capfd.readouterr()
     assert printed.out == ""
-    assert "llama: scored 20 pairs" in printed.err
+    assert "llama: scored 40 responses" in printed.err
 
 
 @pytest.fixture
@@ -88,10 +88,11 @@ def split_pairs(workspace: Workspace) -> PairShards:
 
 def ids_of(pairs: PairShards, split: str) -> set[bytes]:
     return {
-        pair.id
+        response_id
         for shard in range(len(pairs.names))
         for pair in pairs.pairs(shard)
         if pair.split == split
+        for response_id in pair.response_ids[1:]
     }
 
 
@@ -101,7 +102,7 @@ def test_a_split_is_scored_alone_and_the_rest_later(
 ) -> None:
     """What is missing, left out and counted is that of the split; a second run adds the rest."""
     held_out = ids_of(split_pairs, "validation")
-    assert 5 < len(held_out) < 25
+    assert 10 < len(held_out) < 50
     specs = [load_refs(workspace.refs_config)["llama"]]
     options: dict[str, Any] = {"engine": "hf", "in_process": in_process}
     first = score(specs, split_pairs, workspace.store, split="validation", **options)
@@ -110,8 +111,8 @@ def test_a_split_is_scored_alone_and_the_rest_later(
     assert set(workspace.by_id("llama")) == held_out
     if in_process:
         rest = score(specs, split_pairs, workspace.store, **options)
-        assert rest.scored == {"llama": 30 - len(held_out)}
-        assert workspace.scores("llama").num_rows() == 30
+        assert rest.scored == {"llama": 60 - len(held_out)}
+        assert workspace.scores("llama").num_rows() == 60
 
 
 def test_a_split_without_pairs_is_a_users_mistake(workspace: Workspace) -> None:
@@ -131,7 +132,7 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
     monkeypatch.setattr(process, "PYTHON", FORBIDDEN)
     capsys.readouterr()
     result = score(renamed, pairs, workspace.store, engine="hf")
-    assert (result.scored, result.unscored) == ({"broken": 0}, {"broken": 4})
+    assert (result.scored, result.unscored) == ({"broken": 0}, {"broken": 8})
     assert result.exit_code == 1
     printed = capsys.readouterr()
     assert "reference broken failed: exit code 1" in printed.err
@@ -144,7 +145,7 @@ def test_a_workers_crash_is_counted_and_what_is_wrong_with_weights_is_raised(
     model = AutoModelForCausalLM.from_pretrained(broken, dtype=torch.float32)
     model.get_output_embeddings().weight.data.fill_(float("nan"))
     model.save_pretrained(broken)
-    with pytest.raises(UserError, match=r"reference broken: pair .* is not finite"):
+    with pytest.raises(UserError, match=r"reference broken: .* of response .* is not finite"):
         score({"broken": str(broken)}, pairs, workspace.store, in_process=True)
 
 
@@ -186,7 +187,7 @@ def test_the_command_lists_every_engine() -> None:
     assert get_args(EngineChoice) == ("auto", *ENGINES)
 
 
-def test_pairs_beyond_a_limit_are_listed_though_nothing_else_is_left_to_score(
+def test_responses_beyond_a_limit_are_listed_though_nothing_else_is_left_to_score(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a list, training would ask for this very run again, and in vain."""
@@ -194,14 +195,12 @@ def test_pairs_beyond_a_limit_are_listed_though_nothing_else_is_left_to_score(
     data[3]["chosen"][0]["content"] = "word " * 120
     pairs, store = workspace.prepare(data), tmp_path / "limited"
     spec = load_refs(workspace.refs_config)["llama"]
-    for scored in (11, 0):
+    for scored in (23, 0):
         result = score([spec], pairs, store, engine="hf", in_process=True, max_model_len=120)
         assert (result.scored, result.unscored) == ({"llama": scored}, {"llama": 0})
         scores = Store(store).scores(result.records[0].identity)
-        left_out = [
-            pairs.pair_ids(n)[scores.left_out().contains(pairs.pair_ids(n))] for n in (0, 1)
-        ]
-        assert [len(ids) for ids in left_out] == [1, 0]
+        left_out = [scores.left_out().contains(pairs.response_ids(n).both) for n in (0, 1)]
+        assert [int(listed.sum()) for listed in left_out] == [1, 0]
         joined = join(pairs, Store(store), result.records, tmp_path / "joined")
         assert joined.references[0].missing == {"over_limit": 1}
         rmtree(Path(store) / result.records[0].identity / "left-out")

@@ -110,7 +110,7 @@ def test_a_server_that_agrees_with_the_weights_and_then_with_the_store_is_verifi
     second = score(workspace, serve())
     assert second.identity == first.identity
     assert second.runs[-1]["verified"] == "stored scores"
-    assert len(workspace.by_id("llama")) == 24
+    assert len(workspace.by_id("llama")) == 48
 
 
 def test_a_server_of_quantized_weights_is_refused_before_anything_is_stored(
@@ -126,7 +126,7 @@ def test_a_server_of_quantized_weights_is_refused_before_anything_is_stored(
     monkeypatch.setattr(preflight, "_weights_here", lambda model, revision: False)
     with pytest.raises(UserError, match="off stored scores"):
         score(workspace, url)
-    assert num_rows(workspace) == 20
+    assert num_rows(workspace) == 40
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_what_nothing_can_verify_is_kept_apart_and_doctor_says_so(
     assert record.inputs[SERVER] == UNVERIFIED == "unverified server"
     assert "kept apart as those of an unverified server" in capsys.readouterr().err
     assert workspace.scores("llama").num_rows() == 0  # the reference's own
-    assert num_rows(workspace) == 24
+    assert num_rows(workspace) == 48
 
     # A second server is held to the first, and the same one is asked nothing twice.
     workspace.prepare(rows(26))
     with pytest.raises(UserError, match="off stored scores"):
         score(workspace, serve(fp8=True))
     assert score(workspace, url).identity == record.identity
-    assert num_rows(workspace) == 26
+    assert num_rows(workspace) == 52
 
     settings = {"pairs": str(pairs.path), "store": workspace.store.root}
     settings["refs_config"] = str(workspace.refs_config)
@@ -201,14 +201,11 @@ def test_what_nothing_can_verify_is_kept_apart_and_doctor_says_so(
 
 
 def test_the_spread_is_of_responses_of_any_length() -> None:
-    """Differences of 1 nat over 4 tokens and of 3 over 9: sqrt((0.25 + 1) / 2) over one pair."""
+    """Differences of 1 nat over 4 tokens and of 3 over 9: sqrt((0.25 + 1) / 2) over both."""
 
     def table(chosen: float, rejected: float, tokens: int = 4) -> pa.Table:
-        columns = {"chosen_logp": chosen, "rejected_logp": rejected}
-        counts = {"chosen_tokens": tokens, "rejected_tokens": 9}
-        ids = pa.array([b"a" * 16], pa.binary(16))
-        named = {name: [value] for name, value in (columns | counts).items()}
-        return pa.table({"pair_id": ids, **named})
+        ids = pa.array([b"a" * 16, b"b" * 16], pa.binary(16))
+        return pa.table({"response_id": ids, "logp": [chosen, rejected], "tokens": [tokens, 9]})
 
     assert spread(table(-10, -20), table(-11, -17)) == pytest.approx(0.625**0.5)
     assert spread(table(-10, -20), table(-10, -20, tokens=5)) == float("inf")

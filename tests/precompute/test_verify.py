@@ -44,7 +44,7 @@ def test_an_untouched_reference_is_found_again(workspace: Workspace, capsys: Cap
     assert verify(settings(workspace)).exit_code == 0
     printed = capsys.readouterr().out
     assert "agrees  llama@" in printed
-    assert "5 pairs scored again in float32" in printed
+    assert "10 responses scored again in float32" in printed
     assert workspace.store.references() == before
 
 
@@ -57,7 +57,7 @@ def test_pairs_that_moved_are_named_by_a_flag(workspace: Workspace, capsys: Capt
         assert verify(settings(workspace, pairs=str(moved), rescore=100)).exit_code == 0
     finally:
         moved.rename(pairs)
-    assert "12 pairs scored again" in capsys.readouterr().out
+    assert "24 responses scored again" in capsys.readouterr().out
 
 
 def test_a_reference_that_refs_yaml_lacks_is_skipped_with_a_line(
@@ -99,9 +99,9 @@ def test_a_wrong_score_with_a_right_digest_is_found(workspace: Workspace, capsys
     table = scores.read()
     for name in scores.names():
         (Path(workspace.store.root) / record.identity / "scores" / name).unlink()
-    place = table.column_names.index("chosen_logp")
-    wrong = pc.subtract(table["chosen_logp"], pa.scalar(0.5))
-    scores.add(table.set_column(place, "chosen_logp", wrong))
+    place = table.column_names.index("logp")
+    wrong = pc.subtract(table["logp"], pa.scalar(0.5))
+    scores.add(table.set_column(place, "logp", wrong))
     assert verify(settings(workspace)).exit_code == 1
     printed = capsys.readouterr().out
     assert "0 damaged" in printed

@@ -25,7 +25,7 @@ def test_vllm_and_transformers_store_the_same_rows(
     workspace = Workspace(tmp_path, {"adapted": entry})
     pairs = workspace.prepare(rows(40), shard_pairs=25)
     assert precompute(workspace.config(engine="vllm")).exit_code == 0
-    assert "adapted: 40 pairs scored (" in capsys.readouterr().out
+    assert "adapted: 80 responses scored (" in capsys.readouterr().out
     stored = workspace.by_id("adapted")
     (record,) = workspace.store.references()
     assert record.runs[0]["engine"] == "vllm"
@@ -36,7 +36,9 @@ def test_vllm_and_transformers_store_the_same_rows(
         alias="adapted", model=str(reference_folder), adapter=str(uneven_adapter), longest=1024
     )
     other.score("adapted", pairs, settings=settings)
-    for pair_id, row in other.by_id("adapted").items():
-        for name in ("chosen_logp", "rejected_logp", "chosen_end_logp", "rejected_end_logp"):
-            assert stored[pair_id][name] == pytest.approx(row[name], abs=1e-3)
-        assert stored[pair_id]["chosen_tokens"] == row["chosen_tokens"]
+    assert len(stored) == 80
+    for response_id, row in other.by_id("adapted").items():
+        for name in ("logp", "end_logp"):
+            assert stored[response_id][name] == pytest.approx(row[name], abs=1e-3)
+        for name in ("tokens", "checksum"):
+            assert stored[response_id][name] == row[name]

@@ -74,12 +74,12 @@ def test_a_killed_run_takes_its_worker_along_and_two_workers_share_what_is_left(
     assert workspace.scores("llama").damaged() == []
 
     assert precompute(workspace.config(refs="llama", data_parallel_size=2)).exit_code == 0
-    assert f"{120 - 2 * len(kept)} pairs scored (" in capsys.readouterr().out
+    assert f"{240 - 4 * len(kept)} responses scored (" in capsys.readouterr().out
     names = workspace.scores("llama").names()
     assert set(kept) < set(names)
     assert len(names) == 60
-    assert workspace.scores("llama").num_rows() == pairs.num_pairs
-    assert len(workspace.by_id("llama")) == 120
+    assert workspace.scores("llama").num_rows() == 2 * pairs.num_pairs
+    assert len(workspace.by_id("llama")) == 240
     logs = {path.name for path in Path(workspace.store.root).glob("logs/*/*.log")}
     assert logs == {"llama.log", "llama-0.log", "llama-1.log"}
 
@@ -173,7 +173,7 @@ def test_folders_of_the_users_are_not_imported_in_place_of_ours(
     workspace.prepare(rows(2))
     monkeypatch.chdir(workspace.folder)
     assert precompute(workspace.config(refs="llama")).exit_code == 0
-    assert len(workspace.by_id("llama")) == 2
+    assert len(workspace.by_id("llama")) == 4
 
 
 RECORDING = """
@@ -207,7 +207,7 @@ class Jobs:
         return map(json.loads, self.path.read_text().splitlines())
 
 
-def test_a_damaged_file_is_set_aside_and_its_pairs_are_missing_again(
+def test_a_damaged_file_is_set_aside_and_its_rows_are_missing_again(
     workspace: Workspace, worker: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = workspace.prepare(rows(12), shard_pairs=6)
@@ -220,12 +220,12 @@ def test_a_damaged_file_is_set_aside_and_its_pairs_are_missing_again(
     worker("")
     assert precompute(workspace.config(refs="llama")).exit_code == 1
     printed = capsys.readouterr().out
-    assert f"damaged, set aside, its pairs are scored again: {name}" in printed
-    assert "6 pairs in the store; 6 to score (" in printed
-    assert "llama: 0 pairs scored; 6 from the store; 6 NOT SCORED" in printed
+    assert f"damaged, set aside, its rows are scored again: {name}" in printed
+    assert "12 responses in the store; 12 to score (" in printed
+    assert "llama: 0 responses scored; 12 from the store; 12 NOT SCORED" in printed
     assert path.with_name(f"{name}.bad").exists()
     workspace.score("llama", pairs)
-    assert len(workspace.by_id("llama")) == 12
+    assert len(workspace.by_id("llama")) == 24
 
 
 def test_a_worker_out_of_memory_is_replaced_by_one_with_half_the_batch(
@@ -251,7 +251,7 @@ def test_a_workers_mistake_is_one_line_and_names_what_is_left(
     worker("send(event='error', text=job['settings']['alias'] + ' is broken'); sys.exit(2)")
     with pytest.raises(UserError, match=r"^llama is broken; qwen is broken$"):
         precompute(workspace.config(refs="llama,qwen"))
-    assert "llama: 0 pairs scored; 0 from the store; 4 NOT SCORED" in capsys.readouterr().out
+    assert "llama: 0 responses scored; 0 from the store; 8 NOT SCORED" in capsys.readouterr().out
 
 
 def test_a_worker_killed_by_the_system_is_reported_as_such(

@@ -114,5 +114,5 @@ class Workspace:
     def by_id(
         self, alias: str, columns: Sequence[str] | None = None
     ) -> dict[bytes, dict[str, Any]]:
-        """The stored rows by pair id."""
-        return {row["pair_id"]: row for row in self.table(alias, columns).to_pylist()}
+        """The stored rows by response id."""
+        return {row["response_id"]: row for row in self.table(alias, columns).to_pylist()}
