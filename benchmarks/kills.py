@@ -34,6 +34,7 @@ from mrpo.files import TEMPORARY
 
 WRITERS = 2  # runs at a time
 SHARD = 4  # pairs
+ROWS = 2 * SHARD  # of different responses
 SHARDS_A_KILL = 6  # enough for all kills to come before the end
 CLOSE = 1e-3  # nats
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "store.md"
@@ -44,12 +45,12 @@ class Result:
     """The store after the last run, compared with that of an undisturbed run."""
 
     kills: list[Kill]
-    pairs: int
+    responses: int
     scored: int  # rows, over all runs
     repeated: int  # rows scored again, the most for a single kill
-    unscored: int  # pairs
-    differing: int  # pairs that only one of the stores has, or with other counts
-    duplicates: int  # rows beyond one per pair in the files
+    unscored: int  # responses
+    differing: int  # responses that only one of the stores has, or with other counts
+    duplicates: int  # rows beyond one per response in the files
     damaged: int  # files, after any kill
     difference: float  # nats, the largest
     verified: bool
@@ -63,8 +64,8 @@ class Result:
             f"log-probs within {CLOSE:g} nats": self.difference <= CLOSE,
             "no row twice": self.duplicates == 0,
             "no damaged file": self.damaged == 0,
-            "each kill repeats at most one shard": self.repeated <= SHARD
-            and 0 <= self.scored - self.pairs <= len(self.kills) * SHARD,
+            "each kill repeats at most one shard": self.repeated <= ROWS
+            and 0 <= self.scored - self.responses <= len(self.kills) * ROWS,
             "`mrpo store verify` passes": self.verified,
         }
         return [text for text, held in promises.items() if not held]
@@ -74,18 +75,22 @@ class Result:
         victims = Counter(kill.victim for kill in self.kills)
         who = ", ".join(f"{name} {victims[name]}" for name in VICTIMS)
         rows = [
-            (f"SIGKILLs of a run over {self.pairs:,} pairs ({who})", f"{len(self.kills)}", "–"),
-            ("pairs without a score", f"{self.unscored}", "0"),
-            ("pairs that differ in id or counts", f"{self.differing}", "0"),
+            (
+                f"SIGKILLs of a run over {self.responses:,} responses ({who})",
+                f"{len(self.kills)}",
+                "–",
+            ),
+            ("responses without a score", f"{self.unscored}", "0"),
+            ("responses that differ in id or counts", f"{self.differing}", "0"),
             ("largest difference of a log-prob, nats", f"{self.difference:.1e}", f"{CLOSE:g}"),
             ("duplicate rows", f"{self.duplicates}", "0"),
             ("damaged files after any kill", f"{self.damaged}", "0"),
             (
                 "rows scored again in all",
-                f"{self.scored - self.pairs}",
-                f"{len(self.kills) * SHARD}",
+                f"{self.scored - self.responses}",
+                f"{len(self.kills) * ROWS}",
             ),
-            ("… by a single kill, at most", f"{self.repeated}", f"{SHARD} (a shard)"),
+            ("… by a single kill, at most", f"{self.repeated}", f"{ROWS} (a shard)"),
             ("`mrpo store verify`", "passes" if self.verified else "FAILS", "passes"),
         ]
         lines = ["| | measured | promised |", "|---|---|---|"]
@@ -95,7 +100,7 @@ class Result:
 def kill_test(folder: Path, kills: Sequence[Kill]) -> Result:
     """Prepare pairs in an empty folder and score them in spite of all these kills."""
     started = time.monotonic()
-    pairs = write_workload(folder, SHARDS_A_KILL * len(kills))
+    responses = 2 * write_workload(folder, SHARDS_A_KILL * len(kills))
     with ThreadPoolExecutor(WRITERS) as pool:
         undisturbed = pool.submit(lambda: finish(Run(folder, "undisturbed", store="undisturbed")))
         damaged = sum(pool.map(lambda at: killed(folder, *at), enumerate(kills)))
@@ -109,13 +114,13 @@ def kill_test(folder: Path, kills: Sequence[Kill]) -> Result:
     verify = [sys.executable, "-P", "-m", "mrpo.cli", "store", "verify", "--store", store.root]
     return Result(
         kills=list(kills),
-        pairs=pairs,
+        responses=responses,
         scored=sum(len(ids) for _, ids in begun),
         repeated=worst_repeat(begun),
         differing=sum(
             counts(rows.get(name)) != counts(expected_rows.get(name)) for name in all_ids
         ),
-        unscored=pairs - len(rows),
+        unscored=responses - len(rows),
         duplicates=store.scores(identity).num_rows() - len(rows),
         damaged=damaged,
         difference=max(

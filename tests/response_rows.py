@@ -1,16 +1,28 @@
-"""Rows of the store for tests that have scores of their own: a row a response."""
+"""Rows of the store for tests that have scores of their own: a row a response, or a row a pair."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from mrpo.data.ids import IdArray, IdIndex, ResponseIds, ids_to_arrow, ids_to_numpy
+from mrpo.data.ids import (
+    IdArray,
+    IdIndex,
+    ResponseIds,
+    ids_from_bytes,
+    ids_to_arrow,
+    ids_to_numpy,
+)
+from mrpo.data.pairs import Pair
 from mrpo.data.store import SCORE_SCHEMA
 
-OF_A_BRANCH = ("logp", "end_logp", "tokens", "boundary", "checksum", "reason")
+BRANCHES = ("chosen", "rejected")
+OF_A_BRANCH = ("logp", "end_logp", "tokens", "boundary", "checksum")
+OF_BOTH = ("prompt_tokens", "reason")
 
 
 def response_rows(ids: IdArray, prompt_ids: IdArray | None = None, **columns: Any) -> pa.Table:
@@ -27,11 +39,9 @@ def response_rows(ids: IdArray, prompt_ids: IdArray | None = None, **columns: An
         "checksum": np.arange(1, n + 1),
         "reason": [None] * n,
     } | columns
-    if any(reason is not None for reason in values["reason"]):
-        lost = np.array([reason is not None for reason in values["reason"]])
-        for name in ("logp", "end_logp"):
-            values[name] = pa.array(np.array(values[name], float), mask=lost)
-    arrays = [pa.array(values[name], SCORE_SCHEMA.field(name).type) for name in SCORE_SCHEMA.names]
+    arrays = {field.name: _array(values[field.name], field.type) for field in SCORE_SCHEMA}
+    for name in ("logp", "end_logp"):
+        arrays[name] = pc.if_else(arrays["reason"].is_valid(), None, arrays[name])
     return pa.table(arrays, schema=SCORE_SCHEMA)
 
 
@@ -41,8 +51,8 @@ def rows_of_pairs(ids: ResponseIds, **columns: Any) -> pa.Table:
     Columns are given as chosen_logp, rejected_logp, …, those of both as prompt_tokens and reason.
     """
     parts = []
-    for number, branch in enumerate(("chosen", "rejected")):
-        given = {name: columns[name] for name in ("prompt_tokens", "reason") if name in columns}
+    for number, branch in enumerate(BRANCHES):
+        given = {name: columns[name] for name in OF_BOTH if name in columns}
         named = ((name, f"{branch}_{name}") for name in OF_A_BRANCH)
         given |= {name: columns[key] for name, key in named if key in columns}
         responses = (ids.chosen, ids.rejected)[number]
@@ -50,3 +60,30 @@ def rows_of_pairs(ids: ResponseIds, **columns: Any) -> pa.Table:
         parts.append(response_rows(responses, ids.prompts, **given))
     table = pa.concat_tables(parts)
     return table.take(IdIndex(ids_to_numpy(table["response_id"])).firsts())
+
+
+def columns_of_pairs(rows: pa.Table, ids: ResponseIds) -> pa.Table:
+    """What `rows_of_pairs` takes, in the order of the pairs."""
+    index = IdIndex(ids_to_numpy(rows["response_id"]))
+    chosen, rejected = (rows.take(index.find(part)) for part in (ids.chosen, ids.rejected))
+    columns = {
+        f"{branch}_{name}": part[name]
+        for branch, part in zip(BRANCHES, (chosen, rejected))
+        for name in OF_A_BRANCH
+    }
+    columns["prompt_tokens"] = chosen["prompt_tokens"]
+    columns["reason"] = pc.coalesce(chosen["reason"], rejected["reason"])
+    return pa.table(columns)
+
+
+def ids_of_pairs(pairs: Sequence[Pair]) -> ResponseIds:
+    """The ids of the pairs' prompts and responses."""
+    return ResponseIds(
+        *(ids_from_bytes(list(ids)) for ids in zip(*(pair.response_ids for pair in pairs)))
+    )
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)

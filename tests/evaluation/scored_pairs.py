@@ -13,11 +13,12 @@ import pyarrow as pa
 import yaml
 
 from mrpo.data.config import PrepareConfig
-from mrpo.data.ids import ids_to_arrow
+from mrpo.data.ids import ResponseIds
 from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs
 from mrpo.data.shards import PairShards
-from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from mrpo.data.store import ReferenceRecord, Store
+from mrpo.tests.response_rows import rows_of_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +75,20 @@ def add_scores(scored: Scored, logps: Mapping[str, np.ndarray]) -> None:
         record = ReferenceRecord(alias=alias, entry=specs[alias].entry(), inputs=inputs)
         scored.store.record(record)
         for shard, start in enumerate(starts[:-1]):
-            ids = scored.pairs.pair_ids(shard)
-            table = _table(ids, values[start : start + len(ids)])
+            rows = values[start : start + scored.pairs.rows[shard]]
+            table = _table(scored.pairs.response_ids(shard), rows)
             scored.store.scores(record.identity).add(table)
 
 
-def _table(ids: np.ndarray, logps: np.ndarray) -> pa.Table:
+def _table(ids: ResponseIds, logps: np.ndarray) -> pa.Table:
     missing = np.isnan(logps).any(axis=1)
+    n = len(logps)
     columns: dict[str, Any] = {
-        "pair_id": ids_to_arrow(ids),
         "reason": ["beyond_context" if absent else None for absent in missing],
+        "prompt_tokens": np.full(n, 5),
     }
     for branch, values in zip(("chosen", "rejected"), logps.T):
-        columns[f"{branch}_logp"] = pa.array(values, pa.float64(), mask=missing)
-        columns[f"{branch}_end_logp"] = pa.array(values / 100, pa.float64(), mask=missing)
-        columns[f"{branch}_tokens"] = np.full(len(ids), 10)
-        columns[f"{branch}_boundary"] = np.zeros(len(ids), bool)
-    columns["prompt_tokens"] = np.full(len(ids), 5)
-    return pa.table(
-        {
-            name: pa.array(columns[name], SCORE_SCHEMA.field(name).type)
-            if not isinstance(columns[name], pa.Array)
-            else columns[name]
-            for name in SCORE_SCHEMA.names
-        }
-    )
+        columns[f"{branch}_logp"] = values
+        columns[f"{branch}_end_logp"] = values / 100
+        columns[f"{branch}_tokens"] = np.full(n, 10)
+    return rows_of_pairs(ids, **columns)

@@ -214,10 +214,10 @@ def test_pairs_that_a_limit_left_out_are_missing_and_others_are_asked_for(tmp_pa
     with pytest.raises(UserError, match=r"pairs not yet scored in .* by llama; run: mrpo"):
         load_complete_score_table(larger, store, "llama", refs)
     scores = store.scores(store.references()[0].identity)
-    scores.leave_out(larger.pair_ids(0)[6:8])  # the first of them scored since
+    scores.leave_out(larger.response_ids(0).chosen[6:8])  # the first of them scored since
     with pytest.raises(UserError, match=r"pairs not yet scored in .* by llama; run: mrpo"):
         load_complete_score_table(larger, store, "llama", refs)
-    scores.leave_out(larger.pair_ids(0)[8:])
+    scores.leave_out(larger.response_ids(0).both[[8, 16, 17]])
     table = load_complete_score_table(larger, store, "llama", refs)
     assert table.references[0].missing == {"over_limit": 2}
     assert table.references[0].scored.tolist() == [True] * 7 + [False] * 2

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import yaml
 
 from mrpo.data.config import PrepareConfig
-from mrpo.data.ids import ids_from_bytes
 from mrpo.data.pairs import Message, Pair
 from mrpo.data.prepare import prepare
 from mrpo.data.references import ReferenceSpec, load_refs
-from mrpo.data.rendering import RenderedPrompt, Renderer
+from mrpo.data.rendering import Refusal, RenderedPrompt, Renderer
 from mrpo.data.shards import PairShards
 from mrpo.data.store import ReferenceRecord, Store
 from mrpo.demo.models import FAMILIES, Family, build_model, build_tokenizer
@@ -29,7 +29,8 @@ from mrpo.evaluation.doctor.doctor import Diagnosis, diagnose
 from mrpo.precompute.engines.hf import HfEngine
 from mrpo.precompute.engines.protocol import EngineSettings
 from mrpo.precompute.identity import resolve_reference
-from mrpo.precompute.scoring import score_rows, sort_out
+from mrpo.precompute.scoring import ResponseSet, score_rows, sort_out
+from mrpo.tests.response_rows import columns_of_pairs, ids_of_pairs, rows_of_pairs
 
 CONTEXT = 1024
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "real_pairs.py"
@@ -93,13 +94,20 @@ def train_reference(
 def score(
     model: Path, pairs: Sequence[Pair], rendered: Sequence[RenderedPrompt] | None = None
 ) -> pa.Table:
-    """What stage one stores of the pairs, or of other renderings of them."""
+    """What stage one makes of the pairs, or of other renderings of them, by `columns_of_pairs`."""
     engine = HfEngine(EngineSettings(alias="tiny", model=str(model)))
     shown = Renderer.load(model).render_many(pairs) if rendered is None else rendered
-    rows = sort_out(ids_from_bytes([pair.id for pair in pairs]), shown, CONTEXT, None)
-    table = score_rows(rows, engine, keep_token_logps=False, progress=lambda pairs: None).table
-    order = {pair_id.as_py(): row for row, pair_id in enumerate(table["pair_id"])}
-    return table.take([order[pair.id] for pair in pairs])
+    ids, numbers = ids_of_pairs(pairs), np.arange(len(pairs)).repeat(2)
+    asked = ResponseSet(
+        ids=np.stack([ids.chosen, ids.rejected], 1).reshape(-1),
+        prompt_ids=ids.prompts[numbers],
+        rows=numbers,
+        rejected=np.arange(2 * len(pairs)) % 2 == 1,
+    )
+    rendered = [[one] * 2 if isinstance(one, Refusal) else one.responses for one in shown]
+    work = sort_out(asked, rendered, CONTEXT, None)
+    rows = score_rows(work, engine, keep_token_logps=False, progress=lambda responses: None).table
+    return columns_of_pairs(rows, ids)
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,8 @@ class Clinic:
         for alias, table in (self.scores | changed).items():
             record = _record(specs[alias])
             store.record(record)
-            store.scores(record.identity).add(table)
+            rows = rows_of_pairs(ids_of_pairs(self.pairs), **columns(table))
+            store.scores(record.identity).add(rows)
         return store
 
     def specs(self, **changed: Mapping[str, Any]) -> dict[str, ReferenceSpec]:
@@ -146,6 +155,10 @@ class Clinic:
             probe=probe,
             out=str(self.folder / "doctor.json"),
         )
+
+
+def columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return dict(zip(table.column_names, table.columns))
 
 
 def open_clinic(rows: Mapping[str, Sequence[dict[str, Any]]], folder: Path, seed: int) -> Clinic:

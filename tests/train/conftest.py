@@ -17,14 +17,14 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from mrpo.data.config import PrepareConfig
-from mrpo.data.ids import ids_to_arrow
 from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs, local_inputs
 from mrpo.data.rendering import Renderer
 from mrpo.data.shards import PairShards
-from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from mrpo.data.store import ReferenceRecord, Store
 from mrpo.model.load import load_model
 from mrpo.model.logps import SequenceLogps, sum_by_sequence
+from mrpo.tests.response_rows import rows_of_pairs
 from mrpo.train.config import TrainConfig
 
 WORDS = ["Paris", "is", "the", "capital", "of", "France", "she", "sells", "two", "eggs", "thanks"]
@@ -169,14 +169,6 @@ def _scores(folder: Path, pairs: PairShards, shard: int, missing: int) -> pa.Tab
         "chosen_tokens": list(batch.token_counts[0::2]),
         "rejected_tokens": list(batch.token_counts[1::2]),
         "prompt_tokens": [pair.responses[0].start for pair in rendered],
+        "reason": ["beyond_context"] * missing + [None] * (len(rendered) - missing),
     }
-    there = {name: [None] * missing + values[missing:] for name, values in columns.items()}
-    there["reason"] = ["beyond_context"] * missing + [None] * (len(rendered) - missing)
-    return pa.table(
-        {
-            field.name: pa.array(there.get(field.name, [None] * len(rendered)), field.type)
-            for field in SCORE_SCHEMA
-            if field.name != "pair_id"
-        }
-        | {"pair_id": ids_to_arrow(pairs.pair_ids(shard))}
-    )
+    return rows_of_pairs(pairs.response_ids(shard), **columns)

@@ -15,9 +15,10 @@ from mrpo import arwc_weights, ctro_clip, virtual_reference
 from mrpo.data.pairs import Pair
 from mrpo.data.references import load_refs
 from mrpo.data.shards import ShardWriter
-from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from mrpo.data.store import ReferenceRecord, Store
 from mrpo.errors import UserError
 from mrpo.method.fitted import fit_weights
+from mrpo.tests.response_rows import ids_of_pairs, rows_of_pairs
 from mrpo.train.config import ExportConfig
 from mrpo.train.export import export
 
@@ -74,21 +75,11 @@ class Project:
             store.scores(record.identity).add(self._table(column))
 
     def _table(self, column: int) -> pa.Table:
-        chosen, rejected = self.scores[:, :, column].tolist()
-        lost = np.isnan(self.scores[0, :, column])
-        n = len(self.pairs)
-        rows: dict[str, list[Any]] = {
-            name: [None if gone else 1 for gone in lost] for name in SCORE_SCHEMA.names
-        }
-        rows["pair_id"] = [pair.id for pair in self.pairs]
-        rows["chosen_logp"] = [None if lost[i] else chosen[i] for i in range(n)]
-        rows["rejected_logp"] = [None if lost[i] else rejected[i] for i in range(n)]
-        for name in ("chosen_end_logp", "rejected_end_logp"):
-            rows[name] = [None if gone else -0.1 for gone in lost]
-        for name in ("chosen_boundary", "rejected_boundary"):
-            rows[name] = [None if gone else False for gone in lost]
-        rows["reason"] = ["beyond_context" if gone else None for gone in lost]
-        return pa.table(rows, schema=SCORE_SCHEMA)
+        chosen, rejected = self.scores[:, :, column]
+        columns = {"chosen_logp": chosen, "rejected_logp": rejected}
+        reasons = ["beyond_context" if gone else None for gone in np.isnan(chosen)]
+        tokens = {f"{branch}_tokens": np.ones(len(chosen)) for branch in ("chosen", "rejected")}
+        return rows_of_pairs(ids_of_pairs(self.pairs), reason=reasons, **columns, **tokens)
 
     def export(self, method: str = "mrpo", **flags: Any) -> DatasetDict:
         folder = export(

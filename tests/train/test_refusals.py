@@ -60,11 +60,12 @@ def test_pairs_that_a_limit_left_out_are_no_dead_end(
     scored(tmp_path, pairs, ["llama", "qwen"])
     store = Store(tmp_path / "store")
     for record in store.references():  # scored again without the first pairs
-        scores, ids = store.scores(record.identity), pairs.pair_ids(0)
+        scores, left_out = store.scores(record.identity), pairs.response_ids(0).rejected[:3]
         table = scores.read()
         shutil.rmtree(tmp_path / "store" / record.identity / "scores")
-        scores.add(table.slice(3))
-        scores.leave_out(ids[:3])
+        theirs = [response_id.tobytes() for response_id in left_out]
+        scores.add(table.filter(~np.isin(table["response_id"].to_numpy(), theirs)))
+        scores.leave_out(left_out)
     changes = {"store": store.root, "refs": "llama,qwen", "pairs": str(pairs.path)}
     with pytest.raises(
         UserError, match=r"llama has no score for 3 of 48 pairs \(3 over_lim"

@@ -20,9 +20,10 @@ from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs
 from mrpo.data.rendering import RenderedPrompt, Renderer
 from mrpo.data.shards import PairShards
-from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
+from mrpo.data.store import ReferenceRecord, Store
 from mrpo.model.load import load_model
 from mrpo.model.logps import SequenceLogps, sum_by_sequence
+from mrpo.tests.response_rows import rows_of_pairs
 from mrpo.train.config import ExportConfig, TrainConfig
 from mrpo.train.export import export
 from mrpo.train.run import train
@@ -80,16 +81,8 @@ def score(model: Path, shards: PairShards) -> pa.Table:
     with torch.no_grad():
         batch = logps.collate(pairs, "cpu")
         sums = sum_by_sequence(logps(batch), batch).tolist()
-    columns: dict[str, Any] = dict.fromkeys(SCORE_SCHEMA.names, [0] * PAIRS)
-    columns |= {
-        "pair_id": [pair.id for pair in shards.pairs(0)],
-        "chosen_logp": sums[::2],
-        "rejected_logp": sums[1::2],
-        "chosen_boundary": [False] * PAIRS,
-        "rejected_boundary": [False] * PAIRS,
-        "reason": [None] * PAIRS,
-    }
-    return pa.table(columns, schema=SCORE_SCHEMA)
+    columns = {"chosen_logp": sums[::2], "rejected_logp": sums[1::2]}
+    return rows_of_pairs(shards.response_ids(0), **columns)
 
 
 def paths(folder: Path) -> dict[str, Any]:

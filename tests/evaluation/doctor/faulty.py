@@ -119,11 +119,11 @@ def random_weights(clinic: Clinic, alias: str, folder: Path) -> pa.Table:
 
 
 def shuffled(table: pa.Table) -> pa.Table:
-    """Every row but its id belongs to another pair."""
+    """Every row belongs to another pair."""
     order = np.random.default_rng(0).permutation(len(table))
     return with_columns(
         table,
-        {name: table[name].take(order) for name in table.column_names if name != "pair_id"},
+        {name: table[name].take(order) for name in table.column_names},
     )
 
 

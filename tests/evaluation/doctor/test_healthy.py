@@ -23,7 +23,8 @@ from mrpo.evaluation.figures import figures
 from mrpo.evaluation.score_table import ScoreTable, load_score_table
 from mrpo.precompute.identity import resolve_reference
 from mrpo.tests.evaluation.doctor import faulty
-from mrpo.tests.evaluation.trained import Clinic, open_clinic, score
+from mrpo.tests.evaluation.trained import Clinic, columns, open_clinic, score
+from mrpo.tests.response_rows import ids_of_pairs, rows_of_pairs
 
 
 def loaded(clinic: Clinic, store: Store) -> ScoreTable:
@@ -157,8 +158,12 @@ def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: P
         alias="llama", entry=spec.entry(), inputs=resolve_reference(spec).inputs
     )
     store.record(record)
-    for table in (clinic.scores["llama"], score(clinic.models["llama"], texts.pairs(0))):
-        store.scores(record.identity).add(table)
+    for table, pairs in (
+        (clinic.scores["llama"], clinic.pairs),
+        (score(clinic.models["llama"], texts.pairs(0)), texts.pairs(0)),
+    ):
+        rows = rows_of_pairs(ids_of_pairs(pairs), **columns(table))
+        store.scores(record.identity).add(rows)
     config = clinic.config(store, refs="llama", probe=4)
     config = replace(config, refs_config=str(tmp_path / "refs.yaml"), out=str(tmp_path / "d.json"))
     said = "\n".join(diagnosis_lines(diagnose(config)))
