@@ -250,14 +250,13 @@ def score_plainly(child: Child, dtype: str) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(child.model, dtype=getattr(torch, dtype)).eval()
     shards = PairShards(child.folder / "pairs")
-    scores: dict[str, list[list[float]]] = {}
+    scores: dict[str, list[float]] = {}
     for shard in range(len(shards.names)):
         pairs = shards.pairs(shard)
         for pair, shown in zip(pairs, rendered(Renderer.load(child.model), pairs)):
-            scores[pair.id.hex()] = [
-                token_logps(model, branch.token_ids)[branch.start - 1 :]
-                for branch in (shown.chosen, shown.rejected)
-            ]
+            for response_id, response in zip(pair.response_ids[1:], shown.responses):
+                logps = token_logps(model, response.token_ids)
+                scores[response_id.hex()] = logps[response.start - 1 :]
     (child.folder / f"{child.variant}.scores.json").write_text(json.dumps(scores))
 
 
@@ -310,7 +309,7 @@ def reply(model: Any, tokenizer: Any, question: str) -> str:
 
 # Tables.
 
-Scores = dict[str, list[np.ndarray]]  # by pair: log-probs of the tokens of chosen and rejected
+Scores = dict[str, np.ndarray]  # by response: log-probs of its tokens
 
 
 def stored(folder: Path, engine: str, alias: str) -> Scores:
@@ -320,17 +319,13 @@ def stored(folder: Path, engine: str, alias: str) -> Scores:
 
     store = Store(folder / f"store-{engine}")
     identity = store.resolve(alias, load_refs(folder / "references.yaml")).identity
-    columns = ["pair_id", "chosen_token_logps", "rejected_token_logps"]
-    rows = store.scores(identity).read(columns).to_pylist()
-    return {
-        row["pair_id"].hex(): [np.array(row[name], np.float64) for name in columns[1:]]
-        for row in rows
-    }
+    rows = store.scores(identity).read(["response_id", "token_logps"]).to_pylist()
+    return {row["response_id"].hex(): np.array(row["token_logps"], np.float64) for row in rows}
 
 
 def plain(folder: Path, variant: str) -> Scores:
     content = json.loads((folder / f"{variant}.scores.json").read_text())
-    return {pair: [np.array(branch) for branch in branches] for pair, branches in content.items()}
+    return {response: np.array(logps) for response, logps in content.items()}
 
 
 def differences(folder: Path) -> dict[str, Figures]:
@@ -348,8 +343,8 @@ def differences(folder: Path) -> dict[str, Figures]:
 
 
 def difference(left: Scores, right: Scores) -> Figures:
-    assert left.keys() == right.keys(), "the stores hold other pairs"
-    apart = [a - b for pair in left for a, b in zip(left[pair], right[pair])]
+    assert left.keys() == right.keys(), "the stores hold other responses"
+    apart = [left[response] - right[response] for response in left]
     sums, tokens = np.abs([part.sum() for part in apart]), np.abs(np.concatenate(apart))
     figures: Figures = {"sequences": len(sums), "tokens": len(tokens)}
     for name, values in (("sequence", sums), ("token", tokens)):

@@ -45,6 +45,7 @@ from mrpo.benchmarks.workload import (
     described,
     long_pairs,
     messages,
+    pair_work,
     real_pairs,
     rendered,
     tokens_twice,
@@ -100,7 +101,7 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     from mrpo.model.packing import padded_tokens
     from mrpo.precompute.engines import load_engine
     from mrpo.precompute.engines.protocol import EngineSettings
-    from mrpo.precompute.scoring import score_rows, sort_out
+    from mrpo.precompute.scoring import score_rows
 
     if engine == "vllm":
         import vllm  # noqa: F401
@@ -111,15 +112,15 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     shards, renderer = PairShards(child.pairs), Renderer.load(child.model)
     with measurement.timed("tokenizing_seconds"):
         pairs = rendered(renderer, shards.pairs(0))
-    work = sort_out(shards.pair_ids(0)[: -options.warm_up], pairs[: -options.warm_up], None, None)
+    work = pair_work(shards, pairs[: -options.warm_up])
     settings |= {"dtype": SIZES[options.size].dtype, "longest": max(map(padded_tokens, pairs))}
     loaded = load_engine(engine, EngineSettings(alias="model", model=child.model, **settings))
     loaded.score(pairs[-options.warm_up :])
     with TemporaryDirectory() as store, measurement.timed():
-        scored = score_rows(work, loaded, keep_token_logps=False, progress=lambda pairs: None)
+        scored = score_rows(work, loaded, keep_token_logps=False, progress=lambda count: None)
         Store(store).scores("0" * 32).add(scored.table)
-    keep(child, scored.table["chosen_logp"], scored.table["rejected_logp"])
-    measurement.figures |= {"tokens": tokens_twice(work.pairs), "facts": loaded.facts}
+    keep(child, *(scored.table["logp"][place::2] for place in (0, 1)))
+    measurement.figures |= {"tokens": tokens_twice(work.prompts), "facts": loaded.facts}
     for name in ("cached_tokens", "asked_again"):
         measurement.figures[name] = getattr(loaded, name, None)
 

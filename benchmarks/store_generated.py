@@ -1,11 +1,13 @@
 """Generated chat pairs of short texts and scores, for `benchmarks/store.py`.
 
-The files are those that `mrpo prepare` and the store write, filled a column at a time. A pair's
-id is random, as a digest is; shard n is the same in every folder of pairs.
+The files are those that `mrpo prepare` and the store write, filled a column at a time. Ids are
+random, as digests are; every pair has a prompt and responses of its own, which is the most that a
+store has to hold for them. Shard n is the same in every folder of pairs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 from mrpo.data.ids import ids_to_arrow
 from mrpo.data.shards import MANIFEST, SCHEMA_VERSION, shard_name
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
-from mrpo.data.tables import pair_schema
+from mrpo.data.tables import RESPONSE_IDS, pair_schema
 
 SHARD = 8192
 SMALL = 100_000  # pairs of the folder to compare memory with
@@ -43,25 +45,33 @@ def generate(folder: Path, pairs: int, references: int) -> None:
         )
         scores = store.scores(record.identity)
         for shard in range(shards):
-            scores.add(score_table(ids_of(shard)[: pairs - shard * SHARD], number, shard))
+            scores.add(score_table(shard, min(SHARD, pairs - shard * SHARD), number))
         print(f"generated scores of {record.alias}", file=sys.stderr)
     (folder / "store.complete").touch()
 
 
-def ids_of(shard: int) -> np.ndarray:
-    """The ids of a shard's pairs: random bytes, as digests are."""
-    return np.frombuffer(np.random.default_rng((1, shard)).bytes(16 * SHARD), dtype="V16")
+def ids_of(shard: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of a shard's pairs, prompts, chosen and rejected responses: random bytes."""
+    ids = np.frombuffer(np.random.default_rng((1, shard)).bytes(4 * 16 * SHARD), dtype="V16")
+    pairs, *responses = ids.reshape(4, SHARD)[:, :rows]
+    return pairs, *responses  # type: ignore[return-value]
 
 
-def score_table(ids: np.ndarray, reference: int, shard: int) -> pa.Table:
+def score_table(shard: int, rows: int, reference: int) -> pa.Table:
+    """Rows of both responses of a shard's pairs, pair by pair, as the worker stores them."""
     random = np.random.default_rng((2, reference, shard))
-    n = len(ids)
+    _, prompts, *responses = ids_of(shard, rows)
+    n = 2 * rows
     values = {
-        "pair_id": ids_to_arrow(ids),
+        "prompt_id": ids_to_arrow(prompts.repeat(2)),
+        "response_id": ids_to_arrow(np.stack(responses, axis=1).reshape(-1)),
+        "logp": -random.exponential(20, n),
+        "end_logp": -random.exponential(1, n),
+        "tokens": random.integers(2, 60, n),
+        "prompt_tokens": random.integers(2, 60, n),
+        "boundary": random.random(n) < 0.01,
+        "checksum": random.integers(0, 2**32, n),
         "reason": pa.nulls(n, pa.string()),
-        **{name: random.integers(2, 60, n) for name in SCORE_SCHEMA.names if "tokens" in name},
-        **{name: -random.exponential(20, n) for name in SCORE_SCHEMA.names if "logp" in name},
-        **{name: random.random(n) < 0.01 for name in SCORE_SCHEMA.names if "boundary" in name},
     }
     return pa.table([values[name] for name in SCORE_SCHEMA.names], schema=SCORE_SCHEMA)
 
@@ -77,7 +87,8 @@ def write_pairs(folder: Path, shards: range, pairs: int) -> None:
         if rows > 0:
             name = shard_name(shard)
             pq.write_table(pair_table(shard, rows), folder / name, compression="zstd")
-            entries.append({"name": name, "rows": rows, "sha256": ""})
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            entries.append({"name": name, "rows": rows, "sha256": digest})
     manifest = {"schema_version": SCHEMA_VERSION, "kind": "messages", "pairs": pairs}
     (folder / MANIFEST).write_text(json.dumps({**manifest, "shards": entries}))
 
@@ -87,7 +98,7 @@ def pair_table(shard: int, rows: int) -> pa.Table:
     chosen = [f"After {number} comes the next whole number, one more." for number in numbers]
     rejected = [f"I would rather not say what comes after {number}." for number in numbers]
     values = {
-        "pair_id": ids_to_arrow(ids_of(shard)[:rows]),
+        **dict(zip(("pair_id", *RESPONSE_IDS), map(ids_to_arrow, ids_of(shard, rows)))),
         "prompt": messages("user", [f"What comes after {number}, and why?" for number in numbers]),
         "chosen": messages("assistant", chosen),
         "rejected": messages("assistant", rejected),

@@ -26,6 +26,7 @@ from mrpo.data.shards import PairShards
 
 if TYPE_CHECKING:
     from mrpo.data.rendering import RenderedPrompt, Renderer
+    from mrpo.precompute.scoring import ShardWork
 
 HH = "hh_harmless_test.jsonl.gz"
 TOKENIZER_SIZE = 16_384
@@ -129,6 +130,15 @@ def rendered(renderer: Renderer, pairs: Sequence[Pair]) -> list[RenderedPrompt]:
     return shown  # type: ignore[return-value]
 
 
+def pair_work(pairs: PairShards, rendered: Sequence[RenderedPrompt]) -> ShardWork:
+    """The first pairs of the first shard as the worker of `mrpo precompute` scores them."""
+    from mrpo.precompute.scoring import ShardWork
+
+    ids = pairs.response_ids(0).take(np.arange(len(rendered)))
+    both = np.stack([ids.chosen, ids.rejected], axis=1).reshape(-1)
+    return ShardWork(both, ids.prompts.repeat(2), list(rendered), [], both[:0])
+
+
 def tokens_twice(pairs: Sequence[RenderedPrompt]) -> int:
     """Tokens of all sequences, each prompt counted for both responses."""
     return sum(len(response.token_ids) for pair in pairs for response in pair.responses)
@@ -165,24 +175,23 @@ def write_scores(folder: Path, pairs: PairShards, references: int) -> np.ndarray
     from mrpo.data.store import ReferenceRecord, Store
     from mrpo.precompute.engines import load_engine
     from mrpo.precompute.engines.protocol import EngineSettings
-    from mrpo.precompute.scoring import score_rows, sort_out
+    from mrpo.precompute.scoring import score_rows
 
     model, store, random = str(folder / "model"), Store(folder / "store"), np.random.default_rng(0)
     entries = {f"ref{k}": {"model": model, "dtype": "float32"} for k in range(references)}
     (folder / "refs.yaml").write_text(json.dumps(entries))
     engine = load_engine("hf", EngineSettings(alias="ref0", model=model))
-    rows = sort_out(pairs.pair_ids(0), Renderer.load(model).render_many(pairs.pairs(0)), None, None)
-    scored = score_rows(rows, engine, keep_token_logps=False, progress=lambda pairs: None).table
-    exact = np.stack([scored[name].to_numpy() for name in ("chosen_logp", "rejected_logp")], 1)
+    work = pair_work(pairs, rendered(Renderer.load(model), pairs.pairs(0)))
+    scored = score_rows(work, engine, keep_token_logps=False, progress=lambda count: None).table
+    exact = scored["logp"].to_numpy()
     for alias, spec in load_refs(folder / "refs.yaml").items():
         inputs = {"weights": alias, "dtype": "float32"}
         record = store.record(ReferenceRecord(alias=alias, entry=spec.entry(), inputs=inputs))
         noise = 1 + 0.02 * random.standard_normal(exact.shape) * (alias != "ref0")
-        for name, column in zip(("chosen_logp", "rejected_logp"), (exact * noise).T):
-            place = scored.schema.get_field_index(name)
-            scored = scored.set_column(place, scored.schema.field(name), pa.array(column))
-        store.scores(record.identity).add(scored)
-    return exact
+        place = scored.schema.get_field_index("logp")
+        noisy = scored.set_column(place, scored.schema.field("logp"), pa.array(exact * noise))
+        store.scores(record.identity).add(noisy)
+    return exact.reshape(-1, 2)
 
 
 def _turns(pair: Pair) -> tuple[list[Message], list[Message], list[Message]]:

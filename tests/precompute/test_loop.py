@@ -1,4 +1,4 @@
-"""What a worker does with a reference's missing responses, in this process with a real tiny model."""
+"""What a worker does with a reference's missing responses, here, with a real tiny model."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Counted from what the engine is asked, with a real tiny model.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -37,7 +37,7 @@ class Asked:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Counts the engine's calls, which answer as always."""
     asked, score = Asked(), HfEngine.score
 
@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
         return score(engine, prompts, *more)
 
     monkeypatch.setattr(HfEngine, "score", counting)
-    yield asked
+    return asked
 
 
 def paired(better: Row, worse: Row) -> Row:

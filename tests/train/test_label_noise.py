@@ -148,7 +148,7 @@ def turned_by_hand(inputs: Any, folder: Path, seed: int) -> int:
         if turns[-1]:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pairs = prepare(
+    prepare(
         PrepareConfig(
             source=str(folder / "pairs.jsonl"),
             out=str(folder / "pairs"),
