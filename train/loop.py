@@ -37,7 +37,6 @@ from .memory import TokenBudget, is_out_of_memory
 from .start import Start
 from .stream import PairStream, Prefetch, StepBatch
 
-
 Shares = list[tuple[list[PromptGroup], float]]  # as `PairForward.shares` returns them
 
 

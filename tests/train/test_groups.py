@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
-from itertools import combinations, pairwise
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,14 +21,21 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrpo.data.pairs import Pair
+from mrpo.data.config import PrepareConfig
+from mrpo.data.pairs import Pair, prompt_number
+from mrpo.data.prepare import prepare
 from mrpo.data.rendering import RenderedPrompt, RenderedSequence, Renderer
 from mrpo.model.logps import SequenceLogps
 from mrpo.model.packing import packed_tokens
+from mrpo.tests.data.families import message
 from mrpo.tests.train.conftest import SMALL
+from mrpo.train import forward
+from mrpo.train.config import TrainConfig
 from mrpo.train.distributed import Ranks
 from mrpo.train.forward import PairForward
 from mrpo.train.groups import PromptGroup, grouped, rows_of
+from mrpo.train.run import train
+from mrpo.train.stream import side_by_side, window
 
 TOKEN = st.integers(0, 60)
 CPU = torch.device("cpu")
@@ -146,11 +156,11 @@ def test_loss_and_gradient_are_those_of_one_response_at_a_time(
     policy.packs = packs
     total, rows, rounds = 0.0, [], set()
     for rank in range(world):
-        forward = PairForward(policy, Ranks(rank, world, CPU), autocast=False)
-        shares = forward.shares(pairs, max_tokens)
+        through = PairForward(policy, Ranks(rank, world, CPU), autocast=False)
+        shares = through.shares(pairs, max_tokens)
         rounds.add(len(shares))
         for groups, weight in shares:
-            logps = forward(groups)
+            logps = through(groups)
             loss = weight * pair_losses(logps.chosen, logps.rejected, rows_of(groups)).sum()
             loss.backward()
             total += loss.item()
@@ -162,3 +172,105 @@ def test_loss_and_gradient_are_those_of_one_response_at_a_time(
         assert parameter.grad is not None, name
         difference = (parameter.grad - gradients[name]).norm()
         assert difference <= 1e-5 * gradients[name].norm() + 1e-12, name
+
+
+@pytest.fixture(scope="module")
+def ranked(
+    inputs: Any, scored: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainConfig]:
+    """Settings of runs over eight questions with four answers each, in all pairings."""
+    root = tmp_path_factory.mktemp("ranked")
+    lines = [
+        {
+            "prompt": [{"role": "user", "content": f"{number} eggs, or {number % 3}?"}],
+            "chosen": [{"role": "assistant", "content": " ".join(["yes", *["she sells"] * best])}],
+            "rejected": [{"role": "assistant", "content": " ".join(["no", *["two"] * worse])}],
+        }
+        for number in range(8)
+        for best, worse in combinations(range(4), 2)
+    ]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source, out = str(root / "pairs.jsonl"), str(root / "pairs")
+    pairs = prepare(PrepareConfig(source=source, out=out, shard_pairs=30, validation_fraction=0))
+    scored(root, pairs, ["llama", "qwen"])
+    given = {"pairs": out, "store": str(root / "store"), "refs": "llama,qwen", "batch_pairs": 12}
+    return lambda folder, **changes: inputs.config(folder, **given | changes)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize("max_tokens", [4096, 90])
+def test_a_run_is_that_of_its_pairs_one_by_one_and_computes_fewer_tokens(
+    ranked: Callable[..., TrainConfig],
+    mixture: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    experts: bool,
+    max_tokens: int,
+) -> None:
+    """A mixture's balancing loss counts a response as often as pairs have it."""
+    changes: dict[str, Any] = {"shuffle": "prompts", "max_tokens": max_tokens}
+    changes |= {"policy": mixture, "warmup_ratio": 0.0} if experts else {}
+    train(ranked(tmp_path / "together", **changes))
+    monkeypatch.setattr(
+        forward,
+        "grouped",
+        lambda pairs: [replace(grouped([pair])[0], rows=[row]) for row, pair in enumerate(pairs)],
+    )
+    train(ranked(tmp_path / "pairs", **changes))
+    together, pairs = log_of(tmp_path / "together"), log_of(tmp_path / "pairs")
+    names = ["loss", "grad_norm", "rewards/margins", "logps/chosen"]
+    for name in [*names, "aux_loss"] if experts else names:
+        expected = [line[name] for line in pairs]
+        assert [line[name] for line in together] == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    fewer = pairs[-1]["num_tokens"] / together[-1]["num_tokens"]
+    assert fewer > (1.8 if max_tokens == 4096 else 1.2)
+
+
+@pytest.fixture(scope="module")
+def solutions(
+    shared_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[RenderedPrompt], np.ndarray]:
+    """All pairings of the solutions of four models to 400 questions, and numbers of the prompts."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with tarfile.open(shared_data / "tokenizers" / "llama-bpe.tar.gz") as files:
+        files.extractall(folder, filter="data")
+    template = shared_data / "templates" / "meta-llama-Llama-3.1-8B-Instruct.jinja"
+    renderer = Renderer.load(folder / "llama-bpe", chat_template=template.read_text())
+    models = [f"{size}_{way}" for size in ("6b", "175b") for way in ("finetuning", "verification")]
+    pairs = []
+    with gzip.open(shared_data / "gsm8k_model_solutions.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in islice(file, 400):
+            row = json.loads(line)
+            question = [message("user", row["question"])]
+            different = dict.fromkeys(row[model]["solution"] for model in models)
+            answers = [[message("assistant", solution)] for solution in different]
+            pairs += [Pair(question, *both) for both in combinations(answers, 2)]
+    rendered = [pair for pair in renderer.render_many(pairs) if isinstance(pair, RenderedPrompt)]
+    assert len(rendered) == len(pairs) == 2397
+    return rendered, np.array([prompt_number(pair.prompt) for pair in pairs])
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "batch", "times"), [("rows", 64, 1.04), ("prompts", 8, 2.39), ("prompts", 64, 3.36)]
+)
+def test_tokens_computed_for_ranked_solutions(
+    solutions: tuple[list[RenderedPrompt], np.ndarray], shuffle: str, batch: int, times: float
+) -> None:
+    """How many times fewer than with each pair packed behind its own copy of the prompt."""
+    pairs, prompts = solutions
+    _, order = window([np.arange(len(pairs))], 42, 0, 0)
+    if shuffle == "prompts":
+        order = side_by_side(order, prompts, 42, 0, 0)
+    alone = sum(packed_tokens(pair) for pair in pairs)
+    together = sum(
+        packed_tokens(group.prompt)
+        for start in range(0, len(order), batch)
+        for group in grouped([pairs[row] for row in order[start : start + batch]])
+    )
+    assert alone == 715_331
+    assert alone / together == pytest.approx(times, abs=0.005)
