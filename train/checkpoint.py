@@ -52,6 +52,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 SINCE = {
     "label_noise": 0.0,
+    "shuffle": "rows",
     "train_subset": 0,
 }  # settings that runs of earlier versions lack: what these did
 

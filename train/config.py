@@ -120,6 +120,11 @@ class TrainConfig(MethodConfig):
     num_train_epochs: Annotated[float, "Passes over the training pairs."] = 1.0
     max_steps: Annotated[int | None, "Optimizer steps; overrides --num-train-epochs."] = None
     batch_pairs: Annotated[int, "Pairs per optimizer step, over all devices."] = 8
+    shuffle: Annotated[
+        Literal["rows", "prompts"],
+        "What is put in random order: pairs, or prompts with their pairs side by side, so that a "
+        "batch computes each response of ranked data once.",
+    ] = "rows"
     seed: Annotated[
         int, "Seed of the order of pairs, the LoRA initialization and the label noise."
     ] = 42

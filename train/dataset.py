@@ -85,6 +85,10 @@ class Chunk:
     def pairs(self, start: int, stop: int) -> list[Pair]:
         return from_table(self.table.slice(start, stop - start))
 
+    def prompts(self) -> np.ndarray:
+        """[n] int64, the same number for the pairs of a prompt."""
+        return prompts_of(self.table)
+
     def ids(self, places: Rows) -> list[bytes]:
         """The pairs' ids, 16 bytes each."""
         column = self.table["pair_id"].take(pa.array(places, pa.int64()))
@@ -97,6 +101,10 @@ class Window:
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = chunks
         self._first = np.cumsum([0, *map(len, chunks)])  # place of each chunk's first row
+
+    def prompts(self) -> np.ndarray:
+        """[n] int64 of all rows, as `Chunk.prompts`."""
+        return np.concatenate([chunk.prompts() for chunk in self._chunks])
 
     def take(self, places: Rows) -> Chunk:
         """The rows at the given places, in that order; places count through all chunks."""
@@ -248,9 +256,7 @@ class TrainingPairs:
         return joined
 
     def _scores(self, table: pa.Table, joined: pa.Table) -> ReferenceLogps:
-        prompts = np.zeros(len(table), np.int64)
-        if self.prompt_numbers:
-            prompts = np.array([prompt_number(pair.prompt) for pair in from_table(table)], np.int64)
+        prompts = prompts_of(table) if self.prompt_numbers else np.zeros(len(table), np.int64)
         return ReferenceLogps(
             ref_chosen_logps=matrix(joined, "ref_chosen_logps"),
             ref_rejected_logps=matrix(joined, "ref_rejected_logps"),
@@ -260,6 +266,11 @@ class TrainingPairs:
             rejected_bytes=table["rejected_bytes"].to_numpy(),
             prompts=prompts,
         )
+
+
+def prompts_of(table: pa.Table) -> np.ndarray:
+    """[n] int64 of a table of pairs, the same number for equal prompts."""
+    return np.array([prompt_number(pair.prompt) for pair in from_table(table)], np.int64)
 
 
 def _other_pairs(pairs: PairShards, scores: JoinedScores) -> UserError:

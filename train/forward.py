@@ -21,6 +21,7 @@ from ..data.rendering import RenderedPrompt
 from ..method.objective import Method
 from ..model.logps import Routing, SequenceLogps, sum_by_sequence
 from .distributed import Ranks
+from .groups import PromptGroup, grouped, rows_of
 from .stream import PairStream, StepBatch
 
 EVALUATION_PAIRS = 32  # of a batch of held-out pairs
@@ -42,7 +43,7 @@ class PairLogps(NamedTuple):
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    tokens: int  # that the decoder computed: a shared prompt once, padding included
+    tokens: int  # that the decoder computed: a prompt and a response once, padding included
 
 
 class MicroBatch(NamedTuple):
@@ -62,23 +63,33 @@ class PairForward:
     ranks: Ranks
     autocast: bool  # bfloat16 over float32 weights
 
-    def __call__(self, pairs: Sequence[RenderedPrompt]) -> PairLogps:
-        """Log-probs of the pairs in one micro-batch. Gradients flow where they are enabled."""
-        device = self.ranks.device
-        batch = self.policy.collate(pairs, device)
+    def __call__(self, groups: Sequence[PromptGroup]) -> PairLogps:
+        """Log-probs of the groups' pairs, in the order of `rows_of`, as one micro-batch.
+
+        Gradients flow where they are enabled.
+        """
+        device, first, numbers = self.ranks.device, 0, []
+        for group in groups:
+            numbers += [(first + chosen, first + rejected) for chosen, rejected in group.numbers]
+            first += len(group.prompt.responses)
+        copies = [count for group in groups for count in group.copies]
+        batch = self.policy.collate([group.prompt for group in groups], device, copies)
         with torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext():
             token_logps = self.policy(batch)
         logps = sum_by_sequence(token_logps, batch)
         tokens = torch.tensor(batch.token_counts).to(device, non_blocking=True)
-        return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2], batch.num_tokens)
+        chosen, rejected = torch.tensor(numbers).T.to(device, non_blocking=True)
+        return PairLogps(
+            logps[chosen], logps[rejected], tokens[chosen], tokens[rejected], batch.num_tokens
+        )
 
-    def run(self, batch: StepBatch, rows: Sequence[int], method: Method) -> MicroBatch:
-        """The given pairs of a batch as one micro-batch, measured against their targets."""
-        logps = self([batch.pairs[row] for row in rows])
+    def run(self, batch: StepBatch, groups: Sequence[PromptGroup], method: Method) -> MicroBatch:
+        """Groups of a batch's pairs as one micro-batch, measured against their targets."""
+        logps = self(groups)
         loss, chosen, rejected = method.loss(
             logps.chosen,
             logps.rejected,
-            batch.targets.of_rows(rows),
+            batch.targets.of_rows(rows_of(groups)),
             logps.chosen_tokens,
             logps.rejected_tokens,
         )
@@ -96,22 +107,33 @@ class PairForward:
 
     def shares(
         self, pairs: Sequence[RenderedPrompt], max_tokens: int
-    ) -> list[tuple[list[int], float]]:
-        """This rank's micro-batches of a batch: indices of pairs, and their weight, 1 or 0.
+    ) -> list[tuple[list[PromptGroup], float]]:
+        """This rank's micro-batches of a batch: groups of its pairs, and their weight, 1 or 0.
 
         As many as the token budget needs, the tokens spread evenly over them; the same number on
-        every rank. A pair longer than the budget gets a micro-batch of its own.
+        every rank. A prompt whose pairs are beyond the budget is divided, and a single pair beyond
+        it gets a micro-batch of its own.
         """
-        plan, world = self.policy.plan, self.ranks.world
-        rounds = -(-len(plan(pairs, max_tokens)) // world)
+        whole, tokens, world = grouped(pairs), self.policy.tokens, self.ranks.world
+
+        def plan(budget: int) -> list[list[PromptGroup]]:
+            # To divide a prompt costs a copy of it: worth it where other ranks would have no work.
+            most = budget if world > 1 else max_tokens
+            groups = [part for group in whole for part in group.parts(most, tokens)]
+            rows = self.policy.plan([group.prompt for group in groups], budget)
+            return [[groups[number] for number in row] for row in rows]
+
+        rounds = -(-len(plan(max_tokens)) // world)
         most = rounds * world
         # The smallest budget that needs no more rounds.
-        budget = 1 + bisect_left(
-            range(1, max_tokens), True, key=lambda n: len(plan(pairs, n)) <= most
+        micro_batches = plan(
+            1 + bisect_left(range(1, max_tokens), True, key=lambda n: len(plan(n)) <= most)
         )
-        rows = plan(pairs, budget)
         numbers = range(self.ranks.rank, most, world)
-        return [(rows[n], 1.0) if n < len(rows) else (rows[-1], 0.0) for n in numbers]
+        return [
+            (micro_batches[n], 1.0) if n < len(micro_batches) else (micro_batches[-1], 0.0)
+            for n in numbers
+        ]
 
 
 class HeldOut:
@@ -163,8 +185,8 @@ class HeldOut:
         policy.eval()
         with torch.no_grad():
             for batch in batches:
-                for rows, weight in self.forward.shares(batch.pairs, max_tokens):
-                    sums += self.forward.run(batch, rows, self.method).measures.cpu() * weight
+                for groups, weight in self.forward.shares(batch.pairs, max_tokens):
+                    sums += self.forward.run(batch, groups, self.method).measures.cpu() * weight
                 pairs += len(batch)
         policy.train()
         means = (ranks.sum(sums) / pairs).tolist()

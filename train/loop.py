@@ -1,7 +1,7 @@
 """The training loop: one optimizer step, and what happens between two steps.
 
     for each batch of --batch-pairs pairs, the same whatever the number of devices:
-        the policy's log-probs of both responses, prompts shared, a few packed rows at a time
+        the policy's log-probs, each prompt and response once, a few packed rows at a time
         the loss of each pair against the references' cached targets, divided by the batch's pairs
         the gradient clipped, a stop if it is not finite, one AdamW update
 
@@ -27,15 +27,17 @@ from ..errors import UserError
 from ..method.objective import Method
 from ..method.weightings import OnlineWeights
 from ..model.logps import balancing_loss
-from ..model.packing import packed_tokens
 from . import checkpoint
 from .checkpoint import Checkpoint, TrainState
 from .config import TrainConfig
 from .forward import MEASURES, HeldOut, PairForward
+from .groups import PromptGroup, rows_of
 from .logs import Meter, RunLog
 from .memory import TokenBudget, is_out_of_memory
 from .start import Start
 from .stream import PairStream, Prefetch, StepBatch
+
+Shares = list[tuple[list[PromptGroup], float]]  # as `PairForward.shares` returns them
 
 
 @dataclass(slots=True)
@@ -161,7 +163,8 @@ def backward(run: Run, batch: StepBatch) -> None:
         run.optimizer.zero_grad(set_to_none=True)
         budget.watch(ranks)
         shares = run.forward.shares(batch.pairs, budget.tokens)
-        longest = max(sum(packed_tokens(batch.pairs[row]) for row in rows) for rows, _ in shares)
+        count = run.forward.policy.tokens
+        longest = max(sum(count(group.prompt) for group in groups) for groups, _ in shares)
         if not ranks.any(ranks.world > 1 and not budget.fits(longest, ranks)):
             try:
                 totals = micro_batches(run, batch, shares)
@@ -174,7 +177,7 @@ def backward(run: Run, batch: StepBatch) -> None:
                         f"step {run.state.step + 1}: rank {ranks.rank} is out of memory at "
                         f"{budget.tokens} tokens; continue with --resume and a smaller --max-tokens"
                     ) from None
-        largest = max(len(rows) for rows, _ in shares)
+        largest = max(len(rows_of(groups)) for groups, _ in shares)
         budget.halve(int(ranks.max(torch.tensor(largest))))
     if run.optimizer.state:  # from the second step on: in the first there are no moments yet
         budget.learn(longest, ranks, bound=len(shares) > 1)
@@ -187,7 +190,7 @@ def seed_step(run: Run) -> None:
     torch.manual_seed((run.config.seed << 32) + run.state.step * ranks.world + ranks.rank)
 
 
-def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], float]]) -> Tensor:
+def micro_batches(run: Run, batch: StepBatch, shares: Shares) -> Tensor:
     """Backward through this rank's micro-batches; sums over them of `MEASURES`, of an MoE policy's
     balancing loss (times the pairs, as the measures are) and of tokens.
 
@@ -196,9 +199,9 @@ def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], floa
     ranks, policy = run.forward.ranks, run.forward.policy
     totals = torch.zeros(len(MEASURES) + 2, device=ranks.device)
     several = ranks.world > 1 or len(shares) > 1
-    sizes = routing_sizes(run, batch, shares) if policy.balancing and several else None
-    for rows, weight in shares:
-        loss, measures, tokens, routing = run.forward.run(batch, rows, run.method)
+    sizes = routing_sizes(run, shares) if policy.balancing and several else None
+    for groups, weight in shares:
+        loss, measures, tokens, routing = run.forward.run(batch, groups, run.method)
         balancing = measures.new_zeros(())
         if routing is not None:
             whole = routing.sizes() if sizes is None else sizes
@@ -212,15 +215,15 @@ def micro_batches(run: Run, batch: StepBatch, shares: list[tuple[list[int], floa
 
 
 @torch.no_grad()
-def routing_sizes(run: Run, batch: StepBatch, shares: list[tuple[list[int], float]]) -> Tensor:
+def routing_sizes(run: Run, shares: Shares) -> Tensor:
     """How often an MoE policy sends the whole batch's tokens to each expert: `Routing.sizes`.
 
     The balancing loss is no sum over pairs. Micro-batches can share one only if they know this
     beforehand, so it takes a forward of its own.
     """
     parts = []
-    for rows, weight in shares:
-        run.forward([batch.pairs[row] for row in rows])
+    for groups, weight in shares:
+        run.forward(groups)
         routing = run.forward.policy.routing
         assert routing is not None
         parts.append(weight * routing.sizes())

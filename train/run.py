@@ -52,7 +52,7 @@ STOPPED = 143  # a shell's exit code after SIGTERM: 128 + 15
 ENDLESS = 2**62  # rows: --max-steps ends the run
 RECIPE = (
     "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
-    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs",
+    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs", "shuffle",
     "train_fraction", "train_subset", "label_noise", "num_train_epochs", "max_steps", "max_length",
     "lora_rank", "bf16", "seed",
 )  # fmt: skip  # the settings that the model card shows
@@ -125,7 +125,12 @@ def set_up(config: TrainConfig, start: Start, ranks: Ranks, bf16: bool) -> Run:
         limits=limits,
     )
     rows = ENDLESS if config.max_steps else round(config.num_train_epochs * num_pairs)
-    stream = make_stream(usable.training, batch_pairs=config.batch_pairs, total_rows=rows)
+    stream = make_stream(
+        usable.training,
+        batch_pairs=config.batch_pairs,
+        total_rows=rows,
+        by_prompt=config.shuffle == "prompts",
+    )
     held_out_stream = None
     if num_held_out:
         held_out_stream = make_stream(

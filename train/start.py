@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .dataset import method_of
 from .distributed import Ranks
 from .forward import PairForward, PairLogps
+from .groups import rows_of
 from .logs import check_trackers
 from .memory import Sizes, memory_plan, refuse_what_cannot_fit
 from .policy import PolicySource, load_config, policy_source, refuse_untrainable
@@ -140,10 +141,10 @@ def compare_with_base(
     for batch in islice(first_epoch.batches(), -(-FIRST_PAIRS // stream.batch_pairs)):
         pairs = batch.pairs[:remaining]
         remaining -= len(pairs)
-        for rows, weight in forward.shares(pairs, max_tokens):
+        for groups, weight in forward.shares(pairs, max_tokens):
             with torch.no_grad():
-                logps = forward([pairs[row] for row in rows])
-            sums += weight * _differences(logps, batch.scores, rows)
+                logps = forward(groups)
+            sums += weight * _differences(logps, batch.scores, rows_of(groups))
     forward.policy.train()
     absolute, signed, other_tokens, responses = forward.ranks.sum(sums).tolist()
     absolute, signed = absolute / responses, signed / responses

@@ -1,7 +1,7 @@
 """The order of the pairs, and batches of them prepared in a thread ahead of the training step.
 
     epoch e: the shards in a permuted order, cut into windows of 65,536 rows,
-             each window permuted as a whole
+             each window permuted as a whole; by prompt, the pairs of each stand side by side
 
 The order is a function of seed and epoch alone, the same on every rank, and a place in it is
 three numbers (`Position`), so a resumed run opens one window and continues with the very next
@@ -89,6 +89,22 @@ def window(
     return parts, np.random.default_rng((seed, epoch, number + 1)).permutation(total)
 
 
+def side_by_side(order: Rows, prompts: np.ndarray, seed: int, epoch: int, number: int) -> Rows:
+    """A window's order with the rows of each prompt side by side.
+
+    Prompts are permuted alike, however many rows they have; within a prompt the rows keep their
+    order.
+
+    Args:
+        order: [n] a permutation of the window's rows.
+        prompts: [n] int64, the same number for the rows of a prompt.
+    """
+    different, prompt = np.unique(prompts, return_inverse=True)
+    generator = np.random.default_rng((seed, epoch, number + 1, len(different)))
+    place = generator.permutation(len(different))[prompt]
+    return order[np.argsort(place[order], kind="stable")]
+
+
 def rendered_within(
     pairs: Sequence[Pair], renderer: Renderer, limits: Mapping[str, int]
 ) -> Iterator[RenderedPrompt | Refusal]:
@@ -137,6 +153,7 @@ class PairStream:
         total_rows: int,
         limits: Mapping[str, int],
         held_out: bool = False,
+        by_prompt: bool = False,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
         """
@@ -145,10 +162,12 @@ class PairStream:
             total_rows: rows to read, in all epochs together.
             limits: most tokens of a sequence, by the reason under which a longer pair is dropped.
             held_out: the pairs are not trained on, see `Method.targets`.
+            by_prompt: the pairs of a prompt follow each other, as far as a window has them.
         """
         self.source, self.usable, self.renderer, self.method = source, usable, renderer, method
         self.seed, self.batch_pairs, self.held_out = seed, batch_pairs, held_out
         self.total_rows, self.limits, self.window_rows = total_rows, limits, window_rows
+        self.by_prompt = by_prompt
 
     @property
     def epoch_rows(self) -> int:
@@ -196,6 +215,8 @@ class PairStream:
                 epoch, number, row = epoch + 1, 0, 0
                 continue
             in_memory = Window([self.source.chunk(shard, rows) for shard, rows in parts])
+            if self.by_prompt:
+                order = side_by_side(order, in_memory.prompts(), self.seed, epoch, number)
             for start in range(row, len(order), TAKEN_ROWS):
                 chunk = in_memory.take(order[start : start + TAKEN_ROWS][:remaining])
                 remaining -= len(chunk)

@@ -111,7 +111,8 @@ def corner_prompts() -> list[RenderedPrompt]:
         for prompt in (1, 15, 16, 31, 32, 64, 127, 128, 200)
         for common in (0, 1, 8, 16)
     ]
-    return [*pairs, *several, *(prompt.only([0]) for prompt in several[::5])]
+    single = [random_prompt(prompt, 2, generator).only([0]) for prompt in (1, 16, 31, 64)]
+    return [*pairs, *several, *single]
 
 
 @pytest.fixture(scope="session")

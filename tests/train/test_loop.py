@@ -24,6 +24,7 @@ from mrpo.method.grammar import parse_method
 from mrpo.train import loop
 from mrpo.train.dataset import TrainingPairs
 from mrpo.train.forward import PairForward
+from mrpo.train.groups import rows_of
 from mrpo.train.loop import learning_rate, total_steps
 from mrpo.train.run import train
 from mrpo.train.stream import PairStream
@@ -84,7 +85,8 @@ def test_three_steps_are_those_of_the_formula(inputs: Any, tmp_path: Path) -> No
     for batch, line in zip(stream.batches(), log_of(tmp_path / "run"), strict=True):
         losses = []
         for at, pair in enumerate(batch.pairs):
-            margin = response_logp(model, pair.chosen) - response_logp(model, pair.rejected)
+            chosen, rejected = pair.responses
+            margin = response_logp(model, chosen) - response_logp(model, rejected)
             refs = batch.scores.ref_chosen_logps[at], batch.scores.ref_rejected_logps[at]
             virtual = virtual_margin(*(logps.tolist() for logps in refs), 0.1)
             losses.append(-torch.nn.functional.logsigmoid(0.1 * (margin - virtual)))
@@ -135,10 +137,10 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     forward = PairForward.__call__
 
     def limit(most: int) -> None:
-        def limited(self: PairForward, pairs: Any) -> Any:
-            if torch.is_grad_enabled() and len(pairs) > most:
+        def limited(self: PairForward, groups: Any) -> Any:
+            if torch.is_grad_enabled() and len(rows_of(groups)) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return forward(self, pairs)
+            return forward(self, groups)
 
         monkeypatch.setattr(PairForward, "__call__", limited)
 
@@ -224,12 +226,14 @@ def test_a_rank_out_of_memory_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop, "micro_batches", run_out)
-    ranks = SimpleNamespace(world=2, rank=1, any=bool)
+    ranks, policy = SimpleNamespace(world=2, rank=1, any=bool), SimpleNamespace(tokens=len)
     run: Any = SimpleNamespace(
         config=SimpleNamespace(seed=0),
         state=SimpleNamespace(step=6),
         optimizer=torch.optim.SGD([torch.zeros(1)]),
-        forward=SimpleNamespace(ranks=ranks, shares=lambda pairs, tokens: [([], 1.0)]),
+        forward=SimpleNamespace(
+            ranks=ranks, shares=lambda pairs, tokens: [([], 1.0)], policy=policy
+        ),
         budget=SimpleNamespace(tokens=512, watch=lambda _: None, fits=lambda *_: True),
     )
     with pytest.raises(UserError, match=r"step 7: rank 1 .* 512 tokens; continue with --resume"):

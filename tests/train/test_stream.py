@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrpo.data.config import PrepareConfig
 from mrpo.data.join import JoinedScores, join
+from mrpo.data.prepare import prepare
 from mrpo.data.rendering import Renderer
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.method.grammar import parse_method
 from mrpo.train.dataset import TrainingPairs
-from mrpo.train.stream import PairStream, Prefetch, StepBatch, window
+from mrpo.train.stream import PairStream, Prefetch, StepBatch, side_by_side, window
 
 SIZES = st.lists(st.integers(0, 9), max_size=6)
 
@@ -55,6 +60,36 @@ def test_window_mixes_rows_of_its_shards() -> None:
     assert {int(place) // 50 for place in order[:10]} == {0, 1}
 
 
+PROMPTS = st.lists(st.integers(-3, 5), min_size=1, max_size=40)
+
+
+@given(PROMPTS, st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_prompts_side_by_side_are_all_rows_once_and_in_their_order(
+    prompts: list[int], seed: int
+) -> None:
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    read = side_by_side(order, np.array(prompts), seed, 0, 0).tolist()
+    assert sorted(read) == list(range(len(prompts)))
+    runs = [number for number, _ in groupby(prompts[row] for row in read)]
+    assert len(runs) == len(set(prompts))
+    for number in runs:
+        own = [row for row in read if prompts[row] == number]
+        assert own == [row for row in order.tolist() if prompts[row] == number]
+
+
+def test_a_prompt_with_many_pairs_comes_no_earlier_than_one_with_few() -> None:
+    """Of ten prompts one has 30 rows and the others one each; over 2,000 windows its mean place
+    among them is 4.5, within 4 standard errors (0.064 each)."""
+    prompts = np.array([0] * 30 + [*range(1, 10)])
+    places = []
+    for number in range(2000):
+        read = side_by_side(np.arange(len(prompts)), prompts, 5, 0, number)
+        places.append([prompt for prompt, _ in groupby(prompts[read])].index(0))
+    assert abs(np.mean(places) - 4.5) < 4 * 0.064
+    assert len(set(places)) == 10
+
+
 @pytest.fixture(scope="module")
 def source(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> TrainingPairs:
     store = Store(inputs.root / "store")
@@ -86,13 +121,15 @@ def contents(batch: StepBatch) -> tuple[Any, ...]:
     return batch.ids, batch.pairs, batch.position, batch.dropped, batch.targets.weights.tolist()
 
 
+@pytest.mark.parametrize("by_prompt", [False, True])
 def test_reading_on_from_any_batch_gives_the_same_rest(
-    source: TrainingPairs, renderer: Renderer
+    source: TrainingPairs, renderer: Renderer, by_prompt: bool
 ) -> None:
-    whole = list(stream(source, renderer).batches())
+    whole = list(stream(source, renderer, by_prompt=by_prompt).batches())
     assert whole[0].dropped or whole[-1].dropped
     for stop, batch in enumerate(whole, start=1):
-        rest = stream(source, renderer).batches(batch.position, batch.dropped)
+        again = stream(source, renderer, by_prompt=by_prompt)
+        rest = again.batches(batch.position, batch.dropped)
         assert [contents(batch) for batch in rest] == [contents(batch) for batch in whole[stop:]]
 
 
@@ -173,3 +210,36 @@ def test_other_pairs_than_those_joined_are_refused(source: TrainingPairs) -> Non
     other.rows = [number - 1 for number in other.rows]
     with pytest.raises(UserError, match="joined to other pairs"):
         TrainingPairs(other, JoinedScores(source.joined.path), prompt_numbers=False)
+
+
+def test_by_prompt_the_pairs_of_a_prompt_follow_each_other_within_a_window(
+    inputs: Any, renderer: Renderer, scored: Any, tmp_path: Path
+) -> None:
+    lines = [
+        {"prompt": f"Is it {number}?", "chosen": f" yes {pair}", "rejected": " no"}
+        for pair in range(3)
+        for number in range(10)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = prepare(
+        PrepareConfig(
+            source=str(tmp_path / "pairs.jsonl"),
+            out=str(tmp_path / "pairs"),
+            shard_pairs=20,
+            validation_fraction=0,
+        )
+    )
+    scored(tmp_path, pairs, ["llama"])
+    store = Store(tmp_path / "store")
+    joined = join(pairs, store, [store.resolve("llama")], tmp_path / "scores")
+    ranked = TrainingPairs(pairs, joined, prompt_numbers=False)
+    changes: dict[str, Any] = {"limits": {}, "total_rows": 60, "window_rows": 1000}
+    for by_prompt in (False, True):
+        read = stream(ranked, renderer, by_prompt=by_prompt, **changes)
+        ids = [pair_id for batch in read.batches() for pair_id in batch.ids]
+        by_id = {pair.id: pair.prompt for shard in (0, 1) for pair in pairs.pairs(shard)}
+        for epoch in (ids[:30], ids[30:]):
+            assert sorted(epoch) == sorted(by_id)
+            runs = [prompt for prompt, _ in groupby(by_id[pair_id] for pair_id in epoch)]
+            assert (len(runs) == 10) is by_prompt
+        assert ids[:30] != ids[30:]
