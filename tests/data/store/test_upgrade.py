@@ -29,11 +29,12 @@ Capture = pytest.CaptureFixture[str]
 
 def prepared(folder: Path, name: str, numbers: Sequence[int]) -> PairShards:
     """For each number a prompt with three responses, in all three pairings."""
-    lines = [
-        json.dumps({"prompt": f"Count to {n}.", "chosen": f"{better} {n}", "rejected": f"{worse} {n}"})
+    rows = [
+        {"prompt": f"Count to {n}.", "chosen": f"{better} {n}", "rejected": f"{worse} {n}"}
         for n in numbers
         for better, worse in (("a", "b"), ("a", "c"), ("b", "c"))
-    ]  # fmt: skip
+    ]
+    lines = map(json.dumps, rows)
     (folder / f"{name}.jsonl").write_text("\n".join(lines))
     source, out = str(folder / f"{name}.jsonl"), str(folder / name)
     return prepare(PrepareConfig(source=source, out=out, shard_pairs=6))
