@@ -158,7 +158,9 @@ class PrepareConfig(ColumnSettings):
     ] = None
     strict: Annotated[bool, "Stop at the first row that cannot be used."] = False
     allow_dropped: Annotated[bool, "Continue when more than 5 % of the rows are unusable."] = False
-    shard_pairs: Annotated[int, "Pairs in a shard."] = 8192
+    shard_pairs: Annotated[
+        int, "Pairs in a shard; a full one still takes the further pairs of its last prompt."
+    ] = 8192
     overwrite: Annotated[
         bool, "Replace other pairs in --out even where a store or an unfinished run uses them."
     ] = False

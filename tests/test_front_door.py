@@ -154,7 +154,7 @@ def test_python_and_the_command_line_come_to_the_same_numbers(
     scored = mrpo.score(references, pairs, by_python / "store", engine="hf")
     assert capfd.readouterr().out == ""
     assert [record.alias for record in scored.records] == ["llama", "qwen"]
-    assert scored.scored == {"llama": 24, "qwen": 24}
+    assert scored.scored == {"llama": 48, "qwen": 48}
     assert scored.unscored == {"llama": 0, "qwen": 0}
     assert scored.exit_code == 0
     trained = mrpo.train(

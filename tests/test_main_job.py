@@ -88,7 +88,7 @@ def test_scores_are_computed_once_and_serve_every_training_run(job: Job) -> None
     again = job.make("precompute", REFS="llama,mistral,qwen", DATA=job.folder / "data.jsonl")
     assert again.returncode == 0, again.stderr
     for family in FAMILIES:
-        assert f"{family}: 0 pairs scored" in again.stdout
+        assert f"{family}: 0 responses scored" in again.stdout
     scores = {name: stat for name, stat in store.items() if name.endswith(".parquet")}
     assert scores
 

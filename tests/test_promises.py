@@ -19,8 +19,18 @@ STORE, TRAIN, PRECOMPUTE = "data/store/test_", "train/test_", "precompute/test_"
 PROMISES: dict[str, list[tuple[str, str]]] = {
     "store.md": [
         (
-            "Every reference scores a pair once.",
+            "Every reference scores a response once under a prompt",
             f"{PRECOMPUTE}precompute.py::test_three_references_then_nothing",
+        ),
+        (
+            "none of them scores anything again",
+            f"{PRECOMPUTE}responses.py::"
+            "test_no_change_of_labels_pairs_or_data_sets_scores_anything_again",
+        ),
+        (
+            "of four ranked responses, which make six pairs, four are scored",
+            f"{PRECOMPUTE}responses.py::"
+            "test_all_pairings_of_four_responses_are_four_scorings_behind_one_prompt",
         ),
         (
             "`mrpo store status` lists them with `--policies` only",
@@ -102,7 +112,7 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         (
             "Every reader takes the row whose file sorts first by name",
             f"{STORE}store.py::"
-            "test_of_two_rows_for_a_pair_the_first_by_file_name_counts_for_every_reader",
+            "test_of_two_rows_for_a_response_the_first_by_file_name_counts_for_every_reader",
         ),
         (
             "Every reader takes the row whose file sorts first by name",
@@ -129,7 +139,7 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
         (
             "sets a damaged file aside as `….bad` and scores its rows again",
             f"{PRECOMPUTE}workers.py::"
-            "test_a_damaged_file_is_set_aside_and_its_pairs_are_missing_again",
+            "test_a_damaged_file_is_set_aside_and_its_rows_are_missing_again",
         ),
         (
             "training checks each file that it joins",
@@ -141,9 +151,30 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             "test_verify_names_each_damaged_file_exits_1_and_changes_nothing",
         ),
         (
-            "*A pair that has a row is not scored again under its identity*, whichever data set it "
-            "comes from",
+            "*A response that has a row is not scored again under its identity*, whichever pair or "
+            "data set it comes from",
             f"{PRECOMPUTE}loop.py::test_what_is_stored_is_not_scored_again_whatever_the_data_set",
+        ),
+        (
+            "a worker looks up which of their responses have no row",
+            f"{PRECOMPUTE}responses.py::"
+            "test_a_prompt_that_returns_in_a_later_shard_scores_only_what_is_new",
+        ),
+        (
+            "their columns `chosen_id` and `rejected_id` are `response_id`s",
+            f"{STORE}docs.py::test_the_duckdb_query_counts_what_the_reference_prefers",
+        ),
+        (
+            "the ids are computed from the texts",
+            "data/test_shards.py::test_folders_of_earlier_versions_have_their_response_ids_computed",
+        ),
+        (
+            "A pair has a score under a reference where both of its responses have one",
+            "data/test_join.py::test_one_response_without_a_score_leaves_its_pairs_without_one",
+        ),
+        (
+            "is found when scores are joined to pairs and stands in no row",
+            "data/test_join.py::test_two_responses_of_the_same_token_ids_make_no_pair",
         ),
         (
             "share the work by file locks, which the system releases when their process ends",
@@ -210,7 +241,7 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             f"{STORE}hub.py::test_many_files_go_into_few_commits_and_the_record_into_the_last",
         ),
         (
-            "beside the pairs, or beside a `pair_id` with `--by-id`",
+            "or beside the `pair_id` of pairs prepared in `--pairs`, with `--by-id`",
             f"{STORE}import_scores.py::test_a_table_by_pair_id_is_enough",
         ),
         (
@@ -224,15 +255,15 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             "test_trls_columns_become_a_reference_that_joins_like_any_other",
         ),
         (
-            "DuckDB: how often each reference prefers the chosen response.",
+            "DuckDB: how often each reference prefers the chosen response",
             f"{STORE}docs.py::test_the_duckdb_query_counts_what_the_reference_prefers",
         ),
         (
-            "Polars: exactly one row per pair, the one that counts",
-            f"{STORE}docs.py::test_the_polars_query_takes_each_pair_once",
+            "Polars: exactly one row per response, the one that counts",
+            f"{STORE}docs.py::test_the_polars_query_takes_each_response_once",
         ),
         (
-            "pandas: the pairs that a reference could not score, with the reasons.",
+            "pandas: the responses that a reference could not score, with the reasons.",
             f"{STORE}docs.py::test_the_pandas_query_lists_what_could_not_be_scored",
         ),
         (
@@ -268,8 +299,42 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             f"{STORE}shared_names.py::test_records_of_earlier_versions_say_no_folder_and_are_found",
         ),
         (
-            "training counts it as missing, with the reason `over_limit`",
+            "training counts its pairs as missing, with the reason `over_limit`",
             "data/test_join.py::test_pairs_that_a_limit_left_out_are_missing_and_listed",
+        ),
+        (
+            "of two that rounding tells apart, in different pairs of the file, the first counts",
+            f"{STORE}import_scores.py::test_a_response_of_several_pairs_is_imported_once",
+        ),
+        (
+            "moves the scores of a store that an earlier version wrote over; nothing is scored",
+            f"{STORE}upgrade.py::test_scores_of_pairs_become_those_of_their_responses_each_once",
+        ),
+        (
+            "Every command refuses such a store in one line",
+            f"{STORE}upgrade.py::test_every_other_command_refuses_an_old_store_in_one_line",
+        ),
+        (
+            "or by default those that were scored, where they are still there",
+            f"{STORE}upgrade.py::test_the_folders_that_were_scored_are_found_by_themselves",
+        ),
+        (
+            "a response that stands in several pairs gets a single row",
+            f"{STORE}upgrade.py::test_scores_of_pairs_become_those_of_their_responses_each_once",
+        ),
+        (
+            "A run that was killed leaves a store that is still refused, and the next run finishes "
+            "it.",
+            f"{STORE}upgrade.py::test_an_upgrade_that_is_killed_is_finished_by_the_next",
+        ),
+        (
+            "with their folder a later run moves them too",
+            f"{STORE}upgrade.py::"
+            "test_rows_of_pairs_in_no_folder_are_kept_aside_until_their_folder_is_named",
+        ),
+        (
+            "Refusals are counted and not moved",
+            f"{STORE}upgrade.py::test_refusals_stay_behind_and_what_a_limit_left_out_is_kept",
         ),
         (
             "`--replace` makes a new identity with the file's scores in place of the stored ones",

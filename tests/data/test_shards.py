@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mrpo.data.pairs import Pair, response_bytes
 from mrpo.data.shards import PairShards, ShardWriter
-from mrpo.data.tables import pair_schema
+from mrpo.data.tables import RESPONSE_IDS, pair_schema
 from mrpo.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -97,6 +97,57 @@ def test_more_pairs_leave_full_shards_as_they_are(tmp_path: Path) -> None:
     more = write(tmp_path / "more", number_pairs(42), 10)
     assert few.manifest["shards"][:2] == more.manifest["shards"][:2]
     assert few.manifest["shards"][2] != more.manifest["shards"][2]
+
+
+def test_the_pairs_of_a_prompt_stay_in_one_shard_and_earlier_shards_as_they_are(
+    tmp_path: Path,
+) -> None:
+    """Six pairs a prompt and four a shard: a full shard waits for the end of its last prompt."""
+    ranked = [Pair(f"Count to {n}.", f"{n}", f"{n} {k}") for n in range(4) for k in range(6)]
+    some = write(tmp_path / "some", ranked[:15], 4)
+    every = write(tmp_path / "every", ranked, 4)
+    assert (some.rows, every.rows) == ([6, 6, 3], [6, 6, 6, 6])
+    for shard in (0, 1):
+        assert every.manifest["shards"][shard] == some.manifest["shards"][shard]
+    returning = write(tmp_path / "returning", [*ranked[:12], *ranked[:1], *ranked[12:15]], 4)
+    assert returning.rows == [6, 6, 4]  # a prompt that comes again goes where the writer is
+    long = [Pair("One.", "1", f"{k}") for k in range(30)]
+    assert write(tmp_path / "long", long, 4).rows == [8, 8, 8, 6]
+
+
+@given(st.one_of(chat_pairs(MESSAGES), chat_pairs(TEXT)))
+@settings(max_examples=40, deadline=None)
+def test_folders_of_earlier_versions_have_their_response_ids_computed(pairs: list[Pair]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "pairs"
+        new = write(folder, pairs, 4)
+        expected = [new.response_ids(shard) for shard in range(len(new.names))]
+        for entry in new.manifest["shards"]:
+            path = folder / entry["name"]
+            table = pq.read_table(path).drop_columns(list(RESPONSE_IDS))
+            pq.write_table(table, path)
+            entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(new.manifest | {"schema_version": 1}))
+        old = PairShards(folder)
+        assert [pair for n in range(len(old.names)) for pair in old.pairs(n)] == pairs
+        for shard, ids in enumerate(expected):
+            for computed, column in zip(old.response_ids(shard), ids):
+                assert computed.tolist() == column.tolist()
+            assert not set(RESPONSE_IDS) & set(old.table(shard).column_names)
+
+
+def test_an_id_is_that_of_a_response_under_its_prompt() -> None:
+    pair = Pair("q", " a", " b", tools=[{"name": "f"}], chat_template_kwargs={"x": None, "y": 1})
+    prompt, chosen, rejected = pair.response_ids
+    text = '{"chat_template_kwargs":{"y":1},"prompt":"q","tools":[{"name":"f"}]}'
+    assert prompt == hashlib.sha256(text.encode()).digest()[:16]
+    text = f'{{"prompt":"{prompt.hex()}","response":" a"}}'
+    assert chosen == hashlib.sha256(text.encode()).digest()[:16]
+    flipped = Pair("q", " b", " a", pair.tools, pair.chat_template_kwargs, "elsewhere", "train")
+    assert flipped.response_ids == (prompt, rejected, chosen)
+    assert flipped.id != pair.id
+    other = Pair("Q", " a", " b", pair.tools, pair.chat_template_kwargs)
+    assert not {*other.response_ids} & {*pair.response_ids}
 
 
 def test_the_columns_are_plain_parquet(tmp_path: Path) -> None:
