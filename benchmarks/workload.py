@@ -8,19 +8,21 @@ agree. The pairs are HH-RLHF's, as they are and, for long rows, several joined.
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import combinations, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from mrpo.benchmarks.real_pairs import gsm8k_questions
 from mrpo.data.config import PrepareConfig
-from mrpo.data.pairs import Message, Pair
+from mrpo.data.pairs import Message, Pair, Turns
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from mrpo.precompute.scoring import ShardWork
 
 HH = "hh_harmless_test.jsonl.gz"
+RANKED_DATA = "gsm8k_model_solutions.jsonl.gz"
 TOKENIZER_SIZE = 16_384
 
 
@@ -77,6 +80,21 @@ def long_pairs(pairs: Sequence[Pair], prompt: int = 1400, response: int = 900) -
             _, more_chosen, more_rejected = next(source)
             chosen, rejected = [*chosen, *more_chosen], [*rejected, *more_rejected]
         yield Pair([*turns, *question], [_joined(chosen)], [_joined(rejected)])
+
+
+def ranked_pairs(data: Path) -> Iterator[Pair]:
+    """All pairings of the different solutions that four models gave to each question of GSM8K, the
+    right ones chosen over the wrong ones, else in the file's order."""
+    source = data / RANKED_DATA
+    if not source.is_file():
+        sys.exit(f"error: {source}: no such file; {RANKED_DATA} of openai/grade-school-math")
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        for question, right, wrong in gsm8k_questions(file):
+            solutions = list(dict.fromkeys(text for text in [*right, *wrong] if text.strip()))
+            turns = [[{"role": "assistant", "content": text}] for text in solutions]
+            prompt: Turns = [{"role": "user", "content": question}]
+            for chosen, rejected in combinations(turns, 2):
+                yield Pair(prompt, chosen, rejected)
 
 
 def messages(pairs: Iterable[Pair]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from mrpo.benchmarks import scoring, store, training
 from mrpo.benchmarks.common import DOCUMENT, RESULTS, median, spread, table
 from mrpo.benchmarks.workload import long_pairs, real_pairs, write_pairs
 
-SCRIPTS = {"scoring-cpu": scoring, "training-cpu": training}
+SCRIPTS = {"scoring-cpu": scoring, "scoring-ranked": scoring, "training-cpu": training}
 SCRIPTS |= {"scoring-gpu": scoring, "training-gpu": training}
 
 

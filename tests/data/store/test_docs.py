@@ -25,8 +25,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def identity(tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Ten pairs, and a store of one reference, with token log-probs in one file; it prefers the
-    chosen response of the first five, the rejected one of the next three, and lacks the last two."""
+    """Ten pairs, and a store of one reference, with token log-probs in one file: it prefers the
+    chosen response of the first five, the rejected one of the next three, and lacks the others."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"{-n - 1}"} for n in range(10)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
