@@ -12,10 +12,10 @@ tokenizing. Token counts have each prompt twice, once per response, whatever a p
 The share of the matrix rate has it once: useful operations per second divided by those of a plain
 matrix product of the same precision, measured in the same run.
 
-Ranked data (`--ranked`) has a table of its own: all six pairings of the four solutions to each of some questions
-of GSM8K. There the tokens are those that each program computes, without padding: TRL every response
-with its prompt in every pair, our own pass pair by pair every response but the prompt once a pair,
-and as the worker of `mrpo precompute` runs it the prompt and each response once.
+Ranked data (`--ranked`) has a table of its own: all six pairings of the four solutions to each of
+some questions of GSM8K. There the tokens are those that each program computes, without padding: TRL
+every response with its prompt in every pair, our own pass pair by pair every response but the
+prompt once a pair, and the worker of `mrpo precompute` the prompt and each response once.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def score_here(child: Child, engine: Any, **settings: Any) -> None:
     count = len(pairs) - options.warm_up
     work = pair_work(shards, pairs[:count])
     if RANKED in child.variant and PAIRWISE not in child.variant:
-        missing = PairSelection(shards).missing(0, Store(child.folder / "none").scores("0" * 32))
-        missing = missing.only(missing.rows < count)
+        selection, none = PairSelection(shards), Store(child.folder / "none").scores("0" * 32)
+        missing = selection.responses(0, selection.missing(0, none)[:count])
         shown = renderer.render_responses(missing.asked(shards, 0))
         work = sort_out(missing, shown, None, None)
     settings |= {"dtype": SIZES[options.size].dtype, "longest": max(map(padded_tokens, pairs))}

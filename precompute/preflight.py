@@ -34,7 +34,7 @@ from ..data.store import Store
 from ..errors import UserError
 from .identity import ResolvedReference
 from .reference_run import ReferenceRun
-from .scoring import Job, PairSelection, ResponseSet, renderer_for, sort_out, write_sample
+from .scoring import Job, PairSelection, renderer_for, sort_out, write_sample
 
 POOL_RESPONSES = 40_000  # renderings from which starting further processes pays
 ROW_BYTES = 70  # of a response in a score file, measured; token log-probs come on top
@@ -111,13 +111,13 @@ def survey(
     aside unless it is a dry run, and changes nothing else. Raises `UserError` where the disk has no
     room.
     """
-    tasks: list[tuple[ReferencePlan, int, ResponseSet]] = []
+    tasks: list[tuple[ReferencePlan, int, np.ndarray]] = []  # missing ones as `PairSelection` marks
     for plan in plans:
         scores = store.scores(plan.job.identity)
         plan.damaged = scores.damaged() if dry_run else scores.check()
         tasks += [(plan, shard, missing) for shard, missing in selection.all_missing(scores)]
     jobs = [(plan.job, selection, shard, missing) for plan, shard, missing in tasks]
-    many = many_processes and sum(len(missing) for _, _, missing in tasks) > POOL_RESPONSES
+    many = many_processes and sum(int(missing.sum()) for *_, missing in tasks) > POOL_RESPONSES
     processes = min(os.cpu_count() or 1, 32, len(tasks)) if many else 1
     pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
     with pool or nullcontext():
@@ -209,9 +209,10 @@ def _check_disk(store: Store, needed: int) -> None:
         )
 
 
-def _survey_shard(task: tuple[Job, PairSelection, int, ResponseSet]) -> Shortfall:
+def _survey_shard(task: tuple[Job, PairSelection, int, np.ndarray]) -> Shortfall:
     """What some responses of a shard cost under one reference."""
-    job, selection, shard, missing = task
+    job, selection, shard, marked = task
+    missing = selection.responses(shard, marked)
     rendered = renderer_for(job).render_responses(missing.asked(selection.pairs, shard))
     work = sort_out(missing, rendered, job.context, job.limit)
     responses = [response for prompt in work.prompts for response in prompt.responses]

@@ -343,7 +343,7 @@ class _Run:
     def _lacking(self, identity: str) -> int:
         """How many responses of the pairs have no row."""
         missing = self.selection.all_missing(self.store.scores(identity))
-        return sum(len(responses) for _, responses in missing)
+        return sum(int(marked.sum()) for _, marked in missing)
 
     def _reasons(self, identity: str) -> Counter[str]:
         """The permanent reasons of the responses that have a row without a score."""

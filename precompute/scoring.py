@@ -56,10 +56,6 @@ class ResponseSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def only(self, kept: np.ndarray) -> ResponseSet:
-        """Some of them, by [n] bool."""
-        return ResponseSet(*(getattr(self, name)[kept] for name in self.__slots__))
-
     def asked(self, pairs: PairShards, shard: int) -> list[tuple[Prompt, list[Turns]]]:
         """Every prompt with its responses, in order."""
         rows, place = np.unique(self.rows, return_inverse=True)
@@ -105,26 +101,39 @@ class PairSelection:
         """The ids of the selected pairs of a shard."""
         return self.pairs.response_ids(shard).take(self.rows(shard))
 
-    def missing(self, shard: int, scores: ScoreFiles, *, refresh: bool = True) -> ResponseSet:
-        """The responses of the selected pairs of a shard that the store lacks."""
-        rows, ids = self.rows(shard), self.response_ids(shard)
-        responses = np.stack([ids.chosen, ids.rejected], axis=1).reshape(-1)  # pair by pair
-        lacking = np.flatnonzero(scores.missing(responses, refresh=refresh))
-        lacking = lacking[IdIndex(responses[lacking]).firsts()]
-        # A prompt's responses come where its first one is.
-        prompts = ids.prompts[lacking // 2]
-        order = np.argsort(IdIndex(prompts).find(prompts), kind="stable")
-        lacking = lacking[order]
-        return ResponseSet(responses[lacking], prompts[order], rows[lacking // 2], lacking % 2 == 1)
+    def missing(self, shard: int, scores: ScoreFiles, *, refresh: bool = True) -> np.ndarray:
+        """Which responses of the selected pairs of a shard the store lacks, each marked once.
 
-    def all_missing(self, scores: ScoreFiles) -> Iterator[tuple[int, ResponseSet]]:
+        [n, 2] bool: pairs; chosen, rejected.
+        """
+        lacking = scores.missing(self._both(shard), refresh=refresh)
+        lacking[lacking] = IdSet().add(self._both(shard)[lacking])
+        return lacking.reshape(-1, 2)
+
+    def all_missing(self, scores: ScoreFiles) -> Iterator[tuple[int, np.ndarray]]:
         """The same shard by shard, each response once, though it stands in several shards."""
         seen = IdSet()
         for shard in self.shards:
-            missing = self.missing(shard, scores, refresh=shard == 0)
-            missing = missing.only(seen.add(missing.ids))
-            if len(missing):
-                yield shard, missing
+            lacking = self.missing(shard, scores, refresh=shard == 0).reshape(-1)
+            lacking[lacking] = seen.add(self._both(shard)[lacking])
+            if lacking.any():
+                yield shard, lacking.reshape(-1, 2)
+
+    def responses(self, shard: int, marked: np.ndarray) -> ResponseSet:
+        """Responses of the selected pairs of a shard, marked as by `missing`, prompt by prompt."""
+        places = np.flatnonzero(marked)
+        # A prompt's responses come where its first one is.
+        prompts = self.response_ids(shard).prompts[places // 2]
+        order = np.argsort(IdIndex(prompts).find(prompts), kind="stable")
+        places, rows = places[order], self.rows(shard)
+        return ResponseSet(
+            self._both(shard)[places], prompts[order], rows[places // 2], places % 2 == 1
+        )
+
+    def _both(self, shard: int) -> IdArray:
+        """[2n] the ids of the responses, pair by pair."""
+        ids = self.response_ids(shard)
+        return np.stack([ids.chosen, ids.rejected], axis=1).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +235,8 @@ class ReferenceScorer:
 
     def _render(self, number: int) -> tuple[int, ResponseSet, Rendered]:
         """A shard's number, its missing responses, and these rendered prompt by prompt."""
-        missing = self._selection.missing(number, self._scores)
+        selection = self._selection
+        missing = selection.responses(number, selection.missing(number, self._scores))
         asked = missing.asked(self._selection.pairs, number)
         return number, missing, self._renderer.render_responses(asked)
 
