@@ -313,6 +313,19 @@ def test_labelled_messages_meet_too(tmp_path: Path) -> None:
     assert turns(shards) == [(said("q"), answer("a"), answer("b"))]
 
 
+def test_labelled_responses_meet_whether_a_field_is_null_or_missing(tmp_path: Path) -> None:
+    rows = [kto(said("q"), "a", True) | {"system": None}, kto(said("q"), "b", False)]
+    rows[1]["prompt"] = [message | {"name": None} for message in said("q")]
+    assert turns(prepared(tmp_path, *rows)) == [(said("q"), answer("a"), answer("b"))]
+
+
+def test_half_a_character_in_a_labelled_row_costs_that_pair_alone(tmp_path: Path) -> None:
+    rows = [kto(prompt, text, text == "a") for prompt in ("\ud83d", "q") for text in "ab"]
+    shards = prepared(tmp_path, *rows, allow_dropped=True)
+    assert turns(shards) == [("q", "a", "b")]
+    assert shards.manifest["dropped"] == {"not_unicode": 1}
+
+
 # Columns that are not used
 
 
@@ -385,6 +398,14 @@ def test_map_builds_any_field(tmp_path: Path) -> None:
     assert pair == Pair("x", "2", "3", source="set 5")
 
 
+def test_braces_of_the_text_are_written_twice_and_a_name_may_hold_anything_else(
+    tmp_path: Path,
+) -> None:
+    row = {"a:b!r": "x {y}", "chosen": "1", "rejected": "2"}
+    (pair,) = all_pairs(prepared(tmp_path, row, map=('prompt={{"q": "{a:b!r}"}}',)))
+    assert pair.prompt == '{"q": "x {y}"}'
+
+
 def test_a_template_of_a_column_alone_keeps_its_messages(tmp_path: Path) -> None:
     row = {"talk": said("q"), "good": answer("a"), "bad": answer("b")}
     fields = ("prompt={talk}", "chosen={good}", "rejected={bad}")
@@ -415,7 +436,12 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
     [
         (PLAIN, {"map": ("x={chosen}",)}, "--map is 'x={chosen}'; it must be FIELD=TEMPLATE"),
         (PLAIN, {"map": ("prompt=text",)}, "'text' must name columns, as in {instruction}"),
-        (PLAIN, {"map": ("prompt={a",)}, "'{a' is no template"),
+        (PLAIN, {"map": ("prompt={a",)}, "'{a' is no template: .* a brace that is text twice"),
+        (PLAIN, {"map": ("prompt={chosen}}",)}, "is no template: Single '}'.* text twice, {{ or"),
+        (PLAIN, {"map": ('prompt={"q": {chosen}}',)}, "has a brace inside braces; write a brace"),
+        (PLAIN, {"map": ("prompt={{chosen}}",)}, "must name columns, .* text twice"),
+        (PLAIN, {"map": ("prompt={chosen:>9}",)}, "field 'chosen:>9' is missing; there are pro"),
+        (PLAIN, {"map": ("prompt={chosen!r}",)}, "field 'chosen!r' is missing; there are pro"),
         (PLAIN, {"map": ("prompt={a}",)}, "'a' is missing; there are prompt, chosen, rejected; --"),
         (PLAIN, {"map": ("prompt={chosen}",) * 2}, "--map prompt is given twice; keep one"),
         (PLAIN, {"map": ("label={chosen}",)}, "--map label is not used: the rows are read as pref"),
@@ -434,6 +460,16 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"completions": ["a"], "scores": [1]}, {}, "'prompt' is missing; there are completions"),
         (ALPACA | {"history": "text"}, {}, "'history' must be a message or .question, answer"),
         (PLAIN | {"system": 3}, {}, "'system' must be text, not int"),
+        (
+            ALPACA | {"history": '[{"role": "user", "role": "user"}]'},
+            {},
+            "'history' holds JSON in which key 'role' is there twice; keep one",
+        ),
+        (
+            PLAIN | {"tools": '[{"a": 1, "a": 2}]'},
+            {},
+            "'tools' holds JSON in which key 'a' is there twice; keep one",
+        ),
         (PLAIN | {"split": "gold"}, {}, "'split' is 'gold'; it must be train, validation or test"),
         (PLAIN, {"group_column": "g"}, "'g' is missing; .*--group-column names it"),
     ],
