@@ -159,7 +159,7 @@ def _notes(
     if pairs.kind != "text" or spec is None:
         return
     try:
-        renderer = Renderer.load(spec.model_path or spec.model, revision=spec.revision)
+        renderer = Renderer.of_reference(spec, record.resolved_commit)
     except UserError:  # its tokenizer is not on this machine
         return
     shown = pairs_at(pairs, table.places[:SHOWN_PAIRS])
