@@ -14,6 +14,7 @@ from mrpo.errors import UserError
 from mrpo.method.grammar import parse_method
 from mrpo.method.objective import Method
 from mrpo.settings import build
+from mrpo.tests.needs import needed
 from mrpo.train.checkpoint import MAY_CHANGE
 from mrpo.train.config import ExportConfig, TrainConfig
 from mrpo.train.dataset import method_of
@@ -111,6 +112,6 @@ def test_rate_by_default_is_trls_for_all_weights_and_the_authors_for_lora() -> N
 
 
 def test_trls_default_rate_is_the_one_taken() -> None:
-    dpo = pytest.importorskip("trl").DPOConfig
+    dpo = needed("trl").DPOConfig
     (rate,) = (field.default for field in fields(dpo) if field.name == "learning_rate")
     assert TrainConfig(output_dir="run").peak_rate == rate
