@@ -14,9 +14,6 @@ import pytest
 from mrpo.errors import UserError
 from mrpo.tests.data.raw_rows import all_pairs, formats, run, turns, write
 
-Messages = list[dict[str, Any]]
-
-
 def zstd(path: Path, data: bytes) -> Path:
     with pa.CompressedOutputStream(str(path), "zstd") as out:
         out.write(data)

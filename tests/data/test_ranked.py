@@ -19,9 +19,6 @@ from mrpo.tests.data.raw_rows import (
     turns,
 )
 
-Messages = list[dict[str, Any]]
-
-
 @pytest.mark.parametrize(
     ("way", "pairs"),
     [
