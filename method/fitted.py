@@ -88,13 +88,7 @@ def fit_weights(
     >>> fit_weights(np.stack([d, -d], axis=1), np.arange(500)).weights
     array([1., 0.])
     """
-    complete = ~np.isnan(margins).any(axis=1)
-    if not complete.any():
-        raise UserError(
-            "weighting fitted found no pair that every reference has scored; "
-            "use --weighting arwc, or leave out the reference that misses most"
-        )
-    margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
+    margins, prompts = _complete(margins, prompts, "weighting fitted", "use --weighting arwc")
     scale = np.sqrt(np.mean(margins**2)) or 1.0
     scaled = np.asfortranarray(margins / scale)  # the layout that `logistic_regression` uses
     fold = _fold_of(prompts)
@@ -199,13 +193,7 @@ def fit_reliability(margins: np.ndarray, prompts: np.ndarray) -> Reliability:
     >>> bool(0.22 < fit.full.noise < 0.28), fit.doubted > 400
     (True, True)
     """
-    complete = ~np.isnan(margins).any(axis=1)
-    if not complete.any():
-        raise UserError(
-            "+reliable found no pair that every reference has scored; "
-            "leave it out, or leave out the reference that misses most"
-        )
-    margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
+    margins, prompts = _complete(margins, prompts, "+reliable", "leave it out")
     fold = _fold_of(prompts)
     fit = Reliability(
         full=fit_noise(margins, np.ones(len(prompts), bool)),
@@ -306,6 +294,19 @@ def logistic_regression(
         bounds=[(0, None)] * size if non_negative else None,
         options={"gtol": 1e-9, "ftol": 0, "maxcor": 20, "maxiter": 1000},
     ).x
+
+
+def _complete(
+    margins: np.ndarray, prompts: np.ndarray, what: str, way_out: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Margins [n, K] and prompts [n] of the pairs that every reference has scored."""
+    complete = ~np.isnan(margins).any(axis=1)
+    if not complete.any():
+        raise UserError(
+            f"{what} found no pair that every reference has scored; {way_out}, or leave out the "
+            "reference that misses most"
+        )
+    return margins[complete].astype(np.float64), np.asarray(prompts)[complete]
 
 
 _coefficients = partial(logistic_regression, ridge=RIDGE, non_negative=True)
