@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ import pytest
 
 from mrpo.errors import UserError
 from mrpo.tests.data.raw_rows import all_pairs, formats, run, turns, write
+
 
 def zstd(path: Path, data: bytes) -> Path:
     with pa.CompressedOutputStream(str(path), "zstd") as out:

@@ -19,6 +19,7 @@ from mrpo.tests.data.raw_rows import (
     turns,
 )
 
+
 @pytest.mark.parametrize(
     ("way", "pairs"),
     [
