@@ -16,7 +16,7 @@ import numpy as np
 from ..method.arrays import normalize_logps
 from ..method.grammar import parse_method
 from ..method.objective import ReferenceLogps
-from ..method.virtual_reference import ctro_clip
+from ..method.virtual_reference import KINDS, ctro_clip, pulls
 from ..method.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceColumns, ScoreTable
@@ -136,16 +136,12 @@ def dominance(scores: ReferenceLogps, epsilon: float) -> dict[str, np.ndarray]:
     raw = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), "none")
     weights = arwc_weights(*raw)
     clipped = ctro_clip(*raw, epsilon)
-    pulls = {
-        "harmonic": [_shares(weights, -logps) for logps in raw],
-        "geometric": [weights, weights],
-        "arithmetic": [_shares(weights, logps) for logps in raw],
-        "mrpo": [_shares(weights, -logps) for logps in clipped],
-    }
+    of_kinds = {kind: [pulls(logps, weights, kind) for logps in raw] for kind in KINDS}
+    of_kinds["mrpo"] = [pulls(logps, weights) for logps in clipped]
     usable = ~np.isnan(raw[0]).all(axis=1)
     return {
         kind: ((chosen + rejected)[usable] / 2 > DOMINATES).mean(0)
-        for kind, (chosen, rejected) in pulls.items()
+        for kind, (chosen, rejected) in of_kinds.items()
     }
 
 
@@ -157,15 +153,6 @@ def method_first_loss(
     virtual = (targets.virtual_chosen_logps - targets.virtual_rejected_logps).numpy()
     base = scores.ref_chosen_logps[:, 0] - scores.ref_rejected_logps[:, 0]
     return _mean(np.logaddexp(0, -beta * (base - virtual)))
-
-
-def _shares(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """[N, K] weights · exp(logits), rows summing to 1; 0 where a reference is missing."""
-    logits = np.where(np.isnan(logits) | (weights == 0), -np.inf, logits)
-    largest = logits.max(axis=1, keepdims=True)
-    parts = weights * np.exp(logits - np.where(np.isfinite(largest), largest, 0))
-    total = parts.sum(axis=1, keepdims=True)
-    return parts / np.where(total > 0, total, np.nan)
 
 
 def saturation(scores: ReferenceLogps, epsilon: float, unit: str) -> list[float]:

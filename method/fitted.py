@@ -13,7 +13,7 @@ Numpy and scipy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -138,6 +138,14 @@ class NoisyFit:
         with np.errstate(divide="ignore"):  # logit(0) is −inf, and the chance 0
             return expit(logit(NOISES) - support) @ self.probabilities
 
+    def label_probability(self, margins: np.ndarray) -> np.ndarray:
+        """[N] chance of the label as it stands, before it is seen: eps + (1 − 2 eps) sigmoid(w·D).
+
+        Of margins [N, K]; NaN ones say nothing, and a pair of such alone gets 1/2.
+        """
+        support = np.nan_to_num(margins) @ self.coefficients.T  # [N, G]
+        return (NOISES + (1 - 2 * NOISES) * expit(support)) @ self.probabilities
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reliability:
@@ -165,10 +173,25 @@ class Reliability:
             margins: [N, K] D in nats, NaN where a reference is missing; it then says nothing.
             prompts: [N] integers, as for `fit_reliability`.
         """
-        fold, chances = _fold_of(prompts), np.empty(len(margins))
+        return self._by_other_folds(NoisyFit.chance_wrong, margins, prompts)
+
+    def label_probability(self, margins: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """[N] chance of each label before it is seen, by the fit that has not seen its prompt.
+
+        −log of it, in nats, is what the label costs; log 2 is chance. Args: as of `chance_wrong`.
+        """
+        return self._by_other_folds(NoisyFit.label_probability, margins, prompts)
+
+    def _by_other_folds(
+        self,
+        judge: Callable[[NoisyFit, np.ndarray], np.ndarray],
+        margins: np.ndarray,
+        prompts: np.ndarray,
+    ) -> np.ndarray:
+        fold, judged = _fold_of(prompts), np.empty(len(margins))
         for f, fit in enumerate(self.folds):
-            chances[fold == f] = fit.chance_wrong(margins[fold == f])
-        return chances
+            judged[fold == f] = judge(fit, margins[fold == f])
+        return judged
 
     def describe(self, aliases: Sequence[str]) -> list[str]:
         """Lines for the user: the noise rate, the references' say, and the labels doubted."""
