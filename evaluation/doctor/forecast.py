@@ -15,7 +15,7 @@ of labels that the references contradict, over that of labels that they support;
 distinction, 0: dropped, negative: read as their opposite. If s is calibrated these are the means
 over wrong and right labels, whatever w is; s being the same for all pairs, q is 1. With a mask of
 the labels that are wrong in place of s, q is the truth that it forecasts. `docs/mathematics.md`
-derives it. `words_of.py` beside it has the sentences.
+derives it, `forecast_words.py` puts it into words.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ...method.fitted import fit_reliability
 from ...method.grammar import parse_method
 from ...method.objective import Method, ReferenceLogps
 from ..intervals import Interval, bootstrap_means, interval, mean_intervals
+from .verdicts import FEWEST
 
 BETAS = (0.1, 0.5)
 GRID_BETAS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -64,7 +65,7 @@ class Forecast:
 
     pairs: int  # that every reference has scored: the ones that are looked at
     wrong: float  # share of the labels that the references expect to be wrong
-    label_gain: Interval  # nats by which a label is cheaper than log 2, to who knows the others
+    label_gain: Interval  # log 2 less what a label costs by fits to other prompts, nats
     rows: list[MethodForecast] = field(default_factory=list)
     grid: list[MethodForecast] = field(default_factory=list)  # mrpo over epsilons and betas
     left_out: list[str] = field(default_factory=list)  # methods whose weights need training
@@ -88,6 +89,15 @@ def default_methods(aliases: Sequence[str]) -> list[str]:
     several += ["geometric+max-margin", "geometric+fitted", "geometric+reliable"]
     singles = [f"dpo:{alias}" for alias in aliases]
     return [*singles, *(several if len(aliases) > 1 else []), f"dpo:{aliases[0]}+reliable"]
+
+
+def default_betas(normalize: str) -> list[float]:
+    """Of the forecast.
+
+    >>> default_betas("none"), default_betas("byte")
+    ([0.1, 0.5], [2.5, 12.5])
+    """
+    return _scaled(BETAS, normalize)
 
 
 def forecast(
@@ -121,8 +131,8 @@ def forecast(
     left_out = [text for text, method in parsed.items() if method.online]
     complete = ~np.isnan(scores.ref_chosen_logps + scores.ref_rejected_logps).any(axis=1)
     scores = scores.of_rows(complete)
-    if len(scores) == 0:
-        return Forecast(pairs=0, wrong=np.nan, label_gain=NO_INTERVAL, left_out=left_out)
+    if len(scores) < FEWEST:
+        return Forecast(pairs=len(scores), wrong=np.nan, label_gain=NO_INTERVAL, left_out=left_out)
     chosen, rejected = scores.reference_logps(list(range(len(aliases))), normalize)
     margins, prompts = chosen - rejected, scores.prompts
     judge = fit_reliability(margins, prompts)
@@ -138,17 +148,16 @@ def forecast(
             changes["reliability"] = judge
         return replace(method, **changes).prepare(scores, scores, bootstrap=0)
 
-    scale = 1 if normalize == "none" else PER_LENGTH
     rows = _Rows(scores)
     for text, method in parsed.items():
         clips = epsilon is not None and method.epsilon is not None
         if text not in left_out:
             changes = {"epsilon": epsilon} if clips else {}
-            rows.add(text, prepared(method, **changes), betas or [scale * b for b in BETAS])
+            rows.add(text, prepared(method, **changes), betas or default_betas(normalize))
     end = len(rows.rows)
     for epsilon in GRID_EPSILONS if len(aliases) > 1 else ():
         mrpo = parse_method("mrpo", aliases, normalize=normalize)
-        rows.add("mrpo", prepared(mrpo, epsilon=epsilon), [scale * b for b in GRID_BETAS])
+        rows.add("mrpo", prepared(mrpo, epsilon=epsilon), _scaled(GRID_BETAS, normalize))
     finished, draws = rows.finished(wrong, known)
     best, single, gain = _best(finished[:end], draws)
     return Forecast(
@@ -162,6 +171,10 @@ def forecast(
         single=single,
         gain=gain,
     )
+
+
+def _scaled(betas: Sequence[float], normalize: str) -> list[float]:
+    return [beta * (1 if normalize == "none" else PER_LENGTH) for beta in betas]
 
 
 class _Rows:
@@ -209,9 +222,7 @@ class _Rows:
         finished = []
         for row, value, column in zip(self.rows, values, draws.T):
             q = interval(value, column)
-            finished.append(
-                replace(row, relative_weight=q, effect=_effect(q) if known else "open")
-            )
+            finished.append(replace(row, relative_weight=q, effect=_effect(q) if known else "open"))
         return finished, draws
 
 
@@ -261,7 +272,8 @@ def _best(
     plain = [
         r
         for r, row in enumerate(rows)
-        if row.beta == rows[best].beta and row.method.partition(":")[0] == "dpo"
+        if row.beta == rows[best].beta
+        and row.method.partition(":")[0] == "dpo"
         and not row.method.endswith("+reliable")
     ]
     if not plain or best in plain:
