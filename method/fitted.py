@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, logit
+from scipy.special import expit, log_expit, logit, logsumexp
 
 from ..errors import UserError
 
@@ -138,13 +138,14 @@ class NoisyFit:
         with np.errstate(divide="ignore"):  # logit(0) is −inf, and the chance 0
             return expit(logit(NOISES) - support) @ self.probabilities
 
-    def label_probability(self, margins: np.ndarray) -> np.ndarray:
-        """[N] chance of the label as it stands, before it is seen: eps + (1 − 2 eps) sigmoid(w·D).
+    def label_logp(self, margins: np.ndarray) -> np.ndarray:
+        """[N] log P(label) before it is seen, nats: of eps + (1 − 2 eps) sigmoid(w·D), averaged.
 
-        Of margins [N, K]; NaN ones say nothing, and a pair of such alone gets 1/2.
+        From margins [N, K]; NaN ones say nothing, and a pair of such alone gets log 1/2.
         """
         support = np.nan_to_num(margins) @ self.coefficients.T  # [N, G]
-        return (NOISES + (1 - 2 * NOISES) * expit(support)) @ self.probabilities
+        right, wrong = _log_chances(support, NOISES)
+        return logsumexp(np.logaddexp(right, wrong), axis=1, b=self.probabilities)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,12 +176,12 @@ class Reliability:
         """
         return self._by_other_folds(NoisyFit.chance_wrong, margins, prompts)
 
-    def label_probability(self, margins: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-        """[N] chance of each label before it is seen, by the fit that has not seen its prompt.
+    def label_logp(self, margins: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """[N] log P(label) before it is seen, nats, by the fit that has not seen its prompt.
 
-        −log of it, in nats, is what the label costs; log 2 is chance. Args: as of `chance_wrong`.
+        To know nothing gives log 1/2. Args: as of `chance_wrong`.
         """
-        return self._by_other_folds(NoisyFit.label_probability, margins, prompts)
+        return self._by_other_folds(NoisyFit.label_logp, margins, prompts)
 
     def _by_other_folds(
         self,
@@ -253,8 +254,7 @@ def fit_noise(margins: np.ndarray, used: np.ndarray) -> NoisyFit:
     def objective(w: np.ndarray, noise: float) -> tuple[float, np.ndarray]:
         """The value and the gradient [K]."""
         z = w @ x
-        with np.errstate(divide="ignore"):
-            right, wrong = np.log1p(-noise) + log_expit(z), np.log(noise) + log_expit(-z)
+        right, wrong = _log_chances(z, noise)
         log_p = np.logaddexp(right, wrong)
         turned = np.exp(wrong - log_p)  # the chance that the label is wrong, given the label
         gradient = -(x @ (expit(-z) - turned)) / n + RIDGE * w
@@ -279,6 +279,14 @@ def fit_noise(margins: np.ndarray, used: np.ndarray) -> NoisyFit:
         return NoisyFit(np.eye(len(NOISES))[0], np.zeros((len(NOISES), size)))
     likelihoods = np.exp(np.array(log_likelihoods) - max(log_likelihoods))
     return NoisyFit(likelihoods / likelihoods.sum(), np.stack(coefficients))
+
+
+def _log_chances(
+    support: np.ndarray, noise: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """log P of labels that are right, and of labels turned round, from the support w·D of each."""
+    with np.errstate(divide="ignore"):
+        return np.log1p(-noise) + log_expit(support), np.log(noise) + log_expit(-support)
 
 
 def logistic_regression(

@@ -38,6 +38,7 @@ GRID_BETAS = (0.05, 0.1, 0.2, 0.5, 1.0)
 GRID_EPSILONS = (0.1, 0.2, 0.5, 0.9, None)
 PER_LENGTH = 25  # times these with log-probs per token or byte: InfiFPO has 2.5 there, 0.1 else
 NOTABLE = 0.9  # a relative weight above this, and below 1 over it, is no difference worth a run
+LEAST_GAIN = 1e-4  # nats a label, below which references know nothing of it: 51 % right have 2e-4
 FEWEST_WRONG = 10.0  # labels that the references expect to be wrong, for a relative weight
 NO_INTERVAL = Interval(float("nan"), float("nan"), float("nan"))
 
@@ -76,7 +77,7 @@ class Forecast:
     @property
     def informed(self) -> bool:
         """Whether the references predict labels better than chance, beyond doubt."""
-        return self.label_gain.low > 0
+        return self.label_gain.low > LEAST_GAIN
 
 
 def default_methods(aliases: Sequence[str]) -> list[str]:
@@ -129,22 +130,23 @@ def forecast(
         for text in methods or default_methods(aliases)
     }
     left_out = [text for text, method in parsed.items() if method.online]
-    complete = ~np.isnan(scores.ref_chosen_logps + scores.ref_rejected_logps).any(axis=1)
+    columns = list(range(len(aliases)))
+    complete = ~np.isnan(scores.reference_logps(columns, normalize)[0]).any(axis=1)
     scores = scores.of_rows(complete)
     if len(scores) < FEWEST:
         return Forecast(pairs=len(scores), wrong=np.nan, label_gain=NO_INTERVAL, left_out=left_out)
-    chosen, rejected = scores.reference_logps(list(range(len(aliases))), normalize)
+    chosen, rejected = scores.reference_logps(columns, normalize)
     margins, prompts = chosen - rejected, scores.prompts
     judge = fit_reliability(margins, prompts)
-    gains = np.log(2) + np.log(judge.label_probability(margins, prompts))
+    gains = np.log(2) + judge.label_logp(margins, prompts)
     label_gain = mean_intervals(gains[:, None], prompts)[0]
     if contradicted is None:
-        wrong, known = judge.chance_wrong(margins, prompts), label_gain.low > 0
+        wrong, known = judge.chance_wrong(margins, prompts), label_gain.low > LEAST_GAIN
     else:
         wrong, known = contradicted[complete].astype(np.float64), True
 
     def prepared(method: Method, **changes: Any) -> Method:
-        if method.reliable and method.columns == tuple(range(len(aliases))):
+        if method.reliable and list(method.columns) == columns:
             changes["reliability"] = judge
         return replace(method, **changes).prepare(scores, scores, bootstrap=0)
 

@@ -164,11 +164,11 @@ def test_what_a_label_costs_is_told_by_prompts_of_other_folds() -> None:
     d = rng.normal(0, 4, (1000, 2))
     d *= np.where(rng.random(1000) < expit(d[:, 0]), 1, -1)[:, None]
     fit = fit_reliability(d, prompts)
-    chances = fit.label_probability(d, prompts)
+    logps = fit.label_logp(d, prompts)
     own = prompts % FOLDS == 1
     turned = fit_reliability(np.where(own[:, None], -d, d), prompts)
-    np.testing.assert_array_equal(turned.label_probability(d, prompts)[own], chances[own])
+    np.testing.assert_array_equal(turned.label_logp(d, prompts)[own], logps[own])
     best = np.logaddexp(0, -d[:, 0]).mean()  # of whoever knows how labels are made
-    assert best - 0.01 < -np.log(chances).mean() < best + 0.02 < np.log(2)
-    nothing = fit_reliability(0 * d, prompts).label_probability(0 * d, prompts)
-    np.testing.assert_allclose(nothing, 0.5)
+    assert best - 0.01 < -logps.mean() < best + 0.02 < np.log(2)
+    nothing = fit_reliability(0 * d, prompts).label_logp(0 * d, prompts)
+    np.testing.assert_allclose(nothing, -np.log(2))
