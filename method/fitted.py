@@ -281,9 +281,7 @@ def fit_noise(margins: np.ndarray, used: np.ndarray) -> NoisyFit:
     return NoisyFit(likelihoods / likelihoods.sum(), np.stack(coefficients))
 
 
-def _log_chances(
-    support: np.ndarray, noise: float | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _log_chances(support: np.ndarray, noise: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """log P of labels that are right, and of labels turned round, from the support w·D of each."""
     with np.errstate(divide="ignore"):
         return np.log1p(-noise) + log_expit(support), np.log(noise) + log_expit(-support)
