@@ -1,4 +1,4 @@
-"""Attention over packed rows: torch's sdpa prompt by prompt, or FlexAttention on a GPU.
+"""Attention over packed rows: torch's sdpa response by response, or FlexAttention on a GPU.
 
 A token sees what its own prompt's responses share and the earlier tokens of its own response. A
 sliding window counts position ids, not offsets in the row: a second response comes after the first
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +58,17 @@ def mask_mod(batch: Batch, window: int | None) -> MaskMod:
     return visible
 
 
-def dense_mask(batch: Batch, window: int | None, start: int = 0, stop: int | None = None) -> Tensor:
-    """The boolean mask [B, 1, l, l] of the row's tokens from `start` to `stop`, for sdpa."""
+def dense_mask(batch: Batch, window: int | None, part: Part | None = None) -> Tensor:
+    """The boolean mask [B, 1, q, k] of a part of the row, for sdpa; None: of the whole row."""
     rows, length = batch.input_ids.shape
     device = batch.input_ids.device
-    offsets = torch.arange(start, length if stop is None else stop, device=device)
+    queries = keys = torch.arange(length, device=device)
+    if part is not None:
+        queries = queries[part.start : part.stop]
+        keys = torch.cat([keys[part.shared_start : part.shared_stop], queries])
     row = torch.arange(rows, device=device)[:, None, None, None]
     head = torch.zeros_like(row)
-    return mask_mod(batch, window)(row, head, offsets[:, None], offsets[None, :])
+    return mask_mod(batch, window)(row, head, queries[:, None], keys[None, :])
 
 
 def block_mask(batch: Batch, window: int | None) -> BlockMask:
@@ -98,6 +102,16 @@ def never_eager(function: Callable[..., Any], **options: Any) -> Callable[..., A
     return compiled(function, fullgraph=True, recompile_limit=MOST_VARIANTS, **options)
 
 
+class Part(NamedTuple):
+    """Tokens of a packed row that are computed together, from `start` to `stop`: what responses
+    share, one response, or the padding. They see themselves and the shared ones, if any."""
+
+    start: int
+    stop: int
+    shared_start: int = 0
+    shared_stop: int = 0
+
+
 class PackedMasks:
     """The masks of one packed row, created once for each sliding window of the layers.
 
@@ -106,12 +120,17 @@ class PackedMasks:
     """
 
     def __init__(self, batch: Batch, ahead: Iterable[int | None] = ()) -> None:
-        assert batch.spans is not None, "the batch is not packed"
+        assert batch.bounds is not None, "the batch is not packed"
         self.batch = batch
-        self.spans = list(batch.spans)
-        length, filled = batch.input_ids.shape[1], batch.spans[-1][1] if batch.spans else 0
+        self.parts: list[Part] = []
+        filled, length = 0, batch.input_ids.shape[1]
+        for start, middle, *ends in batch.bounds:
+            if start < middle:
+                self.parts.append(Part(start, middle))
+            self.parts += [Part(*own, start, middle) for own in pairwise([middle, *ends])]
+            filled = ends[-1]
         if filled < length:
-            self.spans.append((filled, length))  # padding sees itself
+            self.parts.append(Part(filled, length))  # padding sees itself
         self._blocks = {window: block_mask(batch, window) for window in set(ahead)}
         self._dense: dict[int | None, list[Tensor]] = {}
 
@@ -122,9 +141,9 @@ class PackedMasks:
         return self._blocks[window]
 
     def dense(self, window: int | None) -> list[Tensor]:
-        """The boolean masks [1, 1, l, l]: one for each prompt alone, and one for the padding."""
+        """The boolean masks [1, 1, q, k] of the parts."""
         if window not in self._dense:
-            self._dense[window] = [dense_mask(self.batch, window, *span) for span in self.spans]
+            self._dense[window] = [dense_mask(self.batch, window, part) for part in self.parts]
         return self._dense[window]
 
 
@@ -142,9 +161,8 @@ def sdpa_attention(
 ) -> tuple[Tensor, None]:
     """Attention of queries [B, H, L, D] over keys and values [B, H_kv, L, D], as [B, L, H, D].
 
-    Prompts of a packed row never see each other, so each is computed alone: the cost grows with
-    their lengths, not with the row's (measured: 5 times faster at 7 pairs of 211 tokens than one
-    sdpa under the row's dense mask).
+    Responses of a packed row never see each other, so each is computed alone with what it shares:
+    the cost grows with their lengths, not with the row's (docs/log.md has times).
     """
     if packed is None and softcap is None:
         return sdpa_attention_forward(
@@ -153,7 +171,7 @@ def sdpa_attention(
     groups = query.shape[1] // key.shape[1]
     heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
     if packed is not None:
-        output = _attend_spans(heads, packed, sliding_window, scaling, softcap)
+        output = _attend_parts(heads, packed, sliding_window, scaling, softcap)
     else:
         if attention_mask is None:
             attention_mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
@@ -161,18 +179,26 @@ def sdpa_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # it would be recompiled for every number of prompts
-def _attend_spans(
+@torch.compiler.disable  # it would be recompiled for every number of responses
+def _attend_parts(
     heads: Heads,
     packed: PackedMasks,
     window: int | None,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    sizes = [stop - start for start, stop in packed.spans]
-    parts = zip(*(part.split(sizes, 2) for part in heads))
-    masks = packed.dense(window)
-    return torch.cat([_attend(part, mask, scaling, softcap) for part, mask in zip(parts, masks)], 2)
+    # Split, not sliced: the gradient of a slice is as long as the row.
+    sizes = [part.stop - part.start for part in packed.parts]
+    split = zip(*(tensor.split(sizes, 2) for tensor in heads))
+    outputs = []
+    shared: list[Tensor] = []  # keys and values
+    for part, (query, *own), mask in zip(packed.parts, split, packed.dense(window)):
+        if part.shared_stop > part.shared_start:
+            key, value = (torch.cat(both, 2) for both in zip(shared, own))
+        else:
+            key, value = shared = own
+        outputs.append(_attend((query, key, value), mask, scaling, softcap))
+    return torch.cat(outputs, 2)
 
 
 def _attend(heads: Heads, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:

@@ -179,9 +179,9 @@ class SequenceLogps(nn.Module):
         if self.rope_limit is not None:
             _forget_longest(self.lm.get_decoder())
         weight = batch.copies.float()
-        if batch.spans is None and self.rope_limit and batch.input_ids.shape[1] > self.rope_limit:
+        if batch.bounds is None and self.rope_limit and batch.input_ids.shape[1] > self.rope_limit:
             return self._row_by_row(batch, weight)
-        if batch.spans is None:
+        if batch.bounds is None:
             # Causal attention never looks at padding on the right, so no mask is needed.
             return self._decode(weight, input_ids=batch.input_ids)
         flex = self.lm.config._attn_implementation == FLEX

@@ -41,7 +41,9 @@ class Batch:
     targets: Tensor  # [R], the scored token ids
     sequence: Tensor  # [R], which sequence a scored token belongs to
     token_counts: tuple[int, ...]  # scored tokens of each sequence
-    spans: tuple[tuple[int, int], ...] | None  # a packed row's [start, stop) per prompt
+    # Of a packed row, for each prompt: where it starts, where what its responses share ends, and
+    # where each of them ends.
+    bounds: tuple[tuple[int, ...], ...] | None
 
     @property
     def num_tokens(self) -> int:
@@ -114,11 +116,12 @@ def pack(
     padding: a process without work must still join its group's forward.
     """
     row = _Columns(copies)
-    spans = []
+    bounds = []
     for index, prompt in enumerate(prompts):
         start, shared = len(row.ids), prompt.shared
         ids = prompt.responses[0].token_ids[:shared]
         row.add(ids, 0, index, SHARED, row.copies_of(len(prompt.responses)))
+        ends = [len(row.ids)]
         for branch, sequence in enumerate(prompt.responses, SHARED + 1):
             assert 0 <= shared <= sequence.start, (shared, sequence.start)
             first = len(row.ids)  # index of the response's own first token
@@ -127,11 +130,12 @@ def pack(
             # The token before the first scored one is the response's own, or the last shared one.
             opener = before - 1 if sequence.start > shared else start + shared - 1
             row.score(sequence, opener, before)
-        spans.append((start, len(row.ids)))
+            ends.append(len(row.ids))
+        bounds.append((start, *ends))
     tokens = max(len(row.ids), 1)
     padded = length(tokens) if length is not None else tokens
     row.add([0] * (padded - len(row.ids)), 0, PADDING, SHARED, 0)
-    return row.batch(len(row.ids), tuple(spans), device)
+    return row.batch(len(row.ids), tuple(bounds), device)
 
 
 def unpacked(
@@ -195,7 +199,7 @@ class _Columns:
         self.token_counts.append(sequence.num_scored)
 
     def batch(
-        self, width: int, spans: tuple[tuple[int, int], ...] | None, device: torch.device | str
+        self, width: int, bounds: tuple[tuple[int, ...], ...] | None, device: torch.device | str
     ) -> Batch:
         """Rows of `width` tokens; the scored tokens are in the order of their sequences."""
         sequences = [number for number, n in enumerate(self.token_counts) for _ in range(n)]
@@ -213,5 +217,5 @@ class _Columns:
             targets=column(self.targets),
             sequence=column(sequences),
             token_counts=tuple(self.token_counts),
-            spans=spans,
+            bounds=bounds,
         )

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
-from ..formats import Broken, PairReader, RawPair, Unusable, by_reason
+from ..formats import CHAT_UNUSED, Broken, PairReader, RawPair, Unusable, by_reason
 from ..ids import IdIndex, ResponseIds, digest_of, ids_from_bytes, ids_to_numpy
 from ..layouts import RowReader
 from ..pairs import parse_id
@@ -133,6 +133,8 @@ def _rows(
             for response, logp, count in zip(responses, scores, counts):
                 ids = {"prompt_id": prompt, "response_id": response}
                 yield {**ids, "logp": logp, "tokens": count}
+    if config.chat and not reader.wrapped:
+        print(f"{source.given}: {CHAT_UNUSED}")
 
 
 class _PreparedIds:

@@ -152,8 +152,8 @@ def in_packed_rows(logps: SequenceLogps, prompts: list[RenderedPrompt]) -> Tenso
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:
         batch = logps.collate([prompts[index] for index in row], "cpu")
-        assert batch.spans is not None
-        assert len(batch.spans) == len(row)
+        assert batch.bounds is not None
+        assert len(batch.bounds) == len(row)
         sums = torch.stack([part.sum() for part in logps(batch).split(batch.token_counts)])
         for own in sums.split([len(prompts[index].responses) for index in row]):
             total = total + loss(own)

@@ -110,7 +110,7 @@ def test_other_architectures_run_one_response_a_row_and_say_so(
     with torch.no_grad():
         for row in logps.plan(prompts, 200):
             batch = logps.collate([prompts[index] for index in row], "cpu")
-            assert batch.spans is None
+            assert batch.bounds is None
             parts = split_by_sequence(logps(batch), batch)
             separate = split_by_sequence(expected, unpacked(prompts))
             numbers = by_prompt(torch.arange(len(separate)), prompts)

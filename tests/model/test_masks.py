@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 from mrpo.data.rendering import RenderedPrompt, RenderedSequence
 from mrpo.model.attention import (
     FLEX_BLOCK,
+    PackedMasks,
     block_mask,
     dense_mask,
     mask_mod,
@@ -71,7 +72,17 @@ def test_mask_is_as_drawn(window: int | None, drawn: str) -> None:
     expected = torch.tensor([[mark == "x" for mark in line] for line in drawn.split()])
     batch = pack(TWO_PROMPTS)
     assert torch.equal(dense_mask(batch, window)[0, 0], expected)
-    assert torch.equal(dense_mask(batch, window, 6, 11)[0, 0], expected[6:, 6:])
+    masks = PackedMasks(batch)
+    assert [part[:2] for part in masks.parts] == [
+        *((0, 3), (3, 5), (5, 6)),
+        *((6, 7), (7, 8), (8, 9), (9, 11)),
+    ]
+    seen = torch.zeros_like(expected)
+    for part, mask in zip(masks.parts, masks.dense(window), strict=True):
+        keys = [*range(part.shared_start, part.shared_stop), *range(part.start, part.stop)]
+        for query, row in zip(range(part.start, part.stop), mask[0, 0], strict=True):
+            seen[query, keys] = row
+    assert torch.equal(seen, expected)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -79,7 +90,8 @@ def test_flex_rule_is_the_dense_mask(prompts: list[RenderedPrompt], window: int 
     batch = pack(prompts, length=padded_length)
     length = batch.input_ids.shape[1]
     assert length % FLEX_BLOCK == 0
-    assert length > sum(stop - start for start, stop in batch.spans or ())
+    assert batch.bounds is not None
+    assert length > batch.bounds[-1][-1]
     mask = create_mask(mask_mod(batch, window), 1, None, length, length, device="cpu")
     assert torch.equal(mask, dense_mask(batch, window))
     assert mask.any(-1).all()  # an empty row would be a softmax over nothing

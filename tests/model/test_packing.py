@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,15 +93,18 @@ def test_packed_row_reads_back(prompts: list[RenderedPrompt]) -> None:
         assert batch.input_ids[own].tolist() == sequence.token_ids
         assert batch.position_ids[own].tolist() == list(range(len(sequence.token_ids)))
     for index, prompt in enumerate(prompts):
-        start, stop = (batch.spans or ())[index]
-        assert (batch.prompt[0, start:stop] == index).all()
-        assert stop - start == packed_tokens(prompt)
+        start, middle, *ends = (batch.bounds or ())[index]
+        assert (batch.prompt[0, start : ends[-1]] == index).all()
+        assert middle - start == prompt.shared
+        assert ends[-1] - start == packed_tokens(prompt)
+        for branch, (begin, end) in enumerate(pairwise([middle, *ends]), SHARED + 1):
+            assert (batch.branch[0, begin:end] == branch).all()
 
 
 @given(PROMPTS)
 def test_padded_rows_read_back(prompts: list[RenderedPrompt]) -> None:
     batch = unpacked(prompts)
-    assert batch.spans is None
+    assert batch.bounds is None
     width = max(map(padded_tokens, prompts))
     assert batch.input_ids.shape == (len(sequences(prompts)), width)
     check_scored_tokens(batch, prompts)

@@ -136,7 +136,7 @@ def test_the_command_writes_what_it_prints_and_says_so(
 
 def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: Path) -> None:
     opens = (
-        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{%- endfor %}"
+        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ bos_token }}{%- endfor %}"
         "{{ 'assistant: <think>' if add_generation_prompt }}"
     )
     (tmp_path / "refs.yaml").write_text(
@@ -144,7 +144,9 @@ def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: P
     )
     (tmp_path / "opens.jinja").write_text(opens)
     spec = load_refs(tmp_path / "refs.yaml")["llama"]
-    end = Renderer.load(clinic.models["llama"]).tokenizer.eos_token
+    renderer = Renderer.of_reference(spec)
+    end = renderer.end_of_turn  # of refs.yaml's template; the tokenizer's own has another
+    assert end == renderer.tokenizer.bos_token
     rows = [
         {"prompt": f"Is it {n}?", "chosen": f" Yes, {n}.{end if n % 2 else ''}", "rejected": " No."}
         for n in range(8)
@@ -158,9 +160,10 @@ def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: P
         alias="llama", entry=spec.entry(), inputs=resolve_reference(spec).inputs
     )
     store.record(record)
+    rendered = renderer.render_many(texts.pairs(0))
     for table, pairs in (
         (clinic.scores["llama"], clinic.pairs),
-        (score(clinic.models["llama"], texts.pairs(0)), texts.pairs(0)),
+        (score(clinic.models["llama"], texts.pairs(0), rendered=rendered), texts.pairs(0)),
     ):
         rows = rows_of_pairs(ids_of_pairs(pairs), **columns(table))
         store.scores(record.identity).add(rows)
