@@ -14,6 +14,7 @@ For `compare` alone, means of weights, which are not trained themselves (`parse_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -155,9 +156,15 @@ def parse_average(text: str, aliases: Sequence[str]) -> Average | None:
     return Average(name, references, weighting or "uniform")
 
 
+def average_name(text: str) -> str | None:
+    """Which of `AVERAGES` a method is, None where it is trained or unknown."""
+    name = re.split("[:+]", text)[0]
+    return name if name in AVERAGES else None
+
+
 def refuse_average(text: str) -> None:
     """Raise `UserError` for a soup or a merge, where a method to train on is asked for."""
-    if (name := _split(text)[0]) in AVERAGES:
+    if name := average_name(text):
         raise UserError(
             f"method {text!r}: a {name} is a mean of weights and made by compare, not trained; run "
             f"`mrpo compare --methods {text}`"

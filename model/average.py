@@ -1,6 +1,6 @@
 """The mean of several models' weights, written as a model folder that loads like any other.
 
-    average(folders, weights, out)   model folders of one architecture, or LoRA adapters of one model
+    average(folders, weights, out)    of models of one architecture, or LoRA adapters of one model
 
 Means are computed in float64 and written in the first model's dtype, with the first model's
 configuration, tokenizer and shards. One file of the result is in memory at a time, with one tensor
@@ -138,7 +138,7 @@ class _Tensors:
     """A model's tensors by name, read when they are asked for."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
-        self._folder, self._files = folder, {}
+        self._files: dict[str, Any] = {}
         for path in files_with_weights(folder):
             with files_of(path, "can't be read", WAY_OUT):
                 file: Any = opened.enter_context(safe_open(path, "pt"))

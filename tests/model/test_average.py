@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrpo.data.references import local_inputs, load_refs
+from mrpo.data.references import load_refs, local_inputs
 from mrpo.errors import UserError
 from mrpo.model.average import average, refuse_special_adapter
 
@@ -186,7 +186,7 @@ def test_the_mean_of_one_adapter_is_that_adapter(
 
 def test_what_has_no_mean_is_one_line(tiny_references: dict[str, Path], tmp_path: Path) -> None:
     llama, qwen = tiny_references["llama"], tiny_references["qwen"]
-    with pytest.raises(UserError, match="the weights of .* differ: .* has .*, .* has not"):
+    with pytest.raises(UserError, match=r"the weights of .* differ: .* has .*, .* has not"):
         average([llama, qwen], [1, 1], tmp_path / "mean")
     smaller = AutoModelForCausalLM.from_pretrained(llama)
     smaller.resize_token_embeddings(100)
@@ -195,10 +195,10 @@ def test_what_has_no_mean_is_one_line(tiny_references: dict[str, Path], tmp_path
         average([llama, tmp_path / "smaller"], [1, 1], tmp_path / "mean")
     broken = shutil.copytree(llama, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="broken/model.safetensors: can't be read"):
+    with pytest.raises(UserError, match=r"broken/model.safetensors: can't be read"):
         average([llama, broken], [1, 1], tmp_path / "mean")
     (broken / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="broken has no model.safetensors, and means are of"):
+    with pytest.raises(UserError, match=r"broken has no model.safetensors, and means are of"):
         average([llama, broken], [1, 1], tmp_path / "mean")
     special = adapter(llama, tmp_path / "special", 0, use_rslora=True)
     with pytest.raises(UserError, match="use_rslora True, and means are of plain LoRA adapters"):
