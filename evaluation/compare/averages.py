@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ...data.references import (
     ADAPTER_CONFIG,
@@ -94,125 +95,172 @@ def make_soup(cell: Cell, mean: Average, config: TrainConfig) -> None:
     Raises `UserError` where a part is not finished.
     """
     for part in cell.parts:
-        if not (part.finished and part.run.finished):
+        if not part.finished:
             raise UserError(f"{cell}: its part {part} is not finished; run the comparison again")
     weights = _weights(cell, mean, config.normalize)
-    names = [part.method for part in cell.parts]
-    identities = [str(part.identity) for part in cell.parts]
-    source = recorded_source(checkpoints(cell.parts[0].run.checkpoints)[-1])
-    parts = [Part(*values) for values in zip(names, identities, weights)]
+    parts = [
+        Part(part.method, str(part.identity), weight) for part, weight in zip(cell.parts, weights)
+    ]
     if recorded_parts(cell) == parts and cell.run.finished:
         return
+    source = recorded_source(checkpoints(cell.parts[0].run.checkpoints)[-1])
     cell.run.average.unlink(missing_ok=True)  # the model that is there is another one
     write_resolved(config, cell.run.settings)
     with new_folder(cell.run.model) as folder:
         average([part.run.model for part in cell.parts], weights, folder)
-        write_text(folder / "README.md", _card(cell, parts, "policies", source.name))
-    rendering = {
-        "chat_template_kwargs": source.chat_template_kwargs,
-        "system_role": source.system_role,
-    }
-    _record(cell, parts, rendering)
+        what = f"The mean of the weights of policies, each fine-tuned from {source.name}"
+        write_text(folder / "README.md", _card(cell, parts, what))
+    _record(cell, parts, source.chat_template_kwargs, source.system_role)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSource:
+    """A reference whose own weights are asked for, as they were scored."""
+
+    spec: ReferenceSpec
+    record: ReferenceRecord
+
+    @property
+    def alias(self) -> str:
+        return self.record.alias
+
+    @property
+    def model(self) -> str:
+        """A folder or a Hub id; the adapter's model where there is one."""
+        return str(self.spec.model_path or self.spec.model)
+
+    def commit(self, part: str = "model") -> str | None:
+        """Of what is on the Hub, the commit that was scored."""
+        commit: str | None = (self.record.inputs.get(part) or {}).get("commit")
+        return commit
+
+    def config(self) -> dict[str, Any]:
+        config = from_pretrained(AutoConfig, self.model, self.commit())
+        return {key: value for key, value in config.to_dict().items() if key not in NOTES}
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_tokenizer(self.model, self.commit())
+
+    def folder(self) -> Path:
+        """The folder of the adapter where there is one, else of the model; from the Hub's cache."""
+        from huggingface_hub import snapshot_download
+
+        part = "adapter" if self.spec.adapter else "model"
+        local = self.spec.adapter_folder if self.spec.adapter else self.spec.model_path
+        if local is not None:
+            return local
+        name, files = self.spec.adapter or self.spec.model, [*WEIGHTS, "*.json", *TOKENIZER_FILES]
+        with files_of(name, "can't be downloaded", "check the network and HF_TOKEN"):
+            commit = self.commit(part)
+            return Path(snapshot_download(name, revision=commit, allow_patterns=files))
+
+
+def merge_sources(
+    mean: Average, records: Mapping[str, ReferenceRecord], specs: Mapping[str, ReferenceSpec]
+) -> list[MergeSource]:
+    """The references of a merge; `records` by alias as the method names them.
+
+    Raises `UserError` where the scores of one were imported.
+    """
+    sources = []
+    for alias in mean.references:
+        record = records[alias]
+        if record.alias not in specs:
+            raise UserError(
+                f"method '{mean}': the scores of {alias} were imported, and a mean needs its "
+                "weights; leave it out"
+            )
+        sources.append(MergeSource(specs[record.alias], record))
+    return sources
 
 
 def make_merge(
-    cell: Cell,
-    mean: Average,
-    config: TrainConfig,
-    specs: Mapping[str, ReferenceSpec],
-    records: Sequence[ReferenceRecord],
+    cell: Cell, mean: Average, config: TrainConfig, sources: Sequence[MergeSource]
 ) -> None:
     """Write the mean of references' weights into the cell's folder, unless it is there.
 
-    `records` are those of `mean.references`. Raises `UserError` as `merge_folders` does.
+    `sources` are those of `mean.references`. Raises `UserError` as `merge_folders` does.
     """
     parts = [
-        Part(alias, record.identity, 1 / len(records))
-        for alias, record in zip(mean.references, records)
+        Part(alias, one.record.identity, 1 / len(sources))
+        for alias, one in zip(mean.references, sources)
     ]
     if recorded_parts(cell) == parts and cell.run.finished:
         return
-    first, folders = specs[records[0].alias], merge_folders(cell.method, specs, records)
+    first, folders = sources[0], merge_folders(cell.method, sources)
     cell.run.average.unlink(missing_ok=True)
     write_resolved(config, cell.run.settings)
     with new_folder(cell.run.model) as folder:
         average(folders, [1.0] * len(folders), folder)
-        commit = _commit(records[0], "model")
-        model = str(first.model_path or first.model)
-        tokenizer: Any = load_tokenizer(model, commit)
-        tokenizer.chat_template = first.chat_template or tokenizer.chat_template
+        tokenizer: Any = first.tokenizer()
+        tokenizer.chat_template = first.spec.chat_template or tokenizer.chat_template
         tokenizer.save_pretrained(folder)
-        if (folder / ADAPTER_CONFIG).is_file():
+        if first.spec.adapter:
             adapter = read_json(folder / ADAPTER_CONFIG, {}, "")
-            adapter |= {"base_model_name_or_path": model, "revision": commit}
+            adapter |= {"base_model_name_or_path": first.model, "revision": first.commit()}
             content = json.dumps(adapter, indent=2, sort_keys=True)
             write_text(folder / ADAPTER_CONFIG, content)
-        write_text(folder / "README.md", _card(cell, parts, "references", None))
-    rendering = {
-        "chat_template_kwargs": first.chat_template_kwargs,
-        "system_role": first.system_role,
-    }
-    _record(cell, parts, rendering)
+        write_text(folder / "README.md", _card(cell, parts, "The mean of references' weights"))
+    _record(cell, parts, first.spec.chat_template_kwargs, first.spec.system_role)
 
 
-def merge_folders(
-    text: str, specs: Mapping[str, ReferenceSpec], records: Sequence[ReferenceRecord]
-) -> list[Path]:
+def merge_folders(text: str, sources: Sequence[MergeSource]) -> list[Path]:
     """Where the weights of references are that can be merged; downloads what is on the Hub.
 
-    Raises `UserError` where they are not what was scored, or have no mean: for quantized weights,
-    adapters of several models, and other architectures, tokenizers or shapes than the first's. The
-    chat templates may differ; the first's is taken.
+    Raises `UserError`, which begins with the method's `text`, where they are not what was scored or
+    have no mean: for quantized weights, adapters of several models, and other architectures,
+    tokenizers or shapes than the first's. The chat templates may differ; the first's is taken.
     """
-    where = f"method {text!r}: "
-    way_out = "leave the method out, or name references of one architecture and tokenizer"
-    for record in records:
-        spec = specs.get(record.alias)
-        if spec is None:
-            raise UserError(f"{where}the scores of {record.alias} were imported, and a mean needs "
-                            "its weights; leave it out")  # fmt: skip
-        if spec.quantization or Path(spec.model).suffix == GGUF:
-            raise UserError(f"{where}{record.alias} is quantized or a GGUF file, and a mean needs "
-                            "the weights that it was made of; leave it out")  # fmt: skip
-        if changed := record.changed(inputs_here(spec)):
-            raise UserError(
-                f"{where}the {changed[0]} of {record.alias} is not what was scored; restore it, or "
-                f"run `mrpo precompute --refs {record.alias}`"
-            )
-    chosen = [specs[record.alias] for record in records]
-    first, base = chosen[0], records[0]
-    for spec, record in zip(chosen[1:], records[1:]):
-        pair = f"{first.alias} and {spec.alias}"
-        if (first.adapter is None) != (spec.adapter is None):
-            adapted, plain = (first, spec) if first.adapter else (spec, first)
-            raise UserError(
-                f"{where}{adapted.alias} has an adapter, {plain.alias} has not; merge the adapter "
-                "into a model folder first (peft's merge_and_unload)"
-            )
-        if first.adapter and base.inputs.get("model") != record.inputs.get("model"):
-            raise UserError(
-                f"{where}{pair} have adapters of different models; merge each into a model folder "
-                "first (peft's merge_and_unload)"
-            )
-        configs = [_config(s, _commit(r, "model")) for s, r in ((first, base), (spec, record))]
-        if names := [k for k in configs[0] | configs[1] if configs[0].get(k) != configs[1].get(k)]:
-            names.sort(key=lambda name: name != "model_type")
-            values = ", ".join(str(config.get(names[0])) for config in configs)
-            more = f" and {len(names) - 1} more of config.json" if names[1:] else ""
-            raise UserError(f"{where}{pair} differ in {names[0]} ({values}){more}; {way_out}")
-        tokens = [_tokens(s, _commit(r, "model")) for s, r in ((first, base), (spec, record))]
-        if parts := [name for name in TOKENIZER_PARTS if tokens[0][name] != tokens[1][name]]:
-            raise UserError(
-                f"{where}{pair} have different tokenizers ({', '.join(parts)}); {way_out}"
-            )
-    folders = {spec.alias: _downloaded(spec, record) for spec, record in zip(chosen, records)}
-    for alias, folder in folders.items() if first.adapter else ():
-        refuse_special_adapter(f"{where}{alias}", folder)
     try:
+        for one in sources:
+            _refuse_without_weights(one)
+        for other in sources[1:]:
+            _refuse_other_model(sources[0], other)
+        folders = {one.alias: one.folder() for one in sources}
+        for alias, folder in folders.items() if sources[0].spec.adapter else ():
+            refuse_special_adapter(alias, folder)
         refuse_other_shapes(folders)
     except UserError as error:
-        raise UserError(f"{where}{error}") from None
+        raise UserError(f"method {text!r}: {error}") from None
     return list(folders.values())
+
+
+def _refuse_without_weights(one: MergeSource) -> None:
+    if one.spec.quantization or Path(one.spec.model).suffix == GGUF:
+        raise UserError(
+            f"{one.alias} is quantized or a GGUF file, and a mean needs the weights that it was "
+            "made of; leave it out"
+        )
+    if changed := one.record.changed(inputs_here(one.spec)):
+        raise UserError(
+            f"the {changed[0]} of {one.alias} is not what was scored; restore it, or run "
+            f"`mrpo precompute --refs {one.alias}`"
+        )
+
+
+def _refuse_other_model(first: MergeSource, other: MergeSource) -> None:
+    """Raise `UserError` unless all that is not weights is the same."""
+    pair = f"{first.alias} and {other.alias}"
+    merge_first = "into a model folder first (peft's merge_and_unload)"
+    if (first.spec.adapter is None) != (other.spec.adapter is None):
+        adapted, plain = (first, other) if first.spec.adapter else (other, first)
+        raise UserError(
+            f"{adapted.alias} has an adapter, {plain.alias} has not; merge the adapter "
+            f"{merge_first}"
+        )
+    if first.spec.adapter and first.record.inputs["model"] != other.record.inputs["model"]:
+        raise UserError(f"{pair} have adapters of different models; merge each {merge_first}")
+    way_out = "leave the method out, or name references of one architecture and tokenizer"
+    ours, theirs = first.config(), other.config()
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    names.sort(key=lambda name: name != "model_type")
+    if names:
+        more = f" and {len(names) - 1} more of config.json" if names[1:] else ""
+        values = f"{ours.get(names[0])}, {theirs.get(names[0])}"
+        raise UserError(f"{pair} differ in {names[0]} ({values}){more}; {way_out}")
+    ours, theirs = (json.loads(o.tokenizer().backend_tokenizer.to_str()) for o in (first, other))
+    if parts := [name for name in TOKENIZER_PARTS if ours[name] != theirs[name]]:
+        raise UserError(f"{pair} have different tokenizers ({', '.join(parts)}); {way_out}")
 
 
 def _weights(cell: Cell, mean: Average, normalize: str) -> list[float]:
@@ -238,56 +286,21 @@ def _weights(cell: Cell, mean: Average, normalize: str) -> list[float]:
     return [accuracy / total if total else 1 / count for accuracy in accuracies]
 
 
-def _record(cell: Cell, parts: Sequence[Part], rendering: Mapping[str, Any]) -> None:
-    content = {"method": cell.method, PARTS: parts, RENDERING: rendering}
-    write_json(cell.run.average, content)
+def _record(
+    cell: Cell, parts: Sequence[Part], kwargs: Mapping[str, Any], system_role: str | None
+) -> None:
+    rendering = {"chat_template_kwargs": kwargs, "system_role": system_role}
+    write_json(cell.run.average, {"method": cell.method, PARTS: parts, RENDERING: rendering})
 
 
-def _card(cell: Cell, parts: Sequence[Part], kind: str, source: str | None) -> str:
+def _card(cell: Cell, parts: Sequence[Part], what: str) -> str:
     """README.md of the model's folder, with the front matter that the Hub reads."""
     head = {"pipeline_tag": "text-generation", "tags": ["mrpo", "merge"]}
-    started = f" All were fine-tuned from {source}." if source else ""
     rows = [f"| {part.name} | {part.weight:.4f} | {part.identity} |" for part in parts]
-    return (
-        "\n\n".join(
-            [
-                f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-                f"# {cell}",
-                f"The mean of the weights of {len(parts)} {kind}, made by `mrpo compare`.{started}",
-                "\n".join(["| part | weight | identity of its scores |", "|---|---:|---|", *rows]),
-            ]
-        )
-        + "\n"
-    )
-
-
-def _commit(record: ReferenceRecord, part: str) -> str | None:
-    """Of what is on the Hub, the commit that was scored."""
-    commit: str | None = (record.inputs.get(part) or {}).get("commit")
-    return commit
-
-
-def _config(spec: ReferenceSpec, commit: str | None) -> dict[str, Any]:
-    config = from_pretrained(AutoConfig, str(spec.model_path or spec.model), commit)
-    return {key: value for key, value in config.to_dict().items() if key not in NOTES}
-
-
-def _tokens(spec: ReferenceSpec, commit: str | None) -> dict[str, Any]:
-    """What turns text into token ids."""
-    tokenizer = load_tokenizer(str(spec.model_path or spec.model), commit)
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return state
-
-
-def _downloaded(spec: ReferenceSpec, record: ReferenceRecord) -> Path:
-    """The folder of a reference's adapter where it has one, else of its model."""
-    from huggingface_hub import snapshot_download
-
-    part = "adapter" if spec.adapter else "model"
-    folder = spec.adapter_folder if spec.adapter else spec.model_path
-    if folder is not None:
-        return folder
-    name, files = spec.adapter or spec.model, [*WEIGHTS, "*.json", *TOKENIZER_FILES]
-    with files_of(name, "can't be downloaded", "check the network and HF_TOKEN"):
-        commit = _commit(record, part)
-        return Path(snapshot_download(name, revision=commit, allow_patterns=files))
+    paragraphs = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {cell}",
+        f"{what}, made by `mrpo compare`.",
+        "\n".join(["| part | weight | identity of its scores |", "|---|---:|---|", *rows]),
+    ]
+    return "\n\n".join(paragraphs) + "\n"

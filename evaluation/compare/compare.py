@@ -31,7 +31,7 @@ from ...settings import command, write_resolved
 from ...train.dataset import method_of
 from ..config import CompareConfig
 from ..score_table import scored_records
-from .averages import mark_outdated, merge_folders
+from .averages import mark_outdated, merge_folders, merge_sources
 from .cells import (
     COMPARISON,
     PAIRS,
@@ -131,8 +131,7 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
     records = scored_records(pairs, store, aliases, config.refs_config)
     of_alias = dict(zip(aliases, records))
     for text, average in merges.items():
-        specs = load_refs(config.refs_config)
-        merge_folders(text, specs, [of_alias[alias] for alias in average.references])
+        merge_folders(text, merge_sources(average, of_alias, load_refs(config.refs_config)))
     return ComparisonPlan(
         pairs=pairs,
         records=records,

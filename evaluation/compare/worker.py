@@ -42,7 +42,7 @@ from ...train.run_folder import update_evaluation
 from ..config import EvaluateConfig
 from ..evaluate import measure
 from ..policies import policy_of_run
-from .averages import make_merge, make_soup
+from .averages import make_merge, make_soup, merge_sources
 from .cells import SETTINGS, Cell, free_disk, from_job, refuse_other_scores
 
 TORCH_SEED = torch.initial_seed()  # of a new process
@@ -116,7 +116,7 @@ def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
             make_soup(cell, mean, config)
         else:
             of_alias = dict(zip(aliases, records))
-            make_merge(cell, mean, config, specs, [of_alias[name] for name in mean.references])
+            make_merge(cell, mean, config, merge_sources(mean, of_alias, specs))
     trained = time.monotonic()
     settings = EvaluateConfig(
         runs=str(cell.folder),

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mrpo.data.store import Store
 from mrpo.demo.models import build_model, save_reference
 from mrpo.evaluation.compare import workers
 from mrpo.evaluation.compare.results import Comparison, RunResult, read_comparison
@@ -310,7 +311,7 @@ def experts(
         },
         "small": {"model": str(llama), "quantization": "fp8"},
     }
-    scored = prepared(root / "data", rows(), validation_fraction=0.3)
+    scored = prepared(root, rows(), validation_fraction=0.3)
     rng = np.random.default_rng(1)
     logps = {a: -scored.lengths * rng.uniform(1, 2, scored.lengths.shape) for a in entries}
     add_scores(scored, logps, entries)
@@ -343,10 +344,11 @@ def test_a_merge_is_the_mean_of_the_references_made_once_for_all_runs(
     assert [part.name for part in of_merge[0].parts] == ["one", "two", "three"]
     report = mrpo("report", merged.out)
     assert report.code == 0, report.err
-    again = [*grid, "--betas", "0.1,0.2"]
-    ran = mrpo("compare", *experts, *again, "--jobs", 2, "--output-dir", tmp_path / "c")
+    # Whatever the others are trained on: it stays.
+    grid = ["--methods", "merge:one/two/three", "--refs", "one,two,three", "--label-noise", "0,0.2"]
+    ran = mrpo("compare", *experts, *grid, "--betas", "0.1,0.2", "--output-dir", tmp_path / "c")
     assert ran.code == 0, ran.err
-    assert "runs        9, of which 5 are finished" in ran.out
+    assert "runs        1, of which 1 are finished" in ran.out
 
 
 def test_a_merge_of_adapters_is_an_adapter_on_their_model(
@@ -379,7 +381,6 @@ def test_a_merge_of_adapters_is_an_adapter_on_their_model(
         ("merge:adapted/other", "adapted and other have adapters of different models"),
         ("merge:adapted/special", "special: its adapter has use_rslora True"),
         ("merge:one/small", "small is quantized or a GGUF file"),
-        ("merge:one/moved", "the model of moved is not what was scored"),
         ("merge:one", "is the reference one itself; name two or more"),
         ("merge:one/two+vaw", "merge is uniform; leave out +vaw"),
         ("soup:one/two+arwc", "soup takes +vaw, or nothing; leave out +arwc"),
@@ -391,7 +392,7 @@ def test_a_merge_of_adapters_is_an_adapter_on_their_model(
 def test_what_has_no_mean_is_one_line_before_any_run(
     mrpo: Run, experts: list[str], tmp_path: Path, methods: str, words: str
 ) -> None:
-    named = [name for name in ("mistral", "words", "adapted", "other", "special", "small", "moved")
+    named = [name for name in ("mistral", "words", "adapted", "other", "special", "small")
              if name in methods]  # fmt: skip
     refs = ["--refs", ",".join(["one", "two", *named])]
     if methods.startswith("soup,"):
@@ -402,6 +403,19 @@ def test_what_has_no_mean_is_one_line_before_any_run(
     assert words in ran.err
     assert ran.err.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_merge_is_of_the_weights_that_were_scored(
+    mrpo: Run, experts: list[str], tmp_path: Path
+) -> None:
+    """The alias with an identity names scores of weights that are no longer in the folder."""
+    records = Store(experts[5]).references()
+    (old,) = (record for record in records if record.alias == "moved")
+    methods = ["--methods", f"merge:one/{old.title}"]
+    ran = mrpo("compare", *experts, *methods, "--output-dir", tmp_path / "c")
+    assert ran.code == 2
+    assert "the model of moved is not what was scored; restore it, or run `mrpo precomp" in ran.err
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("method", ["soup", "soup:one/two+vaw", "merge"])
