@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import file_download
+from huggingface_hub import snapshot_download as snapshot_function
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrpo.data.store import Store
+from mrpo.data.references import load_refs
+from mrpo.data.store import ReferenceRecord, Store
 from mrpo.demo.models import build_model, save_reference
+from mrpo.errors import UserError
 from mrpo.evaluation.compare import workers
+from mrpo.evaluation.compare.averages import MergeSource, merge_folders, merge_sources
 from mrpo.evaluation.compare.results import Comparison, RunResult, read_comparison
+from mrpo.evaluation.policies import policy_of_run
+from mrpo.method.grammar import Average
 from mrpo.tests.evaluation.compare.test_compare import TRAINING, rows, run_in_process
 from mrpo.tests.evaluation.scored_pairs import add_scores, prepared
 from mrpo.tests.model.test_average import adapter, changed
@@ -416,6 +424,54 @@ def test_a_merge_is_of_the_weights_that_were_scored(
     assert ran.code == 2
     assert "the model of moved is not what was scored; restore it, or run `mrpo precomp" in ran.err
     assert not (tmp_path / "c").exists()
+
+
+def test_models_on_the_hub_are_merged_at_the_commits_that_were_scored(
+    tiny_references: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the Hub's cache; the branch has moved on since."""
+    for constants in (hub_constants, file_download.constants):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(snapshot_function.__globals__["constants"], "HF_HUB_CACHE", str(tmp_path))
+    sources, scored, newest = [], "a" * 40, "b" * 40
+    for seed, name in enumerate(("one", "two")):
+        cached = tmp_path / f"models--org--{name}"
+        changed(tiny_references["llama"], cached / "snapshots" / scored, seed)
+        changed(tiny_references["mistral"], cached / "snapshots" / newest, seed)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(newest)
+        (spec,) = load_refs({name: f"org/{name}"}).values()
+        inputs = {"dtype": "float32", "model": {"commit": scored}}
+        sources.append(MergeSource(spec, ReferenceRecord(name, spec.entry(), inputs)))
+    folders = merge_folders("merge", sources)
+    assert [folder.name for folder in folders] == [scored, scored]
+    assert [folder.parents[1].name for folder in folders] == [
+        "models--org--one",
+        "models--org--two",
+    ]
+    absent = MergeSource(load_refs({"three": "org/three"})["three"], sources[0].record)
+    with pytest.raises(UserError, match=r"method 'merge': .*org/three"):
+        merge_folders("merge", [absent, sources[1]])
+
+
+def test_a_reference_without_weights_has_no_mean() -> None:
+    (spec,) = load_refs({"one": "org/one"}).values()
+    record = ReferenceRecord(alias="one", entry={}, inputs={"imported": "two"})
+    records = {"one": record, "two": replace(record, alias="two")}
+    with pytest.raises(UserError, match="the scores of two were imported, and a mean needs its w"):
+        merge_sources(Average("merge", ("one", "two"), "uniform"), records, {"one": spec})
+
+
+def test_a_soup_is_rendered_as_its_parts_are(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    rendering = {"chat_template_kwargs": {"enable_thinking": False}, "system_role": "fold"}
+    (tmp_path / "average.json").write_text(json.dumps({"rendering": rendering}))
+    reference = policy_of_run(tmp_path, "soup").reference
+    assert reference.chat_template_kwargs == {"enable_thinking": False}
+    assert reference.system_role == "fold"
+    (tmp_path / "average.json").write_text("{}")
+    with pytest.raises(UserError, match=r"damaged, .*; remove .* and run `mrpo compare` again"):
+        policy_of_run(tmp_path, "soup")
 
 
 @pytest.mark.parametrize("method", ["soup", "soup:one/two+vaw", "merge"])
