@@ -12,7 +12,17 @@ import pytest
 
 from mrpo.benchmarks import scoring, store, training
 from mrpo.benchmarks.common import DOCUMENT, RESULTS, median, spread, table
-from mrpo.benchmarks.workload import long_pairs, real_pairs, write_pairs
+from mrpo.benchmarks.workload import (
+    long_pairs,
+    pair_work,
+    ranked_pairs,
+    real_pairs,
+    write_pairs,
+)
+from mrpo.data.rendering import Renderer
+from mrpo.data.store import Store
+from mrpo.demo.models import build_tokenizer
+from mrpo.precompute.scoring import PairSelection, sort_out
 
 SCRIPTS = {"scoring-cpu": scoring, "scoring-ranked": scoring, "training-cpu": training}
 SCRIPTS |= {"scoring-gpu": scoring, "training-gpu": training}
@@ -33,6 +43,26 @@ def test_long_pairs_are_as_long_as_asked_and_are_pairs(shared_data: Path, tmp_pa
     shards = write_pairs(tmp_path / "long", iter(pairs), 20)
     assert shards.rows == [20]
     assert [pair.chosen for pair in shards.pairs(0)] == [pair.chosen for pair in pairs]
+
+
+def test_ranked_responses_take_less_than_a_third_of_the_tokens_of_their_pairs(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """All six pairings of GSM8K's four solutions to each of 20 questions, as the worker asks."""
+    pairs = list(islice(ranked_pairs(shared_data), 120))
+    shards = write_pairs(tmp_path / "ranked", pairs, 120)
+    assert shards.rows == [120]
+    ids = shards.response_ids(0)
+    assert (len(set(ids.prompts.tolist())), len(set(ids.both.tolist()))) == (20, 80)
+    texts = [str(turns[0]["content"]) for pair in pairs for turns in (pair.prompt, pair.chosen)]  # type: ignore[index]
+    renderer = Renderer(build_tokenizer("llama", texts, 1000))
+    selection, none = PairSelection(shards), Store(tmp_path / "none").scores("0" * 32)
+    asked = selection.responses(0, selection.missing(0, none))
+    rendered = renderer.render_responses(asked.asked(shards, 0))
+    work = sort_out(asked, rendered, None, None)
+    assert [len(prompt.responses) for prompt in work.prompts] == [4] * 20
+    by_pair = pair_work(shards, renderer.render_many(pairs))
+    assert 3 * work.tokens < by_pair.tokens
 
 
 def test_memory_counts_from_the_end_of_the_imports_to_the_peak(tmp_path: Path) -> None:
