@@ -22,12 +22,14 @@ from mrpo.evaluation.score_table import (
     ReferenceColumns,
     ScoreTable,
     load_complete_score_table,
+    load_score_table,
     pairs_at,
 )
 from mrpo.files import to_json
 from mrpo.precompute.config import PrecomputeConfig
 from mrpo.precompute.run import precompute
 from mrpo.tests.evaluation.scored_pairs import add_scores, chat, prepared
+from mrpo.tests.response_rows import response_rows, rows_of_pairs
 from mrpo.train.config import TrainConfig
 from mrpo.train.run import train
 from mrpo.train.run_folder import read_evaluation
@@ -221,6 +223,27 @@ def test_pairs_that_a_limit_left_out_are_missing_and_others_are_asked_for(tmp_pa
     table = load_complete_score_table(larger, store, "llama", refs)
     assert table.references[0].missing == {"over_limit": 2}
     assert table.references[0].scored.tolist() == [True] * 7 + [False] * 2
+
+
+def test_a_pair_has_a_score_where_both_responses_have_one_and_differ(tmp_path: Path) -> None:
+    rows = [chat(f"Question {n}?", f"Yes {n}.", f"No {n}.") for n in range(4)]
+    scored = prepared(tmp_path, rows)
+    made = ReferenceRecord(alias="llama", entry={"model": "org/llama"}, inputs={"dtype": "float32"})
+    record, ids = scored.store.record(made), scored.pairs.response_ids(0)
+    sums = {"chosen_checksum": [1, 2, 3, 4], "rejected_checksum": [5, 2, 6, 7]}
+    table = rows_of_pairs(ids, **sums)
+    places = table["response_id"].to_pylist()
+    lost = [places.index(part.tobytes()) for part in (ids.rejected[2], ids.chosen[3])]
+    scores = scored.store.scores(record.identity)
+    scores.add(table.filter(~np.isin(np.arange(8), lost)))
+    scores.add(response_rows(ids.chosen[3:], reason=["beyond_context"]))
+    (columns,) = load_score_table(scored.pairs, scored.store, [record]).references
+    assert columns.reasons.tolist() == [
+        *("", "responses_render_equal", "not_scored", "beyond_context")
+    ]
+    assert columns.scored.tolist() == [True, False, False, False]
+    assert np.isnan(columns.logps[1:]).all()
+    assert columns.missing == dict.fromkeys(columns.reasons.tolist()[1:], 1)
 
 
 @pytest.mark.parametrize(
