@@ -53,11 +53,12 @@ def status(config: StatusConfig) -> None:
         heading.append(f"missing of {pairs.num_pairs:,}")
     lines = []
     counted: dict[frozenset[str], int] = {}
-    total, num_bad = 0, 0
+    total, num_bad, num_aside = 0, 0, 0
     for identity in store.identities():
         scores = store.scores(identity)
         total += scores.num_bytes()
         num_bad += len(scores.set_aside())
+        num_aside += len(scores.kept_aside())
         line = _status_line(identity, store.names_of(identity), scores)
         if pairs is not None:
             # Damage that the footers show is not looked for again in the rows.
@@ -68,6 +69,11 @@ def status(config: StatusConfig) -> None:
     print_table([heading, *newest_first], justify="left")
     if num_bad:
         print(f"{num_bad} damaged files are set aside as .bad; `mrpo store gc` removes them")
+    if num_aside:
+        print(
+            f"{num_aside} files of an earlier version are kept aside; `mrpo store upgrade` with the "
+            "--pairs of their pairs moves them"
+        )
     kind = "policies" if config.policies else "references"
     print(f"store   {store.root} ({len(lines)} {kind}, {readable_size(total)})")
     hidden = 0 if config.policies else len(store.policies.identities())

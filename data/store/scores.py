@@ -104,6 +104,11 @@ class ScoreFiles:
         """Names of damaged files that `check` has renamed."""
         return [name for name in self._files.names(self._folder) if name.endswith(BAD)]
 
+    def kept_aside(self) -> list[str]:
+        """Names of files whose rows `mrpo store upgrade` could not move yet, sorted."""
+        names = self._files.names(f"{self._identity}/{KEPT_ASIDE}")
+        return sorted(filter(SCORE_FILE.fullmatch, names))
+
     def num_bytes(self) -> int:
         sizes = self._files.sizes(self._folder)
         return sum(size for name, size in sizes.items() if SCORE_FILE.fullmatch(name))

@@ -40,7 +40,6 @@ from .scores import (
     EARLIER_COLUMNS,
     KEPT_ASIDE,
     LEFT_OUT,
-    SCORE_FILE,
     SCORE_SCHEMA,
     TOKEN_COLUMN,
     TOKEN_TYPE,
@@ -149,14 +148,14 @@ class _Earlier:
     @property
     def is_there(self) -> bool:
         """Whether there is anything to move: an earlier record, rows of pairs, rows kept aside."""
-        if self._store.earlier_record(self._identity) or self._kept_aside():
+        if self._store.earlier_record(self._identity) or self._scores.kept_aside():
             return True
         return not self._store.names_of(self._identity) and bool(self._old_names())
 
     def move(self, texts: _Texts, moved: Moved) -> None:
         """Write the new files, remove the old ones, and have the record say so."""
         old = [f"{self._identity}/scores/{name}" for name in self._old_names()]
-        old += [f"{self._identity}/{KEPT_ASIDE}/{name}" for name in self._kept_aside()]
+        old += [f"{self._identity}/{KEPT_ASIDE}/{name}" for name in self._scores.kept_aside()]
         known = IdSet()
         for name in self._scores.names():
             if f"{self._identity}/scores/{name}" not in old:
@@ -199,10 +198,6 @@ class _Earlier:
                 return set(pq.read_schema(source).names) >= EARLIER_COLUMNS
         except (pa.ArrowException, OSError):
             return True  # not to be read by anybody
-
-    def _kept_aside(self) -> list[str]:
-        names = self._files.names(f"{self._identity}/{KEPT_ASIDE}")
-        return sorted(filter(SCORE_FILE.fullmatch, names))
 
     def _keep_aside(self, table: pa.Table) -> str:
         """Store rows as they are; the path of their file."""

@@ -77,6 +77,11 @@ def test_status_shows_every_reference_and_what_of_the_pairs_is_missing(
     assert "hf" in lines[1].split()
     assert lines[1].split()[-2:] == ["org/name@aaaaaaa", "0"]
     assert last.startswith(f"store   {store.root} (2 references, ")
+    halves = store.record(make.record("c", "c" * 40))  # a pair lacks what one response lacks
+    store.scores(halves.identity).add(make.scores(pairs.response_ids(0).chosen))
+    status(StatusConfig(store=store.root, pairs=str(pairs.path)))
+    line = capsys.readouterr().out.splitlines()[-4].split()
+    assert (line[0], line[2], line[-1]) == ("c", "10", "25")
 
 
 def test_references_that_scored_the_same_shards_are_looked_up_once(

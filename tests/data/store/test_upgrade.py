@@ -194,6 +194,8 @@ def test_rows_of_pairs_in_no_folder_are_kept_aside_until_their_folder_is_named(
     store = Store(root)
     (record,) = store.references()  # is of today
     assert store.scores(record.identity).num_rows() == 6
+    status(StatusConfig(store=str(root)))
+    assert "1 files of an earlier version are kept aside" in capsys.readouterr().out
     moved = upgrade(store=str(root), pairs=f"{pairs.path},{others.path}")
     assert (moved.pairs, moved.kept_aside) == (6, 0)
     assert not list(root.rglob("kept-aside/*"))
