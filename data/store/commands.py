@@ -71,8 +71,8 @@ def status(config: StatusConfig) -> None:
         print(f"{num_bad} damaged files are set aside as .bad; `mrpo store gc` removes them")
     if num_aside:
         print(
-            f"{num_aside} files of an earlier version are kept aside; `mrpo store upgrade` with the "
-            "--pairs of their pairs moves them"
+            f"{num_aside} files of an earlier version are kept aside; `mrpo store upgrade` with "
+            "--pairs, the folder of their pairs, moves them"
         )
     kind = "policies" if config.policies else "references"
     print(f"store   {store.root} ({len(lines)} {kind}, {readable_size(total)})")
