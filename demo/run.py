@@ -29,7 +29,7 @@ from ..data.shards import PairShards
 from ..data.store import Store
 from ..errors import UserError
 from ..evaluation.figures import preferred
-from ..evaluation.intervals import Interval, bootstrap_means, interval
+from ..evaluation.intervals import bootstrap_means, interval, wilson
 from ..evaluation.policies import policy_of_run, references_of
 from ..evaluation.score_table import load_score_table
 from ..files import write_text
@@ -178,19 +178,6 @@ def domain_rows(right: Mapping[str, np.ndarray], sources: np.ndarray) -> list[li
         cells = [wilson(values[part]).percent() if part.any() else "–" for part in parts]
         rows.append([name, *cells])
     return rows
-
-
-def wilson(right: np.ndarray) -> Interval:
-    """A share with Wilson's 95 % interval, which also holds where all are right.
-
-    >>> wilson(np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0])).percent()
-    '80.0 (49.0–94.3)'
-    """
-    from scipy.stats import binomtest
-
-    test = binomtest(int(right.sum()), len(right))
-    low, high = test.proportion_ci(method="wilson")
-    return Interval(test.statistic, low, high)
 
 
 def differences(policies: Mapping[str, np.ndarray], prompts: np.ndarray) -> dict[str, str]:
