@@ -78,6 +78,21 @@ class TaskSettings:
         """The tasks; none without --tasks."""
         return comma_separated(self.tasks, "--tasks")  # type: ignore[return-value]
 
+    @property
+    def flags(self) -> str:
+        """What of them is not the default, as flags, each after a space."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name for f in fields(self) if given[f.name] != f.default}
+        words = [
+            f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for name, value in given.items()
+            if name in changed
+        ]
+        return "".join(words)
+
+
+NO_TASKS = TaskSettings()
+
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:

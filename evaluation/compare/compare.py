@@ -28,8 +28,10 @@ from ...method.grammar import epsilon_warning
 from ...settings import command, write_resolved
 from ...train.checkpoint import numeric_settings
 from ...train.dataset import method_of
-from ..config import CompareConfig
+from ..config import CompareConfig, TaskSettings
 from ..score_table import scored_records
+from ..tasks.harness import plan_tasks
+from ..tasks.results import PinnedTask, kept_result
 from .cells import (
     PAIRS,
     SCORED,
@@ -69,8 +71,8 @@ def compare(config: CompareConfig) -> Comparison:
     for cell in cells:
         refuse_changed_inputs(cell, inputs[cell])
     for cell in cells:
-        if cell.identity is not None and not store.policies.names_of(cell.identity):
-            cell.result.unlink()  # `mrpo store gc` took the policy's scores: score it again
+        if cell.identity is not None and not _evaluated(cell.identity, store, plan.tasks):
+            cell.result.unlink()  # evaluate it again; trained it stays, where it has its model
     devices = _devices(config)
     print(_summary(plan, cells, len(devices)), flush=True)
     for epsilon in dict.fromkeys(settings[cell].epsilon for cell in cells):
@@ -85,7 +87,8 @@ def compare(config: CompareConfig) -> Comparison:
         if not cell.finished:
             write_inputs(cell, settings_for(config, cell, refs, plan.pairs), inputs[cell])
     write_resolved(config, out / SETTINGS)
-    failures = CellRunner(plan.base, devices, config.keep_models).run(cells)
+    tasks = TaskSettings.of(config)
+    failures = CellRunner(plan.base, devices, config.keep_models, tasks).run(cells)
     for failure in failures:
         print(f"FAILED: {failure.cell}: {failure.reason}", file=sys.stderr)
         print(f"  by hand: {failure.command}", file=sys.stderr)
@@ -99,6 +102,13 @@ def compare(config: CompareConfig) -> Comparison:
     write_json(out / RESULT, comparison)
     print(out / RESULT)
     return comparison
+
+
+def _evaluated(identity: str, store: Store, tasks: Sequence[PinnedTask]) -> bool:
+    """Whether the store has a policy's scores and results; `mrpo store gc` may have taken them."""
+    return bool(store.policies.names_of(identity)) and all(
+        kept_result(store.policies, identity, pinned) is not None for pinned in tasks
+    )
 
 
 def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonPlan:
@@ -129,6 +139,7 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         metric=config.metric,
         beta=config.beta,
         normalize=config.normalize,
+        tasks=[planned.pinned for planned in plan_tasks(TaskSettings.of(config))],
     )
 
 
@@ -158,6 +169,7 @@ def _summary(plan: ComparisonPlan, cells: Sequence[Cell], at_once: int) -> str:
             f"pairs       {splits['train']:,} for training, of these {fractions}; "
             f"{splits['validation']:,} held out to compare on; less those without a score",
             *(noise if plan.label_noises != [0] else []),
+            *(f"task        {pinned}" for pinned in plan.tasks),
             f"runs        {len(cells):,}, of which {finished:,} are finished; {at_once} at once",
         ]
     )

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 
 from ...precompute.process import Event, WorkerProcess
+from ..config import NO_TASKS, TaskSettings
 from .cells import SETTINGS, Cell
 
 WORKER = "mrpo.evaluation.compare.worker"
@@ -52,6 +53,7 @@ class CellRunner:
     base: str  # the reference that rewards are measured from
     devices: Sequence[str | None]  # for each worker its CUDA_VISIBLE_DEVICES; None: as it is
     keep_models: bool = True
+    tasks: TaskSettings = NO_TASKS  # that the policies answer too
     _queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = field(default_factory=SimpleQueue)
 
     def run(self, cells: Sequence[Cell]) -> list[Failure]:
@@ -98,7 +100,12 @@ class CellRunner:
         """Send the cell to the slot's worker, a new one where there is none."""
         slot.tries += 1
         values = asdict(cell) | {"folder": str(cell.folder)}
-        job = {"cell": values, "base": self.base, "keep_model": self.keep_models}
+        job = {
+            "cell": values,
+            "base": self.base,
+            "keep_model": self.keep_models,
+            "tasks": asdict(self.tasks),
+        }
         if slot.worker is not None:
             slot.worker.send(job)
             return
@@ -139,7 +146,9 @@ class CellRunner:
         """The command that shows the failure again."""
         if not cell.run.finished:
             return f"mrpo train --config {cell.folder / SETTINGS}"
-        return f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {cell.run.evaluation}"
+        out = cell.run.evaluation
+        command = f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {out}"
+        return command + self.tasks.flags
 
 
 def _environment(device: str | None, workers: int) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ import numpy as np
 from ...data.ids import digest_of, identity_of
 from ...data.store import Store
 from ...data.store.store import TASK_RESULTS
+from ...errors import UserError
 from ...files import fits, to_json
 from ...terminal import table_lines
+from ...train.run_folder import read_evaluation
 from ..intervals import Interval, mean_intervals, wilson
 
 HEADS = {
@@ -155,6 +158,45 @@ def _decoded(content: Mapping[str, Any], pinned: PinnedTask) -> TaskResult | Non
         for metric, listed in content["values"].items()
     }
     return TaskResult(pinned=pinned, facts=content["facts"], values=values)
+
+
+def policy_tasks(path: Path) -> list[PolicyTasks]:
+    """What an evaluation.json holds of tasks; nothing where there is none.
+
+    Raises `UserError` where it is damaged.
+    """
+    figures = {"figures": dict[str, dict[str, float | None]], "facts": {}, "undefined": {}}
+    shape = [{"name": str, "identity": str, "tasks": [{"pinned": {"task": str}} | figures]}]
+    content = read_evaluation(path).get("tasks", [])
+    try:
+        if not fits(content, shape):
+            raise TypeError
+        return [
+            PolicyTasks(
+                name=policy["name"],
+                identity=policy["identity"],
+                tasks=[
+                    TaskFigures(
+                        pinned=PinnedTask(**task["pinned"]),
+                        facts=task["facts"],
+                        figures={name: _interval(f) for name, f in task["figures"].items()},
+                        undefined=task["undefined"],
+                    )
+                    for task in policy["tasks"]
+                ],
+            )
+            for policy in content
+        ]
+    except TypeError:
+        raise UserError(
+            f"{path}: its tasks are damaged, or of another version; run `mrpo evaluate` again"
+        ) from None
+
+
+def _interval(content: Mapping[str, float | None]) -> Interval:
+    """NaN was written as null."""
+    known = {name: float("nan") if value is None else value for name, value in content.items()}
+    return Interval(**known)
 
 
 def task_lines(policies: Sequence[PolicyTasks]) -> Iterator[str]:
