@@ -19,6 +19,7 @@ lm-eval is imported inside functions: the package may lack it, and it takes seco
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -81,62 +82,64 @@ def plan_tasks(settings: TaskSettings) -> list[PlannedTask]:
 
 def _planned(name: Task, settings: TaskSettings) -> PlannedTask:
     from lm_eval import tasks
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(Path(tasks.__file__).parent / CONFIGS[name])
     config.pop("tag", None)
-    if settings.num_fewshot is not None and name == "gsm8k":
-        config["num_fewshot"] = settings.num_fewshot
-    shots = config["num_fewshot"]
-    generates = config["output_type"] == "generate_until"
-    if generates:
+    if name == "gsm8k":
         config["generation_kwargs"]["max_gen_toks"] = MAX_GEN_TOKS
-    pinned_config = {k: _source(v) for k, v in config.items() if not k.startswith("dataset_")}
-    source = f"{config['dataset_path']} on the Hub"
-    if settings.tasks_data is not None:
-        from datasets import Dataset
-
-        splits = read_splits(name, settings.tasks_data, shots)
-        loaded = {split: Dataset.from_list(rows) for split, rows in splits.items()}
-        config["custom_dataset"] = lambda **_: loaded
-        source = files_of_task(name, shots)
-    with _quiet():
-        try:
-            task = ConfigurableTask(config=config)
-        except (OSError, ValueError) as error:
-            if settings.tasks_data is not None:
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--tasks {name}: {config['dataset_path']} can't be loaded from the Hub "
-                f"({reason[:200]}); give --tasks-data a folder with {files_of_task(name, shots)}"
-            ) from error
+        if settings.num_fewshot is not None:
+            config["num_fewshot"] = settings.num_fewshot
+    task, source = _with_questions(name, config, settings.tasks_data)
+    shots = config["num_fewshot"]
     asked = list(task.eval_docs)[: settings.limit]
     examples = list(task.fewshot_docs()) if shots else []
-    filters = [filter_.name for filter_ in task._filters]
+    filters = [each.name for each in task._filters]
     pinned = PinnedTask(
         task=name,
         version=str(task.VERSION),
         harness=version("lm-eval"),
         source=source,
         data=identity_of([asked, examples]),
-        config=identity_of(pinned_config),
+        config=identity_of({key: _source(config[key]) for key in config if "dataset" not in key}),
         questions=len(asked),
         limit=settings.limit,
         num_fewshot=shots,
         fewshot_seed=settings.fewshot_seed if shots else None,
         chat_template=settings.apply_chat_template,
-        generation=f"greedy, at most {MAX_GEN_TOKS} tokens" if generates else "",
-        metrics=[f"{metric},{by}" for metric in task.aggregation() for by in filters],
+        generation=f"greedy, at most {MAX_GEN_TOKS} tokens" if name == "gsm8k" else "",
+        metrics=[f"{metric},{each}" for metric in task.aggregation() for each in filters],
     )
     return PlannedTask(pinned, task)
 
 
+def _with_questions(name: Task, config: dict[str, Any], folder: str | None) -> tuple[Any, str]:
+    """The harness's task with its questions, and where they are from."""
+    from lm_eval.api.task import ConfigurableTask
+
+    shots = config["num_fewshot"]
+    files = files_of_task(name, shots)
+    if folder is not None:
+        from datasets import Dataset
+
+        splits = read_splits(name, folder, shots)
+        loaded = {split: Dataset.from_list(rows) for split, rows in splits.items()}
+        with _quiet():
+            local = config | {"custom_dataset": lambda **_: loaded}
+            return ConfigurableTask(config=local), files
+    try:
+        with _quiet():
+            return ConfigurableTask(config=dict(config)), f"{config['dataset_path']} on the Hub"
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--tasks {name}: {config['dataset_path']} can't be loaded from the Hub "
+            f"({reason[:200]}); give --tasks-data a folder with {files}"
+        ) from error
+
+
 def _source(value: Any) -> Any:
     """A function of a task's configuration as its source."""
-    import inspect
-
     return inspect.getsource(value) if callable(value) else value
 
 
