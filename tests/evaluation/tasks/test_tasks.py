@@ -7,6 +7,8 @@ import csv
 import gzip
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -26,7 +28,7 @@ from mrpo.evaluation.evaluate import TaskEvaluation, evaluate
 from mrpo.evaluation.tasks import measure
 from mrpo.evaluation.tasks.harness import HarnessModel, load_answerer, plan_tasks, run_task
 from mrpo.evaluation.tasks.questions import answers_of, read_splits
-from mrpo.files import to_json
+from mrpo.evaluation.tasks.results import policy_tasks
 from mrpo.precompute.identity import resolve_reference
 from mrpo.tests.conftest import TEXTS, Ran
 
@@ -337,17 +339,21 @@ def test_a_library_of_the_harness_is_not_taken_for_a_folder_of_ours() -> None:
 
 @pytest.mark.vllm
 def test_vllm_answers_as_hf_does(shared_data: Path, tmp_path: Path) -> None:
+    """Through the command, since vLLM changes the process that it is in."""
     pytest.importorskip("vllm")
     policy = write_reference(tmp_path / "llama", "llama", TEXTS, hidden_size=128)
-    tasks = {"tasks": "truthfulqa_mc2,gsm8k", "limit": 3, "num_fewshot": 0}
     found = {}
     for engine in ("hf", "vllm"):
-        folder = tmp_path / engine
-        folder.mkdir()
-        evaluation = ask(policy, folder, shared_data, **tasks, engine=engine)
-        assert {task.facts["engine"] for task in evaluation.tasks[0].tasks} == {engine}
-        found[engine] = values_in(folder / "store")
-        assert to_json(evaluation)
+        out = tmp_path / engine / "evaluation.json"
+        flags = ["--tasks", "truthfulqa_mc2,gsm8k", "--limit", "3", "--num-fewshot", "0"]
+        flags += ["--tasks-data", str(shared_data), "--engine", engine, "--out", str(out)]
+        flags += ["--policies", str(policy), "--store", str(out.with_name("store"))]
+        command = [sys.executable, "-m", "mrpo", "evaluate", *flags]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        (answered,) = policy_tasks(out)
+        assert {task.facts["engine"] for task in answered.tasks} == {engine}
+        found[engine] = values_in(out.with_name("store"))
     assert found["vllm"]["truthfulqa_mc2"]["acc,none"] == pytest.approx(
         found["hf"]["truthfulqa_mc2"]["acc,none"], rel=1e-3
     )
