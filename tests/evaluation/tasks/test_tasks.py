@@ -31,6 +31,7 @@ from mrpo.evaluation.tasks.questions import answers_of, read_splits
 from mrpo.evaluation.tasks.results import policy_tasks
 from mrpo.precompute.identity import resolve_reference
 from mrpo.tests.conftest import TEXTS, Ran
+from mrpo.tests.needs import needed
 
 QUESTIONS = 6
 TRUTHFULQA = "truthfulqa_mc1,truthfulqa_mc2"
@@ -340,7 +341,7 @@ def test_a_library_of_the_harness_is_not_taken_for_a_folder_of_ours() -> None:
 @pytest.mark.vllm
 def test_vllm_answers_as_hf_does(shared_data: Path, tmp_path: Path) -> None:
     """Through the command, since vLLM changes the process that it is in."""
-    pytest.importorskip("vllm")
+    needed("vllm")
     policy = write_reference(tmp_path / "llama", "llama", TEXTS, hidden_size=128)
     found = {}
     for engine in ("hf", "vllm"):
