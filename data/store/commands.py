@@ -30,7 +30,7 @@ from ..ids import ID_DTYPE, IdIndex
 from ..shards import PairShards
 from .files import Files, LocalFiles
 from .scores import BAD, KEPT_ASIDE, LEFT_OUT, EarlierLayout, ScoreFiles, intact
-from .store import POLICIES, ReferenceRecord, Store, merged, open_store
+from .store import POLICIES, TASK_RESULTS, ReferenceRecord, Store, merged, open_store
 
 DAMAGED = "damaged"
 ABANDONED = 3600  # seconds without a change after which a temporary file has no writer any more
@@ -177,9 +177,10 @@ def _named_by(folders: list[str]) -> set[str]:
 
 def _files_of(files: Files, folder: str) -> Iterator[tuple[str, str, int]]:
     """(path, name, bytes) of every file of an identity."""
-    for inner in ("", "/scores", f"/{LEFT_OUT}", f"/{KEPT_ASIDE}", "/leases"):
-        for name, size in sorted(files.sizes(f"{folder}{inner}").items()):
-            yield f"{folder}{inner}/{name}", name, size
+    for part in ("", "/scores", f"/{LEFT_OUT}", f"/{KEPT_ASIDE}", f"/{TASK_RESULTS}", "/leases"):
+        inner = f"{folder}{part}"
+        for name, size in sorted(files.sizes(inner).items()):
+            yield f"{inner}/{name}", name, size
 
 
 def _unfinished(path: str) -> bool:

@@ -33,6 +33,7 @@ IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
 POLICIES = "policies"
 LAYOUT = 2  # of the score files; records of earlier versions, whose rows are pairs, name none
+TASK_RESULTS = "tasks"  # a policy's folder of what `evaluation/tasks` measured
 RECORD_SHAPE = {
     **{"identity": str, "inputs": {}, "resolved_commit": str | None, "created": str},
     "names": [{"alias": str, "entry": {}, "recorded": str}],
