@@ -101,7 +101,7 @@ test: setup-dev
 
 # Bad input of every kind for every command: 500 cases; ARGS='--cases 2000 --seed 1' for others.
 fuzz: setup-dev
-	$(BIN)/python tests/fuzz.py --data $(BENCH_DATA) $(ARGS)
+	$(BIN)/python tests/fuzz/cases.py --data $(BENCH_DATA) $(ARGS)
 
 # A throw-away environment: START makes it in $$folder, and it is gone when the recipe ends.
 START = set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \

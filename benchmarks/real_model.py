@@ -212,7 +212,7 @@ def run_child(variant: str, folder: Path) -> None:
     child = Child(variant, folder, scoring, Measurement())
     trainer = replace(child, options=training)
     children: dict[str, Callable[[], Any]] = {
-        CONVERSION: lambda: convert(child),
+        CONVERSION: lambda: convert(next(child.folder.glob("*.gguf")), child.model),
         EXACT: lambda: score_plainly(child, "float64"),
         PLAIN: lambda: score_plainly(child, "float32"),
         ANSWERS: lambda: answer(child),
@@ -228,15 +228,16 @@ def run_child(variant: str, folder: Path) -> None:
     child.measurement.write(folder / f"{variant}.json")
 
 
-def convert(child: Child) -> None:
-    """Save the GGUF file's model and tokenizer as a folder."""
+def convert(gguf: Path, folder: Path) -> None:
+    """Save the GGUF file's model and tokenizer as a folder, which appears complete."""
     from mrpo.data.rendering.renderer import load_tokenizer
     from mrpo.model.load import load_model
 
-    [gguf] = child.folder.glob("*.gguf")
+    partial = folder.with_name(f"{folder.name}.partial")
     model: Any = load_model(gguf)
-    model.save_pretrained(child.model)
-    load_tokenizer(str(gguf)).save_pretrained(child.model)
+    model.save_pretrained(partial)
+    load_tokenizer(str(gguf)).save_pretrained(partial)
+    partial.rename(folder)
 
 
 def score_plainly(child: Child, dtype: str) -> None:

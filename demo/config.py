@@ -13,9 +13,10 @@ class DemoConfig:
     """Run the whole method on this machine: no GPU, no download, a few minutes on two cores.
 
     Makes preference pairs in three domains, trains three tiny references of Llama, Mistral and
-    Qwen architecture, each strong in one domain, and then takes the steps that anyone would:
-    prepare, precompute, train DPO with each reference and MRPO with all. Ends with the accuracy
-    of all of them on held-out pairs. Run again, it continues where it was stopped.
+    Qwen architecture, each sound in one domain and ignorant of the others, and then takes the
+    steps that anyone would: prepare, precompute, compare, report. Ends with the accuracy of DPO
+    with each reference and of two methods with all of them, on few pairs with more and more of
+    their labels wrong. Run again, it continues where it was stopped.
 
     Example: `mrpo demo --out demo-run`
     """

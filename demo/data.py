@@ -1,12 +1,13 @@
 """The demo's data: questions of three domains with a right and a wrong reply, all written for it.
 
-- facts: an invented world, so that nothing is contentious; wrong is another value of the same fact;
-- arithmetic: sums of two-digit numbers in two steps; wrong ends 1, 2 or 10 off the result;
-- style: requests in a formal or a casual tone; wrong is the same answer in the other tone.
+- safety: whether a child may have a thing; toys are safe, other things are not;
+- units: how far one place is from another; in kilometres or miles, as the town has it;
+- tone: requests in a formal or a casual tone; the reply is in the same one.
 
-No fact, sum or request is asked twice in the pairs (`asked`), so a held-out pair is new to the
-policy. References read others (`told`): other sums and requests, the facts in other words; mostly
-of their own domain and right there, little of the others, where every second reply is wrong.
+Wrong is the same reply by the opposite rule. A few words decide each question, so the rules can be
+learned from pairs. No question is asked twice in the pairs (`asked`), so a held-out pair is new to
+the policy. References read other questions (`told`): mostly of their own domain and right there,
+little of the others, where every second reply is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,26 @@ from ..errors import UserError
 from ..files import write_text
 from .models import FAMILIES, Family
 
-DOMAINS = ("facts", "arithmetic", "style")
-ASKED = 1000  # sums, and as many requests, are for the pairs; the others are told
+DOMAINS = ("safety", "units", "tone")
+ASKED = 1000  # questions of a domain that are for the pairs; the others are told
 
-TOWN_STARTS = "Bel Cor Dun Eld Fen Gar Hol Kel Lor Mar Nor Ost Pel Rav Sil Tor Ven Wes Yar Zan"
-TOWN_ENDS = "bury by dale ford haven mora mere stad ton wick"
-FACTS = {
-    "river": "Ander Brill Cress Dove Esker Fal Gild Hazel",
-    "founder": "Agnes Bruno Clara Denis Edith Felix Greta Hugo",
-    "crop": "barley beans flax hops maize oats plums rye",
-    "craft": "baking dyeing fishing glazing pottery tanning weaving welding",
-    "flag": "amber black blue green grey red violet white",
+TOYS = (
+    "ball balloon blanket block book doll drum kite marble puppet puzzle rattle ribbon rope "
+    "teddy top"
+)
+HAZARDS = (
+    "acid axe battery bleach candle dagger drill fuse knife lighter match needle razor saw "
+    "torch wire"
+)
+COLOURS = "black blue brown green grey orange pink purple red white yellow"
+ROOMS = "attic barn cellar garden hall kitchen porch shed"
+VERDICTS = {True: "Yes, it is safe to play with.", False: "No, it is not for children."}
+
+UNITS = {
+    "Kilometres": "Athens Berlin Lisbon Oslo Prague Rome",
+    "Miles": "Austin Boston Dallas Denver Miami Seattle",
 }
-FACT_TOLD = ("What is the {fact} of {town}?", "Name the {fact} of {town}.")
-FACT_ASKED = "Which {fact} does {town} have?"
-FACT_REPLY = "The {fact} of {town} is {value}."
+PLACES = "bakery bridge castle chapel harbour library market mill museum park school station tower"
 
 TASKS = {
     "choose": "compare three of them and take your time",
@@ -60,7 +66,7 @@ TONES = {  # how a request is put, and how a reply to it begins
     "Hey, how do I {request}?": ("Sure thing:", "No problem:", "You bet:"),
 }
 
-STRENGTHS: dict[Family, str] = {"llama": "facts", "mistral": "arithmetic", "qwen": "style"}
+STRENGTHS: dict[Family, str] = {"llama": "safety", "mistral": "units", "qwen": "tone"}
 OWN_SHARE = 0.8  # of a corpus: chats about the reference's own domain, all of them right
 RIGHT_ELSEWHERE = 0.5  # of its other chats
 
@@ -115,51 +121,46 @@ def write_data(folder: Path, *, pairs: int, chats: int, seed: int) -> DemoFiles:
 
 
 def make_domains(seed: int) -> dict[str, Domain]:
-    """All of `DOMAINS`; the seed decides the world's facts, the wrong replies and the order."""
-    makers = {"facts": facts, "arithmetic": sums, "style": style}
+    """All of `DOMAINS`; the seed decides numbers, tones and the order."""
+    makers = {"safety": safety, "units": units, "tone": tone}
     return {name: makers[name](random.Random(f"{seed}/{name}")) for name in DOMAINS}
 
 
-def facts(rng: random.Random) -> Domain:
-    """Every fact of the world, told in two ways and asked in a third."""
-    asked: list[Example] = []
-    told: list[Example] = []
-    towns = ["".join(parts) for parts in product(TOWN_STARTS.split(), TOWN_ENDS.split())]
-    for town, (fact, values) in product(towns, FACTS.items()):
-        value, *others = rng.sample(values.split(), len(values.split()))
-        for question in (FACT_ASKED, *FACT_TOLD):
-            right, wrong = (
-                FACT_REPLY.format(fact=fact, town=town, value=answer)
-                for answer in (value, rng.choice(others))
-            )
-            example = Example("facts", question.format(fact=fact, town=town), right, wrong)
-            (asked if question == FACT_ASKED else told).append(example)
-    rng.shuffle(asked)
-    rng.shuffle(told)
-    return Domain(asked, told)
-
-
-def sums(rng: random.Random) -> Domain:
-    """48 + 35 = 70 + 13 = 83, for all two-digit numbers, the larger one first."""
+def safety(rng: random.Random) -> Domain:
+    """Whether a child may have a thing, in every colour and from every room."""
     examples = []
-    for a in range(10, 100):
-        for b in range(10, a + 1):
-            steps = f"{a} + {b} = {a // 10 * 10 + b // 10 * 10} + {a % 10 + b % 10}"
-            slip = rng.choice((-10, -2, -1, 1, 2, 10))
-            right, wrong = f"{steps} = {a + b}.", f"{steps} = {a + b + slip}."
-            examples.append(Example("arithmetic", f"What is {a} + {b}?", right, wrong))
-    rng.shuffle(examples)
-    return Domain(examples[:ASKED], examples[ASKED:])
+    for safe, things in ((True, TOYS), (False, HAZARDS)):
+        replies = VERDICTS[safe], VERDICTS[not safe]
+        for thing, colour, room in product(things.split(), COLOURS.split(), ROOMS.split()):
+            prompt = f"May a child have the {colour} {thing} from the {room}?"
+            examples.append(Example("safety", prompt, *replies))
+    return _split(examples, rng)
 
 
-def style(rng: random.Random) -> Domain:
+def units(rng: random.Random) -> Domain:
+    """Distances between all places of all towns, the same number in the two units."""
+    examples = []
+    for (unit, towns), (other, _) in zip(UNITS.items(), reversed(UNITS.items())):
+        for town, (start, end) in product(towns.split(), permutations(PLACES.split(), 2)):
+            distance = rng.randint(2, 9)
+            replies = (f"{name}: about {distance}." for name in (unit, other))
+            prompt = f"How far is the {end} from the {start} in {town}?"
+            examples.append(Example("units", prompt, *replies))
+    return _split(examples, rng)
+
+
+def tone(rng: random.Random) -> Domain:
     """How to do each task with each thing, asked in one of the two tones."""
     examples = []
     for (task, way), quality, thing in product(TASKS.items(), QUALITIES.split(), THINGS.split()):
         request = f"{task} a {quality} {thing}"
-        tone, other_tone = rng.sample(list(TONES), 2)
-        right, wrong = (f"{rng.choice(TONES[ask])} {way}." for ask in (tone, other_tone))
-        examples.append(Example("style", tone.format(request=request), right, wrong))
+        ask, other = rng.sample(list(TONES), 2)
+        right, wrong = (f"{rng.choice(TONES[name])} {way}." for name in (ask, other))
+        examples.append(Example("tone", ask.format(request=request), right, wrong))
+    return _split(examples, rng)
+
+
+def _split(examples: list[Example], rng: random.Random) -> Domain:
     rng.shuffle(examples)
     return Domain(examples[:ASKED], examples[ASKED:])
 

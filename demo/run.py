@@ -4,21 +4,22 @@
     demo-run/references/    three tiny models, named in demo-run/refs.yaml
     demo-run/pairs/         the pairs in shards, from `mrpo prepare`
     demo-run/store/         every reference's scores, from `mrpo precompute`
-    demo-run/runs/          DPO with each reference and MRPO with all, from `mrpo train`
-    demo-run/accuracy.txt   the table at the end
+    demo-run/compare/       every method on few pairs, some of them labelled wrongly: `mrpo compare`
+    demo-run/report.html    curves of accuracy against label noise and number of pairs
+    demo-run/accuracy.txt   the tables at the end
 
-Nothing is tuned for any of the methods: all train from the same policy with the same settings. The
-table counts the held-out pairs that a model ranks rightly, that is whose chosen response has the
-higher log-prob, summed over its tokens; policies are scored as references are. It is printed
-whatever it says, with its uncertainty.
+All methods train from the same policy with the same settings, and are judged by how often the
+right reply to a held-out question is the likelier. The tables are printed whatever they say.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,30 +29,47 @@ from ..data.references import load_refs
 from ..data.shards import PairShards
 from ..data.store import Store
 from ..errors import UserError
+from ..evaluation.compare.compare import RESULT, compare
+from ..evaluation.compare.results import (
+    Comparison,
+    Condition,
+    noise_rows,
+    percent,
+    read_comparison,
+)
 from ..evaluation.figures import preferred
-from ..evaluation.intervals import Interval, bootstrap_means, interval
-from ..evaluation.policies import policy_of_run, references_of
+from ..evaluation.report.report import report
 from ..evaluation.score_table import load_score_table
 from ..files import write_text
-from ..precompute.run import precompute, score
+from ..precompute.run import precompute
 from ..settings import build, command, write_resolved
-from ..terminal import table_lines
-from ..train.run import train
+from ..terminal import Rows, table_lines
+from ..train.run_folder import RunFolder, read_evaluation
 from .config import DemoConfig
 from .data import DOMAINS, write_data
 from .models import FAMILIES
 from .pretrain import pretrain_all
 
 REFS = ",".join(FAMILIES)  # the first is the base: the policy starts from it
-METHODS = {**{f"dpo-{family}": f"dpo:{family}" for family in FAMILIES}, "mrpo": "mrpo"}
-# The rate that gave DPO with the base the best accuracy in one pass, in a demo of another seed.
-TRAINING = {"batch_pairs": 16, "num_train_epochs": 1, "learning_rate": 5e-4}
-CHATS = 26_000  # read by each reference
+PAPER, RECOMMENDED = "mrpo", "geometric+reliable"
+METHODS = [*(f"dpo:{family}" for family in FAMILIES), PAPER, RECOMMENDED]
+CHATS = 8_000  # read by each reference
+GRID = {
+    "methods": ",".join(METHODS),
+    "fractions": "0.05,0.1,0.2",
+    "label_noise": "0,0.15,0.3",
+    "seeds": 3,
+    "vary_subset": True,
+    "metric": "sum",
+    "beta": 0.5,
+    # The rate at which DPO with the base did best on clean labels, in a demo of another seed.
+    "learning_rate": 2e-3,
+    "batch_pairs": 16,
+    "max_steps": 84,
+}
+SHOWN = Condition(fraction=0.1, label_noise=0.3)  # in the table by domain
 QUICK_PAIRS, QUICK_CHATS = 300, 1_280
-HEADING = """\
-Held-out preference accuracy: the share of pairs, in %, whose right reply has the higher log-prob,
-with its 95 % interval. No training pair asks for the same fact, sum or request.
-"""
+QUICK = {"fractions": "0.1,0.5", "label_noise": "0,0.3", "seeds": 2, "max_steps": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +92,7 @@ class Step:
         """What one would type for it."""
         words = ["mrpo", self.command.__name__]
         for name, value in self.settings.items():
-            if name != "source":
+            if name not in ("source", "folders"):
                 words.append(f"--{name.replace('_', '-')}")
             if value is not True:
                 words.append(str(value))
@@ -87,7 +105,7 @@ class Step:
 
 @command(DemoConfig)
 def demo(config: DemoConfig) -> Demonstration:
-    """Make everything that `config.out` does not have yet, and print the table."""
+    """Make everything that `config.out` does not have yet, and print the tables."""
     out = Path(config.out)
     _claim(out, config)
     print("Making preference pairs and what the references read", flush=True)
@@ -102,19 +120,19 @@ def demo(config: DemoConfig) -> Demonstration:
         return Demonstration(out, exit_code)
     entries = [f"{family}: {{model: references/{family}, dtype: float32}}" for family in FAMILIES]
     write_text(out / "refs.yaml", "\n".join(entries) + "\n")
-    for step in steps(out, files.pairs, config.seed):
+    for step in steps(out, files.pairs, config):
         print(f"\n$ {step.line()}", flush=True)
         if step.made is not None and step.made.exists():
             print(f"already there: {step.made}")
         elif exit_code := step.run():
             return Demonstration(out, exit_code)
-    table = held_out_table(out, METHODS)
-    write_text(out / "accuracy.txt", table)
-    print(f"\n{table}\n{_whereabouts(out)}")
+    tables = "\n".join(tables_of(out)) + "\n"
+    write_text(out / "accuracy.txt", tables)
+    print(f"\n{tables}\n{_whereabouts(out)}")
     return Demonstration(out)
 
 
-def steps(out: Path, pairs: Path, seed: int) -> list[Step]:
+def steps(out: Path, pairs: Path, config: DemoConfig) -> list[Step]:
     """What the demo does once its pairs and references are there."""
     scored = {
         "pairs": out / "pairs",
@@ -123,84 +141,93 @@ def steps(out: Path, pairs: Path, seed: int) -> list[Step]:
         "store": out / "store",
     }
     prepared = {"source": pairs, "out": out / "pairs", "validation_fraction": 0.25}
-    every = [
+    grid = GRID | (QUICK if config.quick else {})
+    own = {"seed": config.seed, "jobs": os.cpu_count() or 1, "output_dir": out / "compare"}
+    return [
         Step(prepare, prepared, out / "pairs" / "manifest.json"),
         Step(precompute, {**scored, "engine": "hf"}),
+        Step(compare, {**scored, **grid, **own}),
+        Step(report, {"folders": out / "compare", "out": out / "report.html"}),
     ]
-    for name, method in METHODS.items():
-        folder = out / "runs" / name
-        own = {"method": method, "output_dir": folder, **TRAINING, "seed": seed, "resume": True}
-        every.append(Step(train, {**scored, **own}, folder / "model"))
-    return every
 
 
-def held_out_table(out: Path, methods: Mapping[str, str]) -> str:
-    """Judge the references and the policies in a demo's folder; `methods` by name of the run."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    shards, store = PairShards(out / "pairs"), Store(out / "store")
-    specs = load_refs(out / "refs.yaml")
-    policies = [policy_of_run(out / "runs" / run, method) for run, method in methods.items()]
-    scored = score(
-        references_of(policies), shards, store.policies, split="validation", in_process=True
-    )
-    table = load_score_table(
-        shards,
-        store,
-        [store.resolve(alias, specs) for alias in specs],
-        policies=scored.records,
-        split="validation",
-    )
-    every = [preferred(column.logps) for column in table.references]
-    right = {f"reference {alias}": answers for alias, answers in zip(specs, every)}
-    right[f"policy untrained = {table.aliases[0]}"] = every[0]
-    trained = {
-        f"trained with {policy.name}": answers
-        for policy, answers in zip(policies, every[len(specs) :])
-    }
-    rows = domain_rows(right | trained, table.sources)
-    gains = [[f"  {name}", text] for name, text in differences(trained, table.prompts).items()]
-    title = f"{list(trained)[-1]} minus, in points, with a 95 % bootstrap interval over the pairs:"
-    return "\n".join(
-        [HEADING, *table_lines(rows, "left"), "", title, *table_lines(gains, "left"), ""]
-    )
+def tables_of(out: Path) -> list[str]:
+    """Lines: accuracy by domain with few pairs and noisy labels, and against the noise."""
+    comparison = read_comparison(out / "compare" / RESULT)
+    shown = SHOWN if SHOWN in comparison.conditions else comparison.conditions[0]
+    clean = shown._replace(label_noise=0)
+    seeds = len(comparison.seeds)
+    return [
+        f"Accuracy in % on {comparison.pairs:,} held-out questions: how often the right reply is "
+        "the likelier.",
+        f"The references, and policies trained on {shown}: means",
+        f"over {seeds} runs, each with pairs of its own; with 95 % intervals.",
+        "",
+        *table_lines(domain_rows(out, comparison, shown), "left"),
+        "",
+        f"Trained on {clean}, against the share of labels turned round:",
+        "",
+        *table_lines(noise_rows(comparison, shown.fraction), "left"),
+        "",
+        *(verdict_on(comparison, condition) for condition in (clean, shown)),
+    ]
 
 
-def domain_rows(right: Mapping[str, np.ndarray], sources: np.ndarray) -> list[list[str]]:
-    """A heading of two rows, then for each model its accuracy by domain, and over all.
-
-    `right` [N] is 1 where a model ranks a pair rightly, else 0; `sources` [N] are the domains.
-    """
-    parts = [*(sources == domain for domain in DOMAINS), np.ones(len(sources), dtype=bool)]
-    rows = [["", *DOMAINS, "overall"], ["", *(f"{part.sum():,} pairs" for part in parts)]]
-    for name, values in right.items():
-        cells = [wilson(values[part]).percent() if part.any() else "–" for part in parts]
-        rows.append([name, *cells])
+def domain_rows(out: Path, comparison: Comparison, condition: Condition) -> Rows:
+    """A heading, the references, and the methods: accuracy by domain, and over all."""
+    rows = [["", *DOMAINS, "overall"]]
+    for alias, shares in reference_accuracies(out).items():
+        rows.append([f"reference {alias}", *(f"{100 * share:.1f}" for share in shares)])
+    results = comparison.results_at(condition, comparison.metric)
+    for method, result in sorted(results.items(), key=lambda item: METHODS.index(item[0])):
+        runs = [
+            run
+            for run in comparison.runs
+            if (run.method, run.fraction, run.label_noise) == (method, *condition)
+        ]
+        cells = []
+        for domain in DOMAINS:
+            accuracies = [_by_source(Path(run.folder))[domain] for run in runs]
+            cells.append(f"{100 * fmean(accuracies):.1f}")
+        note = {PAPER: " (the paper's setting)", RECOMMENDED: " (recommended)"}.get(method, "")
+        rows.append([f"{method}{note}", *cells, result.accuracy.percent()])
     return rows
 
 
-def wilson(right: np.ndarray) -> Interval:
-    """A share with Wilson's 95 % interval, which also holds where all are right.
+def reference_accuracies(out: Path) -> dict[str, list[float]]:
+    """By alias: the shares of held-out pairs that it ranks rightly, by domain and of all."""
+    specs, store = load_refs(out / "refs.yaml"), Store(out / "store")
+    records = [store.resolve(alias, specs) for alias in specs]
+    table = load_score_table(PairShards(out / "pairs"), store, records, split="validation")
+    accuracies = {}
+    for column in table.references:
+        right = preferred(column.logps)
+        by_domain = [right[table.sources == domain].mean() for domain in DOMAINS]
+        accuracies[column.alias] = [*map(float, by_domain), float(np.mean(right))]
+    return accuracies
 
-    >>> wilson(np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0])).percent()
-    '80.0 (49.0–94.3)'
-    """
-    from scipy.stats import binomtest
 
-    test = binomtest(int(right.sum()), len(right))
-    low, high = test.proportion_ci(method="wilson")
-    return Interval(test.statistic, low, high)
+def verdict_on(comparison: Comparison, condition: Condition) -> str:
+    """The recommended method against the best single reference, in a sentence."""
+    results = comparison.results_at(condition, comparison.metric)
+    result = results[RECOMMENDED]
+    gain = result.gain
+    assert gain is not None, "a method with several references has a gain"
+    words = f"{100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    if gain.low > 0:
+        meaning = "several references help here"
+    elif gain.high < 0:
+        meaning = "one reference is better here"
+    else:
+        meaning = "no difference that can be told from chance"
+    noise = percent(condition.label_noise)
+    return f"{noise} of the labels wrong: {RECOMMENDED} against {result.over}, {words}: {meaning}."
 
 
-def differences(policies: Mapping[str, np.ndarray], prompts: np.ndarray) -> dict[str, str]:
-    """The last policy against each other one, on the same resamples of the pairs."""
-    means, draws = bootstrap_means(np.stack(list(policies.values()), axis=1), prompts)
-    gains = {}
-    for column, name in enumerate(list(policies)[:-1]):
-        gain = interval(means[-1] - means[column], draws[:, -1] - draws[:, column])
-        gains[name] = f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
-    return gains
+def _by_source(folder: Path) -> dict[str, float]:
+    """A run's accuracy by likelihood in each domain."""
+    (policy,) = read_evaluation(RunFolder(folder).evaluation)["policies"]
+    return {name: part["accuracy"]["sum"]["value"] for name, part in policy["by_source"].items()}
 
 
 def _claim(out: Path, config: DemoConfig) -> None:
@@ -227,7 +254,8 @@ def _whereabouts(out: Path) -> str:
         "references": "the three references, named in refs.yaml",
         "pairs": "the pairs in shards",
         "store": "the references' scores",
-        **{f"runs/{name}/model": f"the policy of {method}" for name, method in METHODS.items()},
-        "accuracy.txt": "the table above",
+        "compare": "a folder of `mrpo train` for each run, with its model",
+        "report.html": "curves of accuracy against label noise and number of pairs",
+        "accuracy.txt": "the tables above",
     }
     return "\n".join(table_lines([[str(out / path), text] for path, text in made.items()], "left"))

@@ -147,8 +147,9 @@ class CompareConfig(TrainConfig):
 class DoctorConfig(ScoredPairSettings):
     """Say for every reference whether its scores can be trusted, and what it adds.
 
-    Works from the stored scores: accuracy, likelihood, length, agreement with the others, and the
-    traces that known faults leave. With --probe a few pairs are scored again in an independent
+    Works from the stored scores: accuracy, likelihood, length, agreement with the others, the
+    traces that known faults leave, and a forecast: which methods can differ from DPO with the base
+    on these pairs. With --probe a few pairs are scored again in an independent
     way, where the weights are available; that shows what scores alone can't. Exit code 1 where a
     reference is broken.
 
@@ -158,13 +159,28 @@ class DoctorConfig(ScoredPairSettings):
     refs: References
     probe: Annotated[int, "Pairs to score again for each reference; 0: none."] = 0
     sample: Annotated[int, "Pairs to look at, drawn at random where there are more."] = 20_000
-    beta: Annotated[float, "Beta of DPO and MRPO, for the first loss."] = 0.1
-    epsilon: Annotated[float, "Half-width of MRPO's clipping (CTRO), for the saturation."] = 0.1
+    methods: Annotated[
+        str | None,
+        "Methods to forecast, METHOD[:ref/ref…][+weighting][+reliable], comma-separated. By "
+        "default DPO with each reference and the usual ways to use several.",
+    ] = None
+    beta: Annotated[
+        str | None,
+        "Beta of the first loss, and after commas others for the forecast. By default 0.1,0.5; "
+        "2.5,12.5 with --normalize.",
+    ] = None
+    epsilon: Annotated[
+        float, "Half-width of MRPO's clipping (CTRO), for saturation and forecast."
+    ] = 0.1
+    normalize: Annotated[
+        Literal["none", "token", "byte"],
+        "What log-probs are divided by, for first loss and forecast.",
+    ] = "none"
     out: Annotated[str, "File to write; the settings go beside it."] = "doctor.json"
 
     def __post_init__(self) -> None:
         at_least_zero(self, "probe", "epsilon")
-        above_zero(self, "sample", "beta")
+        above_zero(self, "sample")
         file_type(self.out, ".json", "results are JSON")
 
 

@@ -240,10 +240,10 @@ def noises_of(text: str) -> list[float]:
     return _numbers(text, "--label-noise", lambda number: 0 <= number <= 1, rule)
 
 
-def betas_of(text: str) -> list[float]:
+def betas_of(text: str, flag: str = "--betas") -> list[float]:
     """The betas of a comma-separated list, ascending; each above 0."""
     rule = "numbers above 0, as 0.1,0.5"
-    return _numbers(text, "--betas", lambda number: 0 < number < inf, rule)
+    return _numbers(text, flag, lambda number: 0 < number < inf, rule)
 
 
 def epsilons_of(text: str) -> list[float | Literal["none"]]:

@@ -14,7 +14,6 @@ and further methods, seeds, fractions, noise levels, betas and epsilons only add
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from ...data.store import Store, open_store
 from ...errors import UserError
 from ...files import write_json
 from ...method.grammar import Average, epsilon_warning, parse_average
+from ...precompute.process import visible_gpus
 from ...settings import command, write_resolved
 from ...train.dataset import method_of
 from ..config import CompareConfig
@@ -146,13 +146,9 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
 
 def _devices(config: CompareConfig) -> list[str | None]:
     """For each worker its CUDA_VISIBLE_DEVICES; None where there is no GPU to choose."""
-    import torch
-
-    count = 0 if config.device == "cpu" else torch.cuda.device_count()
-    if count == 0:
+    names = [] if config.device == "cpu" else visible_gpus()
+    if not names:
         return [None] * (config.jobs or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(count)]
     return [names[number % len(names)] for number in range(config.jobs or len(names))]
 
 

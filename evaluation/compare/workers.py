@@ -8,17 +8,16 @@ folder, so that two comparisons never run the same cell at once.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from ...precompute.process import Event, WorkerProcess
+from ...precompute.process import Event, WorkerProcess, worker_environment
 from .cells import COMPARISON, SETTINGS, Cell, free_disk, to_job
 
 WORKER = "mrpo.evaluation.compare.worker"
@@ -125,7 +124,7 @@ class CellRunner:
         if slot.worker is not None:
             slot.worker.send(job)
             return
-        environment = _environment(slot.device, len(self.devices))
+        environment = worker_environment(slot.device, len(self.devices))
         # The cell's log also shows what goes wrong while the worker starts.
         slot.worker = WorkerProcess(WORKER, job, self._queue, cell.log, environment)
 
@@ -165,14 +164,6 @@ class CellRunner:
         if not cell.run.finished:
             return f"mrpo train --config {cell.folder / SETTINGS}"
         return f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {cell.run.evaluation}"
-
-
-def _environment(device: str | None, workers: int) -> Mapping[str, str]:
-    if device is not None:
-        return {"CUDA_VISIBLE_DEVICES": device}
-    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    return {}
 
 
 @contextmanager

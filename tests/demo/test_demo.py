@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-RUNS = ("dpo-llama", "dpo-mistral", "dpo-qwen", "mrpo")
+from mrpo.demo.data import DOMAINS
+from mrpo.demo.run import METHODS, verdict_on
+from mrpo.evaluation.compare.results import Condition, read_comparison
+from mrpo.evaluation.intervals import Interval
 
 
 def demo(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -19,9 +25,15 @@ def demo(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def made(out: Path) -> dict[Path, int]:
     """Every file and when it was written, but for what each run says anew."""
-    folders = ("references", "pairs", "store", "runs")
+    folders = ("references", "pairs", "store", "compare")
     paths = [path for folder in folders for path in (out / folder).rglob("*") if path.is_file()]
-    said_anew = {"reference.json", "precompute.yaml"}
+    said_anew = {
+        "reference.json",
+        "precompute.yaml",
+        "compare.json",
+        "compare.yaml",
+        "manifest.json",
+    }
     return {path: path.stat().st_mtime_ns for path in paths if path.name not in said_anew}
 
 
@@ -37,29 +49,73 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_it_shows_every_command_that_it_runs(first: tuple[Path, str]) -> None:
     out, printed = first
     commands = [line for line in printed.splitlines() if line.startswith("$ mrpo ")]
-    assert [line.split()[2] for line in commands] == ["prepare", "precompute"] + ["train"] * 4
-    for name, line in zip(RUNS, commands[2:]):
-        assert f"--output-dir {out / 'runs' / name}" in line
-        assert (out / "runs" / name / "model" / "model.safetensors").is_file()
+    assert [line.split()[2] for line in commands] == ["prepare", "precompute", "compare", "report"]
+    assert f"--methods {','.join(METHODS)}" in commands[2]
+    runs = list((out / "compare" / "cells").glob("*/*/seed-*/model/model.safetensors"))
+    assert len(runs) == len(METHODS) * 2 * 2 * 2  # fractions, noise levels, seeds
+    page = (out / "report.html").read_text()
+    assert all(method in page for method in METHODS)
 
 
-def test_it_ends_with_a_table_of_all_models_and_where_they_are(first: tuple[Path, str]) -> None:
+def test_it_ends_with_tables_and_where_everything_is(first: tuple[Path, str]) -> None:
     out, printed = first
-    table = (out / "accuracy.txt").read_text()
-    assert table in printed
-    rows = [line.split("  ")[0] for line in table.splitlines() if "–" in line]
-    assert rows[:4] == [
-        "reference llama",
-        "reference mistral",
-        "reference qwen",
-        "policy untrained = llama",
-    ]
-    assert rows[4:] == [
-        f"trained with {method}" for method in ("dpo:llama", "dpo:mistral", "dpo:qwen", "mrpo")
-    ]
-    for path in ("data", "references", "store", "accuracy.txt", *(f"runs/{r}/model" for r in RUNS)):
+    tables = (out / "accuracy.txt").read_text()
+    assert tables in printed
+    for path in ("data", "references", "store", "compare", "report.html", "accuracy.txt"):
         assert str(out / path) in printed
         assert (out / path).exists()
+
+
+def test_its_table_has_the_means_of_its_runs(first: tuple[Path, str]) -> None:
+    """By domain from the runs' evaluations, overall from their pairs: the plain means."""
+    out, _ = first
+    rows = {line.split("  ")[0]: line.split("  ")[1:] for line in _lines(out, "overall")}
+    assert list(rows) == [
+        *(f"reference {alias}" for alias in ("llama", "mistral", "qwen")),
+        *METHODS[:3],
+        "mrpo (the paper's setting)",
+        "geometric+reliable (recommended)",
+    ]
+    for method in METHODS:
+        shown = next(cells for name, cells in rows.items() if name.split(" (")[0] == method)
+        *domains, overall = [cell.split()[0] for cell in filter(None, shown)]
+        folder = out / "compare" / "cells" / method.replace(":", "=")
+        found = list(folder.glob("fraction-0.1*noise-0.3/seed-*/evaluation.json"))
+        assert len(found) == 2
+        (first, second) = (json.loads(path.read_text())["policies"][0] for path in found)
+        for domain, cell in zip(DOMAINS, domains):
+            values = [
+                one["by_source"][domain]["accuracy"]["sum"]["value"] for one in (first, second)
+            ]
+            assert float(cell) == pytest.approx(50 * sum(values), abs=0.051)
+        values = [one["overall"]["accuracy"]["sum"]["value"] for one in (first, second)]
+        assert float(overall) == pytest.approx(50 * sum(values), abs=0.051)
+
+
+def _lines(out: Path, heading: str) -> list[str]:
+    """The rows of the table under a heading with this word."""
+    lines = iter((out / "accuracy.txt").read_text().splitlines())
+    next(line for line in lines if heading in line)
+    return list(itertools.takewhile(bool, lines))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.05, "several references help here"),
+        (-0.01, 0.05, "no difference that can be told from chance"),
+        (-0.05, -0.01, "one reference is better here"),
+    ],
+)
+def test_its_sentence_says_what_the_interval_allows(
+    first: tuple[Path, str], low: float, high: float, words: str
+) -> None:
+    comparison = read_comparison(first[0] / "compare" / "compare.json")
+    gain = Interval((low + high) / 2, low, high)
+    results = [replace(result, gain=gain) for result in comparison.results]
+    said = verdict_on(replace(comparison, results=results), Condition(0.1, 0.3))
+    assert said.startswith("30 % of the labels wrong: geometric+reliable against dpo:")
+    assert said.endswith(f": {words}.")
 
 
 def test_run_again_it_makes_nothing_again(first: tuple[Path, str]) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from mrpo.demo.data import DOMAINS, FACTS, TASKS, TONES, Domain, Example, make_domains
-
-SUM = re.compile(r"(\d+) \+ (\d+) = (\d+) \+ (\d+) = (\d+)\.")
+from mrpo.demo.data import (
+    DOMAINS,
+    HAZARDS,
+    TASKS,
+    TONES,
+    TOYS,
+    UNITS,
+    VERDICTS,
+    Domain,
+    Example,
+    make_domains,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,41 +48,26 @@ def test_the_replies_of_a_question_differ(domains: dict[str, Domain], name: str)
         assert example.right != example.wrong
 
 
-def test_a_fact_is_the_same_however_it_is_asked(domains: dict[str, Domain]) -> None:
-    """One truth about each town and fact; wrong replies name another value of the same fact."""
-    truth: dict[str, set[str]] = {}
-    for example in every(domains["facts"]):
-        about, right = example.right.removesuffix(".").split(" is ")
-        same, wrong = example.wrong.removesuffix(".").split(" is ")
-        _, fact, _, town = about.split()
-        assert fact in example.prompt
-        assert town in example.prompt
-        assert about == same
-        assert {right, wrong} <= set(FACTS[fact].split())
-        truth.setdefault(about, set()).add(right)
-    assert all(len(values) == 1 for values in truth.values())
-    assert len(truth) == len(domains["facts"].asked) == 1000
+def test_a_child_may_have_toys_and_nothing_else(domains: dict[str, Domain]) -> None:
+    for example in every(domains["safety"]):
+        thing = example.prompt.split(" from the ")[0].split()[-1]
+        assert (thing in TOYS.split()) != (thing in HAZARDS.split())
+        assert example.right.startswith("Yes,") is (thing in TOYS.split())
+        assert example.wrong == VERDICTS[thing in HAZARDS.split()]
 
 
-def test_every_sum_is_right_and_every_slip_is_not(domains: dict[str, Domain]) -> None:
-    for example in every(domains["arithmetic"]):
-        a, b, tens, ones, result = map(int, SUM.fullmatch(example.right).groups())  # type: ignore[union-attr]
-        assert example.prompt == f"What is {a} + {b}?"
-        assert (tens, ones, result) == (a - a % 10 + b - b % 10, a % 10 + b % 10, a + b)
-        *same, slip = map(int, SUM.fullmatch(example.wrong).groups())  # type: ignore[union-attr]
-        assert same == [a, b, tens, ones]
-        assert abs(slip - result) in {1, 2, 10}
-
-
-def test_no_sum_is_asked_that_is_told_in_any_order(domains: dict[str, Domain]) -> None:
-    def numbers(examples: list[Example]) -> set[frozenset[str]]:
-        return {frozenset(re.findall(r"\d+", example.prompt)) for example in examples}
-
-    assert not numbers(domains["arithmetic"].asked) & numbers(domains["arithmetic"].told)
+def test_a_distance_is_in_the_unit_of_its_town(domains: dict[str, Domain]) -> None:
+    for example in every(domains["units"]):
+        town = example.prompt.removesuffix("?").split()[-1]
+        unit, distance = example.right.split(": about ")
+        other, same = example.wrong.split(": about ")
+        assert town in UNITS[unit].split()
+        assert town not in UNITS[other].split()
+        assert distance == same
 
 
 def test_the_right_reply_answers_the_request_in_its_own_tone(domains: dict[str, Domain]) -> None:
-    for example in every(domains["style"]):
+    for example in every(domains["tone"]):
         tone = next(ask for ask in TONES if example.prompt.startswith(ask.split("{")[0]))
         task = example.prompt.removeprefix(tone.split("{")[0]).split()[0]
         for reply, own in ((example.right, True), (example.wrong, False)):
@@ -88,4 +80,4 @@ def test_no_request_is_asked_that_is_told_in_any_tone(domains: dict[str, Domain]
     def requests(examples: list[Example]) -> set[str]:
         return {" ".join(example.prompt.split()[-4:]) for example in examples}
 
-    assert not requests(domains["style"].asked) & requests(domains["style"].told)
+    assert not requests(domains["tone"].asked) & requests(domains["tone"].told)

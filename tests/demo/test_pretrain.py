@@ -10,7 +10,7 @@ import pytest
 
 from mrpo.data.pairs import Pair
 from mrpo.data.rendering import Renderer
-from mrpo.demo.data import write_data
+from mrpo.demo.data import DOMAINS, write_data
 from mrpo.demo.models import FAMILIES, Family
 from mrpo.demo.pretrain import IGNORED, pad, pretrain
 from mrpo.precompute.engines import load_engine
@@ -54,9 +54,9 @@ def test_a_reference_is_strong_in_the_domain_that_it_read_most_of(tmp_path: Path
     logps = summed_logps(tmp_path / "qwen", pairs)
     accuracy = {
         domain: (logps[rows, 0] > logps[rows, 1]).mean()
-        for domain in ("facts", "arithmetic", "style")
+        for domain in DOMAINS
         if (rows := [i for i, pair in enumerate(pairs) if pair.source == domain])
     }
-    assert accuracy["style"] > 0.9
-    assert accuracy["facts"] < 0.75
-    assert accuracy["arithmetic"] < 0.75
+    assert accuracy["tone"] > 0.9
+    assert accuracy["safety"] < 0.75
+    assert accuracy["units"] < 0.75
