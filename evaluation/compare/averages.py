@@ -11,7 +11,7 @@ pairs are rendered. Made again from the same parts, a model has the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ...data.references import (
     inputs_here,
 )
 from ...data.rendering.renderer import load_tokenizer
-from ...data.store import ReferenceRecord, Store
+from ...data.store import ReferenceRecord
 from ...errors import UserError
 from ...files import fits, new_folder, read_json, write_json, write_text
 from ...method.grammar import Average
@@ -65,15 +65,14 @@ def recorded_parts(cell: Cell) -> list[Part]:
     return [Part(p["name"], p["identity"], p["weight"]) for p in content[PARTS]]
 
 
-def mark_outdated(runs: Sequence[Cell], store: Store) -> None:
+def mark_outdated(runs: Sequence[Cell], evaluated: Callable[[str], bool]) -> None:
     """Make finished cells that have to run again unfinished.
 
-    These are cells whose policy's scores `mrpo store gc` took, soups of which a part has to run or
-    is another policy now, and parts whose model is gone but needed for a soup.
+    These are cells whose policy is not `evaluated` (`mrpo store gc` took its scores, or a task is
+    new), soups of which a part has to run or is another policy now, and parts whose model is gone
+    but needed for a soup.
     """
-    todo = {
-        cell for cell in runs if cell.identity is None or not store.policies.names_of(cell.identity)
-    }
+    todo = {cell for cell in runs if cell.identity is None or not evaluated(cell.identity)}
     soups = [cell for cell in runs if cell.parts]
     size = -1
     while size != len(todo):

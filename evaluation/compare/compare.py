@@ -29,8 +29,10 @@ from ...method.grammar import Average, epsilon_warning, parse_average
 from ...precompute.process import visible_gpus
 from ...settings import command, write_resolved
 from ...train.dataset import method_of
-from ..config import CompareConfig
+from ..config import CompareConfig, TaskSettings
 from ..score_table import scored_records
+from ..tasks.harness import plan_tasks
+from ..tasks.results import PinnedTask, kept_result
 from .averages import mark_outdated, merge_folders, merge_sources
 from .cells import (
     COMPARISON,
@@ -73,7 +75,7 @@ def compare(config: CompareConfig) -> Comparison:
     inputs = {run: inputs_of(run, settings[run], pairs, scored) for run in runs}
     for run in runs:
         refuse_changed_inputs(run, inputs[run])
-    mark_outdated(runs, store)
+    mark_outdated(runs, lambda identity: _evaluated(identity, store, plan.tasks))
     devices = _devices(config)
     print(_summary(plan, runs, len(devices)), flush=True)
     for epsilon in dict.fromkeys(settings[run].epsilon for run in runs):
@@ -88,7 +90,8 @@ def compare(config: CompareConfig) -> Comparison:
         if not run.finished:
             write_inputs(run, settings_for(config, run, refs, plan.pairs), inputs[run])
     write_resolved(config, out / SETTINGS)
-    failures = CellRunner(plan.base, devices, config.keep_models).run(runs)
+    tasks = TaskSettings.of(config)
+    failures = CellRunner(plan.base, devices, config.keep_models, tasks).run(runs)
     for failure in failures:
         print(f"FAILED: {failure.cell}: {failure.reason}", file=sys.stderr)
         print(f"  by hand: {failure.command}", file=sys.stderr)
@@ -102,6 +105,13 @@ def compare(config: CompareConfig) -> Comparison:
     write_json(out / RESULT, comparison)
     print(out / RESULT)
     return comparison
+
+
+def _evaluated(identity: str, store: Store, tasks: Sequence[PinnedTask]) -> bool:
+    """Whether the store has a policy's scores and results; `mrpo store gc` may have taken them."""
+    return bool(store.policies.names_of(identity)) and all(
+        kept_result(store.policies, identity, pinned) is not None for pinned in tasks
+    )
 
 
 def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonPlan:
@@ -141,6 +151,7 @@ def _plan(config: CompareConfig, pairs: PairShards, store: Store) -> ComparisonP
         metric=config.metric,
         beta=config.beta,
         normalize=config.normalize,
+        tasks=[planned.pinned for planned in plan_tasks(TaskSettings.of(config))],
     )
 
 
@@ -169,6 +180,7 @@ def _summary(plan: ComparisonPlan, runs: Sequence[Cell], at_once: int) -> str:
             f"pairs       {splits['train']:,} for training, of these {fractions}; "
             f"{splits['validation']:,} held out to compare on; less those without a score",
             *(noise if plan.label_noises != [0] else []),
+            *(f"task        {pinned}" for pinned in plan.tasks),
             f"runs        {len(runs):,}, of which {finished:,} are finished; {at_once} at once",
         ]
     )

@@ -10,7 +10,7 @@ gains hold together (Bonferroni), since the best of several methods is looked fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..config import Metric
 from ..evaluate import METRICS, reward_margins, right
 from ..intervals import Interval, interval, mean_intervals
 from ..score_table import ScoreTable, load_score_table
+from ..tasks.results import PinnedTask, head, kept_result
 from .averages import recorded_parts
 from .cells import Cell, runs_of
 from .results import (
@@ -30,6 +31,7 @@ from .results import (
     Condition,
     RunResult,
     ScoringCost,
+    TaskAccuracy,
     conditions_of,
 )
 from .verdict import Draws, change, judge, resample, tied_singles, verdict
@@ -56,6 +58,7 @@ class ComparisonPlan:
     metric: Metric  # what decides
     beta: float  # where a cell has none of its own
     normalize: str
+    tasks: list[PinnedTask] = field(default_factory=list)
 
     @property
     def aliases(self) -> list[str]:
@@ -125,6 +128,8 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
         if len(plan.label_noises) > 1
         else {},
         calibration=calibrations(margins, table.prompts, methods, conditions),
+        task_settings=list(map(str, plan.tasks)),
+        tasks=_task_accuracies(plan.tasks, places, identities, store, methods, conditions, seeds),
         runs=[_run(cell, identities[cell.folder], accuracies) for cell in places],
         missing=list(dict.fromkeys(str(cell) for cell in cells if cell not in places)),
         scoring=[_scoring(record) for record in plan.records],
@@ -172,6 +177,40 @@ def calibrations(
             )
         )
     return result
+
+
+def _task_accuracies(
+    tasks: Sequence[PinnedTask],
+    places: Mapping[Cell, tuple[int, int, int]],
+    identities: Mapping[Path, str],  # by the folder of the run
+    store: Store,
+    methods: Sequence[str],
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+) -> list[TaskAccuracy]:
+    """Each method's figures on the tasks, with intervals over questions and seeds."""
+    shape = len(methods), len(conditions), len(seeds)
+    accuracies = []
+    for pinned in tasks:
+        values = {metric: np.full((pinned.questions, *shape), np.nan) for metric in pinned.metrics}
+        for cell, place in places.items():
+            result = kept_result(store.policies, identities[cell.folder], pinned)
+            for metric, answers in result.values.items() if result else ():
+                values[metric][:, *place] = answers
+        for metric, answered in values.items():
+            draws = resample(answered, np.arange(pinned.questions))
+            accuracies += [
+                TaskAccuracy(
+                    method=methods[m],
+                    fraction=conditions[c].fraction,
+                    label_noise=conditions[c].label_noise,
+                    task=head(pinned.task, metric),
+                    accuracy=interval(float(draws.means[m, c]), draws.draws[:, m, c]),
+                )
+                for m, c in np.ndindex(len(methods), len(conditions))
+                if np.isfinite(draws.means[m, c])
+            ]
+    return accuracies
 
 
 def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:

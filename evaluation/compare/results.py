@@ -96,6 +96,17 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TaskAccuracy:
+    """A method's figure on a task, over all seeds."""
+
+    method: str
+    fraction: float
+    label_noise: float
+    task: str  # with the filter of its answers, as "gsm8k strict"
+    accuracy: Interval  # share of the questions; truthfulqa_mc2: the correct answers' probability
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringCost:
     """What scoring a reference cost, once for all runs; NaN where it was not recorded."""
 
@@ -124,6 +135,8 @@ class Comparison:
     growth: dict[str, Interval]  # from the last fraction but one to the last, at least noise
     noise_cost: dict[str, Interval] = field(default_factory=dict)  # from least noise to most
     calibration: list[Calibration] = field(default_factory=list)
+    task_settings: list[str] = field(default_factory=list)  # of --tasks, a line for each
+    tasks: list[TaskAccuracy] = field(default_factory=list)
     runs: list[RunResult]
     missing: list[str]  # runs that are not finished
     scoring: list[ScoringCost]
@@ -176,6 +189,7 @@ def read_comparison(path: Path) -> Comparison:
             entry |= {"parts": parts}
         content["runs"] = [RunResult(**entry) for entry in content["runs"]]
         content["calibration"] = [Calibration(**c) for c in content.get("calibration", [])]
+        content["tasks"] = [TaskAccuracy(**entry) for entry in content.get("tasks", [])]
         content["scoring"] = [ScoringCost(**entry) for entry in content["scoring"]]
         comparison = Comparison(**content)
         if not fits(comparison, Comparison):
@@ -226,6 +240,11 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
         yield ""
         yield f"trained on {comparison.conditions[-1]}: {PARTS}"
         yield from table_lines(parts)
+    for condition in reversed(comparison.conditions) if comparison.tasks else ():
+        yield ""
+        yield f"trained on {condition}: tasks, in %, with 95 % intervals over questions and seeds"
+        yield from table_lines(task_accuracy_rows(comparison, condition))
+    yield from comparison.task_settings
     yield ""
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
@@ -282,6 +301,21 @@ def part_rows(comparison: Comparison) -> list[list[str]]:
         shown = [f"{100 * fmean(of_metric):.1f}" if of_metric else "" for of_metric in values]
         rows.append([method, name, f"{weight:.3f}", *shown])
     return rows if found else []
+
+
+def task_accuracy_rows(comparison: Comparison, condition: Condition) -> list[list[str]]:
+    """A row for each method that has a finished run there, a column for each task."""
+    columns = list(dict.fromkeys(entry.task for entry in comparison.tasks))
+    rows = [["", *columns]]
+    for method in comparison.methods:
+        figures = {
+            entry.task: entry.accuracy.percent()
+            for entry in comparison.tasks
+            if (entry.method, entry.fraction, entry.label_noise) == (method, *condition)
+        }
+        if figures:
+            rows.append([method, *(figures.get(column, "–") for column in columns)])
+    return rows
 
 
 def accuracy_rows(comparison: Comparison, condition: Condition) -> list[list[str]]:

@@ -12,6 +12,7 @@ A user's mistake is reported, and the worker goes on; any other error ends the p
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -21,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,21 @@ from ...settings import build
 from ...train.config import TrainConfig
 from ...train.run import train
 from ...train.run_folder import update_evaluation
-from ..config import EvaluateConfig
+from ..config import NO_TASKS, EvaluateConfig, TaskSettings
 from ..evaluate import measure
 from ..policies import policy_of_run
+from ..tasks.harness import plan_tasks
+from ..tasks.measure import measure_tasks
 from .averages import make_merge, make_soup, merge_sources
 from .cells import SETTINGS, Cell, free_disk, from_job, refuse_other_scores
 
 TORCH_SEED = torch.initial_seed()  # of a new process
 
 
-def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
+planned_tasks = functools.cache(plan_tasks)  # the questions are read once for all cells
+
+
+def run_cell(cell: Cell, base: str, keep_model: bool, tasks: TaskSettings = NO_TASKS) -> None:
     """Train and evaluate a cell; this process prints to the cell's log from then on.
 
     `base` is the reference that rewards are measured from. Raises `UserError` for a user's
@@ -62,7 +69,7 @@ def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         try:
-            _train_and_evaluate(cell, base, keep_model)
+            _train_and_evaluate(cell, base, keep_model, tasks)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise
@@ -101,7 +108,9 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
+def _train_and_evaluate(
+    cell: Cell, base: str, keep_model: bool, tasks: TaskSettings = NO_TASKS
+) -> None:
     started = time.monotonic()
     config = build(TrainConfig, {}, str(cell.folder / SETTINGS))
     store, specs = open_store(config.store), load_refs(config.refs_config)
@@ -130,6 +139,11 @@ def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
     policy = policy_of_run(cell.folder, f"{cell.name}{condition}")
     with process_state_kept():
         evaluation = measure([policy], settings, in_process=True)
+    if tasks.names:
+        with process_state_kept():
+            evaluation = replace(
+                evaluation, tasks=measure_tasks([policy], planned_tasks(tasks), store)
+            )
     update_evaluation(cell.run.evaluation, to_json(evaluation))
     seconds = {"train": trained - started, "evaluate": time.monotonic() - trained}
     free_disk(cell, keep_model)
@@ -146,7 +160,8 @@ def _train(cell: Cell, config: TrainConfig) -> None:
 
 
 def _handle(values: dict[str, Any], report: Report) -> None:
-    run_cell(from_job(values["cell"]), values["base"], values["keep_model"])
+    tasks = TaskSettings(**values["tasks"])
+    run_cell(from_job(values["cell"]), values["base"], values["keep_model"], tasks)
 
 
 def main() -> int:

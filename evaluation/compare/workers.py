@@ -14,10 +14,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 
 from ...precompute.process import Event, WorkerProcess, worker_environment
+from ..config import NO_TASKS, TaskSettings
 from .cells import COMPARISON, SETTINGS, Cell, free_disk, to_job
 
 WORKER = "mrpo.evaluation.compare.worker"
@@ -51,6 +52,7 @@ class CellRunner:
     base: str  # the reference that rewards are measured from
     devices: Sequence[str | None]  # for each worker its CUDA_VISIBLE_DEVICES; None: as it is
     keep_models: bool = True
+    tasks: TaskSettings = NO_TASKS  # that the policies answer too
     _cells: Sequence[Cell] = ()  # of the run
     _queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = field(default_factory=SimpleQueue)
 
@@ -120,7 +122,12 @@ class CellRunner:
     def _try(self, slot: _Slot, cell: Cell) -> None:
         """Send the cell to the slot's worker, a new one where there is none."""
         slot.tries += 1
-        job = {"cell": to_job(cell), "base": self.base, "keep_model": self._keeps(cell)}
+        job = {
+            "cell": to_job(cell),
+            "base": self.base,
+            "keep_model": self._keeps(cell),
+            "tasks": asdict(self.tasks),
+        }
         if slot.worker is not None:
             slot.worker.send(job)
             return
@@ -163,7 +170,9 @@ class CellRunner:
             return f"mrpo compare --config {cell.folder.parents[3] / COMPARISON}"
         if not cell.run.finished:
             return f"mrpo train --config {cell.folder / SETTINGS}"
-        return f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {cell.run.evaluation}"
+        out = cell.run.evaluation
+        command = f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {out}"
+        return command + self.tasks.flags
 
 
 @contextmanager
