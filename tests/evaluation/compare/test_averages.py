@@ -477,7 +477,8 @@ def test_models_on_the_hub_are_merged_at_the_commits_that_were_scored(
         (cached / "refs" / "main").write_text(newest)
         (spec,) = load_refs({name: f"org/{name}"}).values()
         inputs = {"dtype": "float32", "model": {"commit": scored}}
-        sources.append(MergeSource(spec, ReferenceRecord(name, spec.entry(), inputs)))
+        record = ReferenceRecord(alias=name, entry=spec.entry(), inputs=inputs)
+        sources.append(MergeSource(spec, record))
     folders = merge_folders("merge", sources)
     assert [folder.name for folder in folders] == [scored, scored]
     assert [folder.parents[1].name for folder in folders] == [
