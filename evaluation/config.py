@@ -169,7 +169,12 @@ class CompareConfig(TrainConfig):
     """
 
     output_dir: Annotated[str, "Folder of the comparison: settings, cells/, compare.json."]
-    methods: Annotated[str, "METHOD[:ref/ref…][+weighting][+reliable], comma-separated."]
+    methods: Annotated[
+        str,
+        "METHOD[:ref/ref…][+weighting][+reliable], comma-separated; also soup[:ref/ref…][+vaw], "
+        "the mean of the policies that DPO with each reference gives, and merge[:ref/ref…], the "
+        "mean of the references' own weights.",
+    ]
     refs: Annotated[
         str | None,
         "Aliases of references, comma-separated, the base first. By default those that --methods "
