@@ -15,7 +15,6 @@ import torch
 import yaml
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import file_download
-from huggingface_hub import snapshot_download as snapshot_function
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,13 +24,21 @@ from mrpo.data.store import ReferenceRecord, Store
 from mrpo.demo.models import build_model, save_reference
 from mrpo.errors import UserError
 from mrpo.evaluation.compare import workers
-from mrpo.evaluation.compare.averages import MergeSource, merge_folders, merge_sources
+from mrpo.evaluation.compare.averages import (
+    MergeSource,
+    make_soup,
+    merge_folders,
+    merge_sources,
+    recorded_parts,
+)
+from mrpo.evaluation.compare.cells import Cell
 from mrpo.evaluation.compare.results import Comparison, RunResult, read_comparison
 from mrpo.evaluation.policies import policy_of_run
 from mrpo.method.grammar import Average
 from mrpo.tests.evaluation.compare.test_compare import TRAINING, rows, run_in_process
 from mrpo.tests.evaluation.scored_pairs import add_scores, prepared
 from mrpo.tests.model.test_average import adapter, changed
+from mrpo.train.config import TrainConfig
 
 Run = Callable[..., Any]
 WEIGHTS = "model/model.safetensors"
@@ -131,13 +138,42 @@ def test_a_soup_is_the_mean_of_the_policies_of_its_parts(souped: Souped) -> None
         assert differ == {"method", "output_dir"}
 
 
-def test_vaw_weighs_each_part_by_its_held_out_accuracy_by_likelihood(souped: Souped) -> None:
+@pytest.mark.parametrize(
+    ("normalize", "weights"), [("none", [0.75, 0.25]), ("token", [0.2, 0.8]), ("byte", [0.5, 0.5])]
+)
+def test_vaw_weighs_each_part_by_its_held_out_accuracy_by_likelihood(
+    souped: Souped, tmp_path: Path, normalize: str, weights: list[float]
+) -> None:
+    """Normalized as in training; the accuracies are made to be 0.9 and 0.3, 0.1 and 0.4, 0, 0."""
+    copy = souped.at(shutil.copytree(souped.out, tmp_path / "copy"))
+    parts = [copy.cell("dpo:llama"), copy.cell("dpo:qwen")]
+    known = {"sum": (0.9, 0.3), "token": (0.1, 0.4), "byte": (0.0, 0.0)}
+    for number, part in enumerate(parts):
+        content = json.loads((part / "evaluation.json").read_text())
+        for metric, accuracies in known.items():
+            accuracy = content["policies"][0]["overall"]["accuracy"][metric]
+            accuracy["value"] = accuracies[number]
+        (part / "evaluation.json").write_text(json.dumps(content))
+    soup = copy.cell("soup+vaw")
+    values = yaml.safe_load((soup / "cell.yaml").read_text()) | {"normalize": normalize}
+    llama, qwen = (Cell(f"dpo:{part.parents[1].name[4:]}", 1.0, 42, part) for part in parts)
+    cell = Cell("soup+vaw", 1.0, 42, soup, parts=(llama, qwen))
+    make_soup(cell, Average("soup", ("llama", "qwen"), "vaw"), TrainConfig(**values))
+    assert [part.weight for part in recorded_parts(cell)] == pytest.approx(weights)
+    assert_mean(soup, parts, weights)
+    (parts[1] / "evaluation.json").write_text('{"policies": []}')
+    with pytest.raises(
+        UserError, match=r"the accuracy of dpo:qwen, .* is missing; remove .*result"
+    ):
+        make_soup(cell, Average("soup", ("llama", "qwen"), "vaw"), TrainConfig(**values))
+
+
+def test_vaw_takes_the_parts_own_evaluation(souped: Souped) -> None:
     parts = [souped.cell("dpo:llama"), souped.cell("dpo:qwen")]
     evaluations = [json.loads((part / "evaluation.json").read_text()) for part in parts]
     known = [e["policies"][0]["overall"]["accuracy"]["sum"]["value"] for e in evaluations]
     weights = [accuracy / sum(known) for accuracy in known]
     assert [part.weight for part in souped.run("soup+vaw").parts] == pytest.approx(weights)
-    assert_mean(souped.cell("soup+vaw"), parts, weights)
 
 
 def test_a_soup_of_one_part_is_that_part(souped: Souped) -> None:
@@ -432,7 +468,6 @@ def test_models_on_the_hub_are_merged_at_the_commits_that_were_scored(
     """From the Hub's cache; the branch has moved on since."""
     for constants in (hub_constants, file_download.constants):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(snapshot_function.__globals__["constants"], "HF_HUB_CACHE", str(tmp_path))
     sources, scored, newest = [], "a" * 40, "b" * 40
     for seed, name in enumerate(("one", "two")):
         cached = tmp_path / f"models--org--{name}"
@@ -442,7 +477,8 @@ def test_models_on_the_hub_are_merged_at_the_commits_that_were_scored(
         (cached / "refs" / "main").write_text(newest)
         (spec,) = load_refs({name: f"org/{name}"}).values()
         inputs = {"dtype": "float32", "model": {"commit": scored}}
-        sources.append(MergeSource(spec, ReferenceRecord(name, spec.entry(), inputs)))
+        record = ReferenceRecord(alias=name, entry=spec.entry(), inputs=inputs)
+        sources.append(MergeSource(spec, record))
     folders = merge_folders("merge", sources)
     assert [folder.name for folder in folders] == [scored, scored]
     assert [folder.parents[1].name for folder in folders] == [
