@@ -174,6 +174,23 @@ def test_loss_and_gradient_are_those_of_one_response_at_a_time(
         assert difference <= 1e-5 * gradients[name].norm() + 1e-12, name
 
 
+def test_a_mixture_counts_a_response_once_for_each_of_its_pairs() -> None:
+    """Three responses of a prompt, of which the first stands in two pairs."""
+    first, *others = (RenderedSequence([3, 4, 5, 6, *[n] * n], 4, 4 + n, False) for n in (7, 8, 9))
+    pairs = [RenderedPrompt.of([first, other]) for other in others]
+    policy = SequenceLogps(tiny("mixtral")).train()
+    through = PairForward(policy, Ranks(0, 1, CPU), autocast=False)
+    alone = [replace(grouped([pair])[0], rows=[row]) for row, pair in enumerate(pairs)]
+    routed = []
+    for groups in (grouped(pairs), alone):
+        through(groups)
+        assert policy.routing is not None
+        routed.append(policy.routing)
+    assert routed[0].tokens.item() == routed[1].tokens.item() == 2 * (11 + 12 + 11 + 13)
+    assert torch.equal(routed[0].assigned, routed[1].assigned)
+    assert torch.allclose(routed[0].probability, routed[1].probability)
+
+
 @pytest.fixture(scope="module")
 def ranked(
     inputs: Any, scored: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
