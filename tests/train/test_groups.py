@@ -111,7 +111,7 @@ def test_a_prompt_beyond_the_budget_is_divided_where_few_responses_are_repeated(
 
 @cache
 def tiny(model_type: str) -> nn.Module:
-    """A small model in float64, whose rounding hides nothing."""
+    """A small model in float64, whose rounding hides little."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(model_type, vocab_size=61, **SMALL)
@@ -172,6 +172,23 @@ def test_loss_and_gradient_are_those_of_one_response_at_a_time(
         assert parameter.grad is not None, name
         difference = (parameter.grad - gradients[name]).norm()
         assert difference <= 1e-5 * gradients[name].norm() + 1e-12, name
+
+
+def test_a_mixture_counts_a_response_once_for_each_of_its_pairs() -> None:
+    """Three responses of a prompt, of which the first stands in two pairs."""
+    first, *others = (RenderedSequence([3, 4, 5, 6, *[n] * n], 4, 4 + n, False) for n in (7, 8, 9))
+    pairs = [RenderedPrompt.of([first, other]) for other in others]
+    policy = SequenceLogps(tiny("mixtral").float()).train()
+    through = PairForward(policy, Ranks(0, 1, CPU), autocast=False)
+    alone = [replace(grouped([pair])[0], rows=[row]) for row, pair in enumerate(pairs)]
+    routed = []
+    for groups in (grouped(pairs), alone):
+        through(groups)
+        assert policy.routing is not None
+        routed.append(policy.routing)
+    assert routed[0].tokens.item() == routed[1].tokens.item() == 2 * (11 + 12 + 11 + 13)
+    assert torch.equal(routed[0].assigned, routed[1].assigned)
+    assert torch.allclose(routed[0].probability, routed[1].probability)
 
 
 @pytest.fixture(scope="module")
