@@ -58,7 +58,7 @@ def mask_mod(batch: Batch, window: int | None) -> MaskMod:
     return visible
 
 
-def dense_mask(batch: Batch, window: int | None, part: Part | None = None) -> Tensor:
+def dense_mask(batch: Batch, window: int | None, part: RowPart | None = None) -> Tensor:
     """The boolean mask [B, 1, q, k] of a part of the row, for sdpa; None: of the whole row."""
     rows, length = batch.input_ids.shape
     device = batch.input_ids.device
@@ -102,7 +102,7 @@ def never_eager(function: Callable[..., Any], **options: Any) -> Callable[..., A
     return compiled(function, fullgraph=True, recompile_limit=MOST_VARIANTS, **options)
 
 
-class Part(NamedTuple):
+class RowPart(NamedTuple):
     """Tokens of a packed row that are computed together, from `start` to `stop`: what responses
     share, one response, or the padding. They see themselves and the shared ones, if any."""
 
@@ -122,15 +122,15 @@ class PackedMasks:
     def __init__(self, batch: Batch, ahead: Iterable[int | None] = ()) -> None:
         assert batch.bounds is not None, "the batch is not packed"
         self.batch = batch
-        self.parts: list[Part] = []
+        self.parts: list[RowPart] = []
         filled, length = 0, batch.input_ids.shape[1]
         for start, middle, *ends in batch.bounds:
             if start < middle:
-                self.parts.append(Part(start, middle))
-            self.parts += [Part(*own, start, middle) for own in pairwise([middle, *ends])]
+                self.parts.append(RowPart(start, middle))
+            self.parts += [RowPart(*own, start, middle) for own in pairwise([middle, *ends])]
             filled = ends[-1]
         if filled < length:
-            self.parts.append(Part(filled, length))  # padding sees itself
+            self.parts.append(RowPart(filled, length))  # padding sees itself
         self._blocks = {window: block_mask(batch, window) for window in set(ahead)}
         self._dense: dict[int | None, list[Tensor]] = {}
 
