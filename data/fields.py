@@ -6,7 +6,6 @@ so that columns which nothing uses can be named.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,13 @@ from string import Formatter
 from typing import Any
 
 from ..errors import UserError
+from ..files import JSON, KeyTwiceError
 from .formats import Broken
 from .sources import missing_column
 
 Row = Mapping[str, Any]
 Template = list[tuple[str, str | None]]  # text, and the column behind it
+BRACES = "write a brace that is text twice, {{ or }}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,21 @@ def parse_template(text: str) -> Template:
     """The parts of a template such as `{instruction}\\n{input}`; \\n and \\t are white space."""
     plain = text.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        parts = [(before, name) for before, name, _, _ in Formatter().parse(plain)]
+        parts = [(before, _name_in_braces(*rest)) for before, *rest in Formatter().parse(plain)]
     except ValueError as error:
-        raise UserError(f"--map: {text!r} is no template: {error}") from None
+        raise UserError(f"--map: {text!r} is no template: {error}; {BRACES}") from None
+    if any("{" in (name or "") for _, name in parts):
+        raise UserError(f"--map: {text!r} has a brace inside braces; {BRACES}")
     if not any(name for _, name in parts) or any(name == "" for _, name in parts):
-        raise UserError(f"--map: {text!r} must name columns, as in {{instruction}}")
+        raise UserError(f"--map: {text!r} must name columns, as in {{instruction}}; {BRACES}")
     return parts
+
+
+def _name_in_braces(name: str | None, form: str | None, conversion: str | None) -> str | None:
+    """All that braces hold is a column's name; Python would take `!…` and `:…` for something."""
+    if name is None:
+        return None
+    return name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
 
 
 def value_inside(name: str, value: Any, path: Sequence[str]) -> Any:
@@ -135,7 +145,9 @@ def decoded(name: str, value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
+        return JSON.decode(value)
+    except KeyTwiceError as error:
+        raise Broken(name, f"holds JSON in which {error}") from None
     except (ValueError, RecursionError):
         return value
 

@@ -13,13 +13,13 @@ for a well-formed example that is no preference pair (it is dropped and counted)
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from ..files import JSON, KeyTwiceError
 from .pairs import Message, Pair, Turns, canonical_json, without_nulls
 
 REASONS = {
@@ -34,6 +34,7 @@ REASONS = {
     "not_unicode": "the text holds a lone surrogate, which UTF-8 cannot encode",
 }
 
+CHAT_UNUSED = "WARNING: --chat changed nothing: all pairs are messages already"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOOL_ROLES = ("ipython", "function")  # what Llama and OpenAI's older format call a tool
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of HH-RLHF
@@ -95,6 +96,7 @@ class PairReader:
     """Reads the examples of a source. After its first dialogue, any other text is unusable."""
 
     def __init__(self, source: str) -> None:
+        self.wrapped = 0  # texts that became messages of user and assistant
         self._source_name = source
         self._dialogues = False
 
@@ -140,6 +142,7 @@ class PairReader:
             ]
             self._dialogues = self._dialogues or any(map(is_dialogue, dialogues))
             if not self._dialogues:
+                self.wrapped += chat
                 return _split_text(prompt, chosen, rejected, chat)
             if not all(map(is_dialogue, dialogues)):
                 raise Unusable("not_a_dialogue")
@@ -298,7 +301,9 @@ def json_field(row: Mapping[str, Any], name: str, kind: type) -> Any:
     value = row.get(name)
     if isinstance(value, str) and value:
         try:
-            value = json.loads(value)
+            value = JSON.decode(value)
+        except KeyTwiceError as error:
+            raise Broken(name, f"holds JSON in which {error}") from None
         except (ValueError, RecursionError):
             raise Broken(name, "is text but not JSON") from None
     if not value:
@@ -359,7 +364,9 @@ def _from_sharegpt(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     if speaker != "function_call":
         return {"role": role, "content": content} | message
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = JSON.decode(content) if isinstance(content, str) else content
+    except KeyTwiceError as error:
+        raise Broken(f"{name}.value", f"holds JSON in which {error}") from None
     except (ValueError, RecursionError):
         raise Broken(f"{name}.value", "is a function call but not JSON") from None
     calls = calls if isinstance(calls, list) else [calls]

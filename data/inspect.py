@@ -52,13 +52,7 @@ def inspect(config: InspectConfig) -> None:
     )
     print(f"row {config.row} of {config.pairs}: pair {pair.id.hex()}, {pair.split}, {pair.source}")
     for spec in specs:
-        renderer = Renderer.load(
-            spec.model_path or spec.model,
-            revision=spec.revision,
-            chat_template=spec.chat_template,
-            chat_template_kwargs=spec.chat_template_kwargs,
-            system_role=spec.system_role,
-        )
+        renderer = Renderer.of_reference(spec)
         for line in describe_pair(spec, renderer, pair, tokens=config.tokens, color=color):
             print(line)
 

@@ -14,11 +14,8 @@ summary; one whose name says that it belongs to the prompt stops the run.
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -39,6 +36,7 @@ from .fields import (
     with_history,
 )
 from .formats import Broken, RawPair
+from .labelled import Waiting
 from .sources import Source, SourceColumns, missing_column
 
 IN_VALIDATION = "in_validation"
@@ -100,7 +98,7 @@ class RowReader:
         self._maps = {name: parse_template(text) for name, text in settings.mapped().items()}
         self._ignored = dict.fromkeys(settings.ignored(), False)  # whether it was there
         self._plans: dict[tuple[str, ...], tuple[_Plan, bool]] = {}
-        self._waiting: _Waiting | None = None
+        self._waiting: Waiting | None = None
 
     @property
     def ignored_nowhere(self) -> list[str]:
@@ -327,7 +325,7 @@ class RowReader:
                 return
             values = {name: part.read(row) for name, part in shared.items()}
             response = completion.read(row)
-            self._waiting = self._waiting or _Waiting()
+            self._waiting = self._waiting or Waiting()
             met = self._waiting.meet(number, values, bool(is_good), response)
             if met is not None:
                 other, split = met
@@ -404,45 +402,3 @@ def _choose_pairs(scored: list[tuple[float, str, Any]], way: str) -> Iterator[An
         return iter([(best, min(scored, key=lambda item: item[0]))])
     ordered = sorted(scored, key=lambda item: -item[0])
     return combinations(ordered, 2) if way == "all" else pairwise(ordered)
-
-
-class _Waiting:
-    """Labelled responses that wait for one of the other label, in a temporary file.
-
-    The n-th good response to a prompt meets its n-th bad one.
-    """
-
-    def __init__(self) -> None:
-        self._base = sqlite3.connect("", isolation_level=None)  # on disk, gone when closed
-        self._base.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;"
-            "CREATE TABLE waiting (prompt BLOB, good INTEGER, row INTEGER, response TEXT);"
-            "CREATE INDEX by_prompt ON waiting (prompt, good, row)"
-        )
-
-    def meet(self, number: int, values: Row, good: bool, response: Any) -> list[Any] | None:
-        """The response that waited longest for this one, and its split; None where none does."""
-        apart = ("source", "group", "split")
-        about = {name: value for name, value in values.items() if name not in apart}
-        try:
-            prompt = sha256(json.dumps(about, sort_keys=True).encode()).digest()[:16]
-            text = json.dumps([response, values.get("split")])
-        except (TypeError, ValueError, RecursionError):
-            raise Broken("completion", "or its prompt holds a value that JSON cannot") from None
-        waiting = self._base.execute(
-            "SELECT rowid, response FROM waiting WHERE prompt = ? AND good = ? "
-            "ORDER BY row LIMIT 1",
-            (prompt, not good),
-        ).fetchone()
-        if waiting is None:
-            self._base.execute(
-                "INSERT INTO waiting VALUES (?, ?, ?, ?)", (prompt, good, number, text)
-            )
-            return None
-        self._base.execute("DELETE FROM waiting WHERE rowid = ?", waiting[:1])
-        return json.loads(waiting[1])
-
-    def rest(self) -> Iterator[int]:
-        """The numbers of the rows that still wait."""
-        for (number,) in self._base.execute("SELECT row FROM waiting ORDER BY row"):
-            yield number

@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..settings import command, write_resolved
 from .config import PrepareConfig
 from .fields import split_of
-from .formats import REASONS, Broken, PairReader, RawPair, Unusable, by_reason
+from .formats import CHAT_UNUSED, REASONS, Broken, PairReader, RawPair, Unusable, by_reason
 from .ids import IdSet, Review, ids_from_bytes
 from .layouts import IN_VALIDATION, LEFT_OUT, RowReader
 from .pairs import EvaluationTexts, Pair, Turns, first_turn, group_id, is_validation
@@ -128,6 +128,7 @@ class _Preparation:
         self._unused: dict[str, None] = {}
         self._ignored_nowhere = set(config.ignored())
         self._examples = 0
+        self._wrapped = 0  # texts that --chat, or their layout, made messages of
         self._splits: Counter[str] = Counter()
         self._split_values: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()  # of what gave no pair, duplicates too
@@ -182,6 +183,7 @@ class _Preparation:
             yield reader.rows - total
             total = reader.rows
         self._unused |= reader.unused
+        self._wrapped += pairs.wrapped
         self._ignored_nowhere &= set(reader.ignored_nowhere)
         about = {"given": source.given, "name": source.name, "rows": reader.rows}
         self._sources.append(about | {"format": list(reader.formats), "unused": [*reader.unused]})
@@ -216,6 +218,7 @@ class _Preparation:
                 "splits": {name: self._splits[name] for name in ("train", "validation")},
                 "rows": rows,
                 "duplicates": duplicates,
+                "wrapped": self._wrapped,
                 "left_out": {reason: count for reason, count in left_out.items() if count},
                 "unused_columns": list(self._unused),
                 "ignored_nowhere": sorted(self._ignored_nowhere),
@@ -359,6 +362,8 @@ def _summary(shards: PairShards) -> str:
     if manifest["ignored_nowhere"]:
         names = ", ".join(manifest["ignored_nowhere"])
         lines.append(f"WARNING: columns of --ignore-columns that the data has not: {names}")
+    if manifest["options"]["chat"] and not manifest["wrapped"]:
+        lines.append(CHAT_UNUSED)
     return "\n".join([*lines, f"pairs   {shards.path}"])
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..files import JSON, KeyTwiceError
 from ..settings import comma_separated
 
 Row = tuple[int, dict[str, Any]]
@@ -163,7 +164,9 @@ def _read_jsonl(given: str, columns: Columns) -> Iterator[Row]:
             continue
         where = f"{given}, line {number}"
         try:
-            row = json.loads(line)
+            row = JSON.decode(line)
+        except KeyTwiceError as error:
+            raise UserError(f"{where}: {error}") from None
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where} is not JSON: {error.msg} at column {error.pos + 1}; "
@@ -224,7 +227,10 @@ class _JsonText:
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = JSON.raw_decode(self._text, self._at)
+            except KeyTwiceError as error:
+                number = self._number(self._at)
+                raise UserError(f"{self._given}, line {number}: {error}") from None
             except json.JSONDecodeError as error:
                 # Near the end of the text the value may go on in the next chunk.
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - 12
@@ -265,9 +271,6 @@ class _JsonText:
         return size > 0
 
 
-_DECODER = json.JSONDecoder()
-
-
 def _read_csv(given: str, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     rows = filter(None, csv.reader(_lines(given), strict=True))  # a blank line is no row
@@ -283,6 +286,8 @@ def _read_csv(given: str, columns: Columns) -> Iterator[Row]:
                 )
             yield number, {name: _cell(cells[index]) for index, name in names.items()}
             number += 1
+    except KeyTwiceError as error:
+        raise UserError(f"{given}, row {number}: {error}") from None
     except csv.Error as error:
         raise UserError(f"{given}, row {number} is not CSV: {error}") from None
 
@@ -384,7 +389,7 @@ def _cell(text: str) -> Any:
             return text
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items):
-            return value
+            return JSON.decode(text)  # as messages it is refused where a key is there twice
     return text
 
 

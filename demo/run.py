@@ -169,7 +169,7 @@ def tables_of(out: Path) -> list[str]:
         "",
         *table_lines(noise_rows(comparison, shown.fraction), "left"),
         "",
-        *(verdict_on(comparison, condition) for condition in (clean, shown)),
+        *(gain_sentence(comparison, condition) for condition in (clean, shown)),
     ]
 
 
@@ -207,7 +207,7 @@ def reference_accuracies(out: Path) -> dict[str, list[float]]:
     return accuracies
 
 
-def verdict_on(comparison: Comparison, condition: Condition) -> str:
+def gain_sentence(comparison: Comparison, condition: Condition) -> str:
     """The recommended method against the best single reference, in a sentence."""
     results = comparison.results_at(condition, comparison.metric)
     result = results[RECOMMENDED]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args
 
 from ..errors import UserError
 from ..settings import (
@@ -16,11 +16,82 @@ from ..settings import (
     ScoredPairSettings,
     above_zero,
     at_least_zero,
+    comma_separated,
     file_type,
+    no_effect,
+    seed,
 )
 from ..train.config import TrainConfig
 
 Metric = Literal["reward", "sum", "token", "byte"]
+Task = Literal["gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+# Fields that `evaluate` and `compare` share, named as lm-evaluation-harness names them.
+Tasks = Annotated[
+    str | None,
+    f"Tasks of lm-evaluation-harness to answer too, comma-separated: {', '.join(TASKS)}.",
+]
+TasksData = Annotated[
+    str | None,
+    "Folder with the tasks' questions (gsm8k_test.jsonl, gsm8k_train.jsonl, truthfulqa.csv, each "
+    "also with .gz). By default the harness's own data sets on the Hub.",
+]
+NumFewshot = Annotated[int | None, "Solved examples before each question of gsm8k. By default 5."]
+FewshotSeed = Annotated[int, "Seed that draws these examples."]
+ApplyChatTemplate = Annotated[
+    bool, "Ask the tasks' questions in the policy's chat template, each example as a turn."
+]
+Limit = Annotated[int | None, "Questions of each task, the first ones. By default all."]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSettings:
+    """The tasks that policies answer, and how: a part of the settings of evaluate and compare."""
+
+    tasks: Tasks = None
+    tasks_data: TasksData = None
+    num_fewshot: NumFewshot = None
+    fewshot_seed: FewshotSeed = 1234
+    apply_chat_template: ApplyChatTemplate = False
+    limit: Limit = None
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in TASKS:
+                raise UserError(f"--tasks {name}: unknown; the tasks are {', '.join(TASKS)}")
+        if not self.names:
+            no_effect(self, "without --tasks", *(field.name for field in fields(self)))
+        if "gsm8k" not in self.names:
+            no_effect(self, "without gsm8k among --tasks", "num_fewshot", "fewshot_seed")
+        above_zero(self, "limit")
+        at_least_zero(self, "num_fewshot")
+        seed(self, "fewshot_seed")
+
+    @classmethod
+    def of(cls, config: Any) -> TaskSettings:
+        """Those of a command's settings. Raises `UserError`."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @property
+    def names(self) -> list[Task]:
+        """The tasks; none without --tasks."""
+        return comma_separated(self.tasks, "--tasks")  # type: ignore[return-value]
+
+    @property
+    def flags(self) -> str:
+        """What of them is not the default, as flags, each after a space."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name for f in fields(self) if given[f.name] != f.default}
+        words = [
+            f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for name, value in given.items()
+            if name in changed
+        ]
+        return "".join(words)
+
+
+NO_TASKS = TaskSettings()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,7 +102,8 @@ class EvaluateConfig:
     much more than the base reference a policy prefers the chosen response; margins; by source;
     with intervals that draw whole prompts. A policy is scored as a reference is, by the same
     engines, and its scores are kept in a part of the store of their own: evaluating it again
-    costs nothing.
+    costs nothing. With --tasks the policies also answer GSM8K and TruthfulQA, through
+    lm-evaluation-harness; without --runs, --base or --pairs they do nothing else.
 
     Example: `mrpo evaluate --runs runs/dpo,runs/mrpo --base llama`
     """
@@ -59,6 +131,12 @@ class EvaluateConfig:
     max_tokens: Annotated[int | None, "Tokens computed at once. By default chosen by device."] = (
         None
     )
+    tasks: Tasks = None
+    tasks_data: TasksData = None
+    num_fewshot: NumFewshot = None
+    fewshot_seed: FewshotSeed = 1234
+    apply_chat_template: ApplyChatTemplate = False
+    limit: Limit = None
     out: Annotated[
         str, "File to write; figures of the training in it are kept, the settings go beside it."
     ] = "evaluation.json"
@@ -66,8 +144,15 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not (self.policies or self.runs):
             raise UserError("nothing to evaluate; name models with --policies or runs with --runs")
+        TaskSettings.of(self)
         above_zero(self, "max_tokens")
         file_type(self.out, ".json", "results are JSON")
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether pairs are evaluated on: always, but for policies that only answer tasks."""
+        about_pairs = (self.runs, self.base, self.pairs, self.refs_config, self.max_tokens)
+        return not self.tasks or any(about_pairs) or self.split != "validation"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,7 +169,12 @@ class CompareConfig(TrainConfig):
     """
 
     output_dir: Annotated[str, "Folder of the comparison: settings, cells/, compare.json."]
-    methods: Annotated[str, "METHOD[:ref/ref…][+weighting][+reliable], comma-separated."]
+    methods: Annotated[
+        str,
+        "METHOD[:ref/ref…][+weighting][+reliable], comma-separated; also soup[:ref/ref…][+vaw], "
+        "the mean of the policies that DPO with each reference gives, and merge[:ref/ref…], the "
+        "mean of the references' own weights.",
+    ]
     refs: Annotated[
         str | None,
         "Aliases of references, comma-separated, the base first. By default those that --methods "
@@ -120,6 +210,12 @@ class CompareConfig(TrainConfig):
     ] = "reward"
     jobs: Annotated[int | None, "Runs at once. By default one for each GPU, or one."] = None
     keep_models: Annotated[bool, "Keep each run's model once it is evaluated."] = True
+    tasks: Tasks = None
+    tasks_data: TasksData = None
+    num_fewshot: NumFewshot = None
+    fewshot_seed: FewshotSeed = 1234
+    apply_chat_template: ApplyChatTemplate = False
+    limit: Limit = None
 
     # Set for each run.
     method: Annotated[str, "Of one run."] = field(init=False, default="")
@@ -130,6 +226,7 @@ class CompareConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        TaskSettings.of(self)
         above_zero(self, "seeds", "jobs")
         if (last := self.seed + self.seeds - 1) > LAST_SEED:
             raise UserError(
@@ -142,8 +239,9 @@ class CompareConfig(TrainConfig):
 class DoctorConfig(ScoredPairSettings):
     """Say for every reference whether its scores can be trusted, and what it adds.
 
-    Works from the stored scores: accuracy, likelihood, length, agreement with the others, and the
-    traces that known faults leave. With --probe a few pairs are scored again in an independent
+    Works from the stored scores: accuracy, likelihood, length, agreement with the others, the
+    traces that known faults leave, and a forecast: which methods can differ from DPO with the base
+    on these pairs. With --probe a few pairs are scored again in an independent
     way, where the weights are available; that shows what scores alone can't. Exit code 1 where a
     reference is broken.
 
@@ -153,13 +251,28 @@ class DoctorConfig(ScoredPairSettings):
     refs: References
     probe: Annotated[int, "Pairs to score again for each reference; 0: none."] = 0
     sample: Annotated[int, "Pairs to look at, drawn at random where there are more."] = 20_000
-    beta: Annotated[float, "Beta of DPO and MRPO, for the first loss."] = 0.1
-    epsilon: Annotated[float, "Half-width of MRPO's clipping (CTRO), for the saturation."] = 0.1
+    methods: Annotated[
+        str | None,
+        "Methods to forecast, METHOD[:ref/ref…][+weighting][+reliable], comma-separated. By "
+        "default DPO with each reference and the usual ways to use several.",
+    ] = None
+    beta: Annotated[
+        str | None,
+        "Beta of the first loss, and after commas others for the forecast. By default 0.1,0.5; "
+        "2.5,12.5 with --normalize.",
+    ] = None
+    epsilon: Annotated[
+        float, "Half-width of MRPO's clipping (CTRO), for saturation and forecast."
+    ] = 0.1
+    normalize: Annotated[
+        Literal["none", "token", "byte"],
+        "What log-probs are divided by, for first loss and forecast.",
+    ] = "none"
     out: Annotated[str, "File to write; the settings go beside it."] = "doctor.json"
 
     def __post_init__(self) -> None:
         at_least_zero(self, "probe", "epsilon")
-        above_zero(self, "sample", "beta")
+        above_zero(self, "sample")
         file_type(self.out, ".json", "results are JSON")
 
 

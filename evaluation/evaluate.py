@@ -7,13 +7,15 @@ The reward is DPO's implicit reward up to beta: log pi(y) − log pi_base(y). Me
 base, policies of all methods are on one scale; a method's own references do not enter.
 
     policies.py -> scores -> score_table.py -> figures with intervals -> evaluation.json
+
+With --tasks the same policies also answer GSM8K and TruthfulQA (`tasks/`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -30,11 +32,14 @@ from ..settings import comma_separated, command, write_resolved
 from ..terminal import table_lines
 from ..train.config import TrainConfig
 from ..train.run_folder import RunFolder, update_evaluation
-from .config import EvaluateConfig, Metric
+from .config import EvaluateConfig, Metric, TaskSettings
 from .figures import preferred
 from .intervals import Interval, mean_intervals
 from .policies import Policy, policy_at, policy_of_run, references_of, run_names, run_settings
 from .score_table import ScoreTable, load_score_table, scored_records
+from .tasks.harness import plan_tasks
+from .tasks.measure import measure_tasks
+from .tasks.results import PolicyTasks, task_lines
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
 HEADS = {"reward": "by reward", "sum": "summed", "token": "per token", "byte": "per byte"}
@@ -64,30 +69,48 @@ class PolicyFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What `mrpo evaluate` measures and adds to evaluation.json."""
+    """What `mrpo evaluate` measures on pairs, and on tasks, and adds to evaluation.json."""
 
     pairs: str
     split: str
     base: PolicyFigures  # the base reference itself; its rewards are all 0
     policies: list[PolicyFigures]
+    tasks: list[PolicyTasks] = field(default_factory=list)  # of the same policies; [] without tasks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskEvaluation:
+    """What it measures and adds where policies only answer tasks."""
+
+    tasks: list[PolicyTasks]
 
 
 @command(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig) -> Evaluation | TaskEvaluation:
     """Score the policies where they are not yet, print their figures and write them to --out.
 
-    Raises `UserError` where the base lacks scores, or a policy can't be loaded or scored.
+    Raises `UserError` where the base lacks scores, a policy can't be loaded or scored, or a task's
+    questions are missing.
     """
     out = output_file(config.out)
     runs = comma_separated(config.runs)
     settings = [run_settings(run) for run in runs]
     policies = [policy_at(path) for path in comma_separated(config.policies)]
     policies += [policy_of_run(run, name) for run, name in zip(runs, run_names(runs))]
-    completed = _completed(config, settings)
-    if config.pairs is None:
-        _refuse_changed_pairs(str(completed.pairs), runs)
-    evaluation = measure(policies, completed)
-    print("\n".join(evaluation_lines(evaluation)))
+    planned = plan_tasks(TaskSettings.of(config))
+    store, lines = config.store, list[str]()
+    evaluation: Evaluation | TaskEvaluation = TaskEvaluation(tasks=[])
+    if config.on_pairs:
+        completed = _completed(config, settings)
+        if config.pairs is None:
+            _refuse_changed_pairs(str(completed.pairs), runs)
+        store, evaluation = completed.store, measure(policies, completed)
+        lines += evaluation_lines(evaluation)
+    if planned:
+        measured = measure_tasks(policies, planned, open_store(store), config.engine)
+        evaluation = replace(evaluation, tasks=measured)
+        lines += task_lines(measured)
+    print("\n".join(lines))
     write_resolved(config, out.with_suffix(".yaml"))
     update_evaluation(out, to_json(evaluation))
     print(out)

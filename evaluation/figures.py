@@ -16,7 +16,7 @@ import numpy as np
 from ..method.arrays import normalize_logps
 from ..method.grammar import parse_method
 from ..method.objective import ReferenceLogps
-from ..method.virtual_reference import ctro_clip
+from ..method.virtual_reference import KINDS, ctro_clip, pulls
 from ..method.weightings import arwc_weights
 from .intervals import Interval, mean_intervals
 from .score_table import ReferenceColumns, ScoreTable
@@ -52,11 +52,18 @@ class ReferenceFigures:
     dominance: dict[str, float]  # by kind: share of pairs that it decides alone
 
 
-def figures(table: ScoreTable, beta: float, epsilon: float = 0.1) -> list[ReferenceFigures]:
-    """The figures of every reference; the first is the base. `beta` is DPO's, `epsilon` CTRO's."""
+def figures(
+    table: ScoreTable, beta: float, epsilon: float = 0.1, normalize: str = "none"
+) -> list[ReferenceFigures]:
+    """The figures of every reference; the first is the base.
+
+    `beta` is DPO's and `normalize` its unit of log-probs, for the first loss; `epsilon` is CTRO's.
+    """
     scores, columns, size = table.pair_scores(), table.references, table.response_bytes
     saturated = {unit: saturation(scores, epsilon, unit) for unit in UNITS}
     dominant = dominance(scores, epsilon)
+    chosen, rejected = scores.reference_logps(list(range(len(columns))), normalize)
+    above_base = (chosen - rejected)[:, :1] - (chosen - rejected)
     hard = [difficulty(table, reference) for reference in columns]
     result = []
     for k, reference in enumerate(columns):
@@ -78,7 +85,7 @@ def figures(table: ScoreTable, beta: float, epsilon: float = 0.1) -> list[Refere
                 margin_scale=float(np.nanstd(margins)) if reference.scored.any() else math.nan,
                 length_bias=correlation(margins, size[:, 0] - size[:, 1]) ** 2,
                 saturation={unit: shares[k] for unit, shares in saturated.items()},
-                first_loss=_mean(np.logaddexp(0, -beta * (columns[0].margins - margins))),
+                first_loss=_mean(np.logaddexp(0, -beta * above_base[:, k])),
                 boundary=_mean(reference.boundary),
                 end_of_turn=_mean_ratio(reference.end_logps, logps),
                 end_of_turn_nats=_mean(-reference.end_logps),
@@ -136,36 +143,27 @@ def dominance(scores: ReferenceLogps, epsilon: float) -> dict[str, np.ndarray]:
     raw = scores.reference_logps(list(range(scores.ref_chosen_logps.shape[1])), "none")
     weights = arwc_weights(*raw)
     clipped = ctro_clip(*raw, epsilon)
-    pulls = {
-        "harmonic": [_shares(weights, -logps) for logps in raw],
-        "geometric": [weights, weights],
-        "arithmetic": [_shares(weights, logps) for logps in raw],
-        "mrpo": [_shares(weights, -logps) for logps in clipped],
-    }
+    of_kinds = {kind: [pulls(logps, weights, kind) for logps in raw] for kind in KINDS}
+    of_kinds["mrpo"] = [pulls(logps, weights) for logps in clipped]
     usable = ~np.isnan(raw[0]).all(axis=1)
     return {
         kind: ((chosen + rejected)[usable] / 2 > DOMINATES).mean(0)
-        for kind, (chosen, rejected) in pulls.items()
+        for kind, (chosen, rejected) in of_kinds.items()
     }
 
 
 def method_first_loss(
-    scores: ReferenceLogps, aliases: Sequence[str], method: str, beta: float
+    scores: ReferenceLogps,
+    aliases: Sequence[str],
+    method: str,
+    beta: float,
+    normalize: str = "none",
 ) -> float:
     """A method's mean loss for a policy equal to the base; with DPO on the base it is ln 2."""
-    targets = parse_method(method, aliases, beta=beta).targets(scores)
+    targets = parse_method(method, aliases, beta=beta, normalize=normalize).targets(scores)
     virtual = (targets.virtual_chosen_logps - targets.virtual_rejected_logps).numpy()
-    base = scores.ref_chosen_logps[:, 0] - scores.ref_rejected_logps[:, 0]
-    return _mean(np.logaddexp(0, -beta * (base - virtual)))
-
-
-def _shares(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """[N, K] weights · exp(logits), rows summing to 1; 0 where a reference is missing."""
-    logits = np.where(np.isnan(logits) | (weights == 0), -np.inf, logits)
-    largest = logits.max(axis=1, keepdims=True)
-    parts = weights * np.exp(logits - np.where(np.isfinite(largest), largest, 0))
-    total = parts.sum(axis=1, keepdims=True)
-    return parts / np.where(total > 0, total, np.nan)
+    chosen, rejected = scores.reference_logps([0], normalize)
+    return _mean(np.logaddexp(0, -beta * ((chosen - rejected)[:, 0] - virtual)))
 
 
 def saturation(scores: ReferenceLogps, epsilon: float, unit: str) -> list[float]:

@@ -91,6 +91,19 @@ def mean_intervals(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> l
     return [interval(mean, column) for mean, column in zip(means, draws.T)]
 
 
+def wilson(right: np.ndarray) -> Interval:
+    """A share with Wilson's 95 % interval, which also holds where all are right.
+
+    >>> wilson(np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0])).percent()
+    '80.0 (49.0–94.3)'
+    """
+    from scipy.stats import binomtest
+
+    test = binomtest(int(right.sum()), len(right))
+    low, high = test.proportion_ci(method="wilson")
+    return Interval(test.statistic, low, high)
+
+
 def _by_cluster(values: np.ndarray, cluster_of: np.ndarray, num_clusters: int) -> np.ndarray:
     """Sums [C, M] of the rows of each cluster."""
     return np.stack([np.bincount(cluster_of, column, num_clusters) for column in values.T], axis=1)

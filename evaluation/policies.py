@@ -21,6 +21,7 @@ from ..train.run_folder import RunFolder
 from ..train.start import recorded_source
 
 ADAPTER_CONFIG, TEMPLATE = "adapter_config.json", "chat_template.jinja"
+RENDERING = "rendering"  # its key in an average.json
 ALIAS_LENGTH = 48  # characters of a policy's name that become its alias
 
 
@@ -72,6 +73,11 @@ def policy_of_run(run: str | Path, name: str) -> Policy:
             f"--runs {run}: no {folder.model.name}/ there yet; finish the run with "
             "`mrpo train --resume`"
         )
+    if folder.average.is_file():
+        shape = {"chat_template_kwargs": dict[str, Any], "system_role": str | None}
+        way_out = f"remove {folder.path} and run `mrpo compare` again"
+        rendering = read_json(folder.average, {RENDERING: shape}, way_out)[RENDERING]
+        return policy_at(str(folder.model), name, *(rendering[key] for key in shape))
     saved = checkpoints(folder.checkpoints)
     if not saved:
         return policy_at(str(folder.model), name)

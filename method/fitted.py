@@ -13,13 +13,13 @@ Numpy and scipy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, logit
+from scipy.special import expit, log_expit, logit, logsumexp
 
 from ..errors import UserError
 
@@ -88,13 +88,7 @@ def fit_weights(
     >>> fit_weights(np.stack([d, -d], axis=1), np.arange(500)).weights
     array([1., 0.])
     """
-    complete = ~np.isnan(margins).any(axis=1)
-    if not complete.any():
-        raise UserError(
-            "weighting fitted found no pair that every reference has scored; "
-            "use --weighting arwc, or leave out the reference that misses most"
-        )
-    margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
+    margins, prompts = _complete(margins, prompts, "weighting fitted", "use --weighting arwc")
     scale = np.sqrt(np.mean(margins**2)) or 1.0
     scaled = np.asfortranarray(margins / scale)  # the layout that `logistic_regression` uses
     fold = _fold_of(prompts)
@@ -138,6 +132,15 @@ class NoisyFit:
         with np.errstate(divide="ignore"):  # logit(0) is −inf, and the chance 0
             return expit(logit(NOISES) - support) @ self.probabilities
 
+    def label_logp(self, margins: np.ndarray) -> np.ndarray:
+        """[N] log P(label) before it is seen, nats: of eps + (1 − 2 eps) sigmoid(w·D), averaged.
+
+        From margins [N, K]; NaN ones say nothing, and a pair of such alone gets log 1/2.
+        """
+        support = np.nan_to_num(margins) @ self.coefficients.T  # [N, G]
+        right, wrong = _log_chances(support, NOISES)
+        return logsumexp(np.logaddexp(right, wrong), axis=1, b=self.probabilities)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reliability:
@@ -165,10 +168,25 @@ class Reliability:
             margins: [N, K] D in nats, NaN where a reference is missing; it then says nothing.
             prompts: [N] integers, as for `fit_reliability`.
         """
-        fold, chances = _fold_of(prompts), np.empty(len(margins))
+        return self._by_other_folds(NoisyFit.chance_wrong, margins, prompts)
+
+    def label_logp(self, margins: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        """[N] log P(label) before it is seen, nats, by the fit that has not seen its prompt.
+
+        To know nothing gives log 1/2. Args: as of `chance_wrong`.
+        """
+        return self._by_other_folds(NoisyFit.label_logp, margins, prompts)
+
+    def _by_other_folds(
+        self,
+        judge: Callable[[NoisyFit, np.ndarray], np.ndarray],
+        margins: np.ndarray,
+        prompts: np.ndarray,
+    ) -> np.ndarray:
+        fold, judged = _fold_of(prompts), np.empty(len(margins))
         for f, fit in enumerate(self.folds):
-            chances[fold == f] = fit.chance_wrong(margins[fold == f])
-        return chances
+            judged[fold == f] = judge(fit, margins[fold == f])
+        return judged
 
     def describe(self, aliases: Sequence[str]) -> list[str]:
         """Lines for the user: the noise rate, the references' say, and the labels doubted."""
@@ -199,13 +217,7 @@ def fit_reliability(margins: np.ndarray, prompts: np.ndarray) -> Reliability:
     >>> bool(0.22 < fit.full.noise < 0.28), fit.doubted > 400
     (True, True)
     """
-    complete = ~np.isnan(margins).any(axis=1)
-    if not complete.any():
-        raise UserError(
-            "+reliable found no pair that every reference has scored; "
-            "leave it out, or leave out the reference that misses most"
-        )
-    margins, prompts = margins[complete].astype(np.float64), np.asarray(prompts)[complete]
+    margins, prompts = _complete(margins, prompts, "+reliable", "leave it out")
     fold = _fold_of(prompts)
     fit = Reliability(
         full=fit_noise(margins, np.ones(len(prompts), bool)),
@@ -230,8 +242,7 @@ def fit_noise(margins: np.ndarray, used: np.ndarray) -> NoisyFit:
     def objective(w: np.ndarray, noise: float) -> tuple[float, np.ndarray]:
         """The value and the gradient [K]."""
         z = w @ x
-        with np.errstate(divide="ignore"):
-            right, wrong = np.log1p(-noise) + log_expit(z), np.log(noise) + log_expit(-z)
+        right, wrong = _log_chances(z, noise)
         log_p = np.logaddexp(right, wrong)
         turned = np.exp(wrong - log_p)  # the chance that the label is wrong, given the label
         gradient = -(x @ (expit(-z) - turned)) / n + RIDGE * w
@@ -256,6 +267,12 @@ def fit_noise(margins: np.ndarray, used: np.ndarray) -> NoisyFit:
         return NoisyFit(np.eye(len(NOISES))[0], np.zeros((len(NOISES), size)))
     likelihoods = np.exp(np.array(log_likelihoods) - max(log_likelihoods))
     return NoisyFit(likelihoods / likelihoods.sum(), np.stack(coefficients))
+
+
+def _log_chances(support: np.ndarray, noise: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log P of labels that are right, and of labels turned round, from the support w·D of each."""
+    with np.errstate(divide="ignore"):
+        return np.log1p(-noise) + log_expit(support), np.log(noise) + log_expit(-support)
 
 
 def logistic_regression(
@@ -306,6 +323,19 @@ def logistic_regression(
         bounds=[(0, None)] * size if non_negative else None,
         options={"gtol": 1e-9, "ftol": 0, "maxcor": 20, "maxiter": 1000},
     ).x
+
+
+def _complete(
+    margins: np.ndarray, prompts: np.ndarray, what: str, way_out: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Margins [n, K] and prompts [n] of the pairs that every reference has scored."""
+    complete = ~np.isnan(margins).any(axis=1)
+    if not complete.any():
+        raise UserError(
+            f"{what} found no pair that every reference has scored; {way_out}, or leave out the "
+            "reference that misses most"
+        )
+    return margins[complete].astype(np.float64), np.asarray(prompts)[complete]
 
 
 _coefficients = partial(logistic_regression, ridge=RIDGE, non_negative=True)

@@ -5,10 +5,16 @@
 `parse_method` reads the text, lets flags override its parts, and returns a frozen `Method`
 (`objective.py`), which checks its parts and computes weights, targets and losses. `METHODS` has
 the defaults of what the text names, the dataclass `Method` those of everything else.
+
+For `compare` alone, means of weights, which are not trained themselves (`parse_average`):
+
+    soup[:ref/ref…][+vaw]    the mean of the policies that DPO with each reference gives
+    merge[:ref/ref…]         the mean of the references' own weights
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -35,6 +41,21 @@ METHODS = {
     "geometric": MethodDefaults("geometric"),
     "arithmetic": MethodDefaults("arithmetic"),
 }
+
+
+class Average(NamedTuple):
+    """A mean of weights, with every reference named."""
+
+    name: str  # of `AVERAGES`
+    references: tuple[str, ...]
+    weighting: str  # of `AVERAGES[name]`
+
+    def __str__(self) -> str:
+        weighted = "" if self.weighting == "uniform" else f"+{self.weighting}"
+        return f"{self.name}:{'/'.join(self.references)}{weighted}"
+
+
+AVERAGES = {"soup": ("uniform", "vaw"), "merge": ("uniform",)}  # with their weightings
 
 
 def parse_method(
@@ -72,6 +93,7 @@ def parse_method(
     >>> str(parse_method("dpo:qwen+reliable", ["llama", "qwen"]))
     'dpo:qwen/llama+reliable'
     """
+    refuse_average(text)
     name, named, text_weighting, reliable = _split(text)
     default = METHODS[name]
     references = named or tuple(aliases[:1] if name == "dpo" else aliases)
@@ -106,6 +128,47 @@ def parse_method(
     if method.weighting == "fixed":
         raise UserError("weighting fixed needs --weights, for example --weights 0.5,0.3,0.2")
     return method
+
+
+def parse_average(text: str, aliases: Sequence[str]) -> Average | None:
+    """Read `soup[:ref/ref…][+vaw]` or `merge[:ref/ref…]`; None for a method that is trained.
+
+    Without a list in the text it is over all of `aliases`. Raises `UserError` for whatever is
+    unknown or does not go together.
+
+    >>> str(parse_average("soup+vaw", ["llama", "qwen"]))
+    'soup:llama/qwen+vaw'
+    >>> parse_average("mrpo", ["llama", "qwen"])
+    """
+    name, named, weighting, reliable = _split(text)
+    if name not in AVERAGES:
+        return None
+    references, known = named or tuple(aliases), AVERAGES[name]
+    _check_references(text, name, references, aliases, reliable)
+    if reliable or (weighting or "uniform") not in known:
+        part, others = "reliable" if reliable else weighting, known[1:]
+        takes = f"takes +{' or +'.join(others)}, or nothing" if others else "is uniform"
+        raise UserError(f"method {text!r}: {name} {takes}; leave out +{part}")
+    if name == "merge" and len(references) < 2:
+        raise UserError(
+            f"method {text!r} is the reference {references[0]} itself; name two or more"
+        )
+    return Average(name, references, weighting or "uniform")
+
+
+def average_name(text: str) -> str | None:
+    """Which of `AVERAGES` a method is, None where it is trained or unknown."""
+    name = re.split("[:+]", text)[0]
+    return name if name in AVERAGES else None
+
+
+def refuse_average(text: str) -> None:
+    """Raise `UserError` for a soup or a merge, where a method to train on is asked for."""
+    if name := average_name(text):
+        raise UserError(
+            f"method {text!r}: a {name} is a mean of weights and made by compare, not trained; run "
+            f"`mrpo compare --methods {text}`"
+        )
 
 
 def named_references(text: str) -> tuple[str, ...]:
@@ -172,7 +235,7 @@ def _split(text: str) -> tuple[str, tuple[str, ...], str, bool]:
     body, *parts = text.split("+")
     weightings = [part for part in parts if part != "reliable"]
     name, colon, names = body.partition(":")
-    if name not in METHODS:
+    if name not in METHODS and name not in AVERAGES:
         raise UserError(f"method {text!r}: {name!r} is unknown; choose one of {', '.join(METHODS)}")
     references = tuple(names.split("/")) if colon else ()
     if "" in references or "" in parts:

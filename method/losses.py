@@ -230,9 +230,9 @@ def sft_loss(policy_chosen_logps: Array, chosen_tokens: Array) -> Array:
     return -policy_chosen_logps / like(chosen_tokens, policy_chosen_logps)
 
 
-PLAIN_LOSSES = {"sigmoid": sigmoid_loss, "hinge": hinge_loss, "ipo": ipo_loss}
+PLAIN_LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 SMOOTHED_LOSSES = {"sigmoid": smoothed_sigmoid_loss, "robust": robust_loss}
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
+LOSS_TYPES = tuple(PLAIN_LOSSES | SMOOTHED_LOSSES)
 
 
 def check_loss(loss_type: str, label_smoothing: float) -> None:

@@ -24,7 +24,7 @@ from ..errors import UserError
 from . import losses
 from .arrays import NORMALIZATIONS, check_choice, like, normalize_logps, renormalized
 from .fitted import FittedWeights, Reliability, fit_reliability, fit_weights
-from .virtual_reference import KINDS, ctro_clip, virtual_reference
+from .virtual_reference import KINDS, ctro_clip, pulls, virtual_reference
 from .weightings import FROM_HELD_OUT, ONLINE, PER_PAIR, WEIGHTINGS, vdw_weights
 
 SEPARATE = "separate"  # the kind of multi-dpo: the losses are averaged, not the references
@@ -44,6 +44,12 @@ class ReferenceLogps:
 
     def __len__(self) -> int:
         return len(self.ref_chosen_logps)
+
+    def of_rows(self, rows: np.ndarray) -> ReferenceLogps:
+        """The scores of some of the pairs."""
+        return ReferenceLogps(
+            **{field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        )
 
     def reference_logps(self, columns: list[int], normalize: str) -> tuple[np.ndarray, np.ndarray]:
         """[N, len(columns)] each, normalized; a reference missing in one response is in both."""
@@ -160,6 +166,13 @@ class Method:
         """Whether the weights are learned while training, see `OnlineWeights`."""
         return self.weighting in ONLINE
 
+    @property
+    def virtual_kind(self) -> str:
+        """Of `KINDS`. Separate losses have no virtual reference; the geometric one gives the mean
+        of their rewards, which is what the log shows.
+        """
+        return "geometric" if self.kind == SEPARATE else self.kind
+
     def prepare(
         self, training: ReferenceLogps, held_out: ReferenceLogps, bootstrap: int = 200
     ) -> Method:
@@ -225,12 +238,9 @@ class Method:
         if self.epsilon is not None:
             chosen, rejected = ctro_clip(chosen, rejected, self.epsilon, self.adaptive_epsilon)
         moved = 0.5 * (chosen != raw_chosen) + 0.5 * (rejected != raw_rejected)
-        # Separate losses have no virtual reference; the geometric one gives the mean of their
-        # rewards, which is what the log shows.
-        kind = "geometric" if self.kind == SEPARATE else self.kind
         return ReferenceTargets(
-            virtual_chosen_logps=virtual_reference(chosen, weights, kind),
-            virtual_rejected_logps=virtual_reference(rejected, weights, kind),
+            virtual_chosen_logps=virtual_reference(chosen, weights, self.virtual_kind),
+            virtual_rejected_logps=virtual_reference(rejected, weights, self.virtual_kind),
             ref_chosen_logps=chosen,
             ref_rejected_logps=rejected,
             weights=weights,
@@ -268,24 +278,61 @@ class Method:
         rejected = normalize_logps(
             policy_rejected_logps, self.normalize, rejected_tokens, targets.rejected_bytes
         )
-        policy, beta = (chosen, rejected), self.beta
-        loss_type = self.loss_type
-        smoothing = targets.label_smoothing if self.reliable else self.label_smoothing
-        virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
-        if self.kind == SEPARATE:
-            references = targets.ref_chosen_logps, targets.ref_rejected_logps
-            loss = losses.multi_dpo_loss(
-                *policy, *references, targets.weights, beta, loss_type, smoothing
-            )
-        else:
-            loss = losses.preference_loss(*policy, *virtual, beta, loss_type, smoothing)
+        loss = self._preference(chosen, rejected, targets)
         if self.sft_weight:
             loss = loss + self.sft_weight * losses.sft_loss(policy_chosen_logps, chosen_tokens)
+        virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
         rewards = [
-            beta * (logps.detach() - like(reference, logps))
-            for logps, reference in zip(policy, virtual)
+            self.beta * (logps.detach() - like(reference, logps))
+            for logps, reference in zip((chosen, rejected), virtual)
         ]
         return PairLosses(loss, *rewards)
+
+    def initial_weights(self, scores: ReferenceLogps) -> np.ndarray:
+        """[N] the weight with which a training pair's gradient starts, where policy = base.
+
+        −1/beta times the slope of the pair's loss in the policy's margin, at the margin of the
+        run's base (column 0 of `scores`). With the sigmoid loss and m the virtual margin it is
+        sigmoid(beta·(m − D_1)), and (1 − s)·sigmoid(h) − s·sigmoid(−h) of the same h with
+        `reliable`; negative where the pair is read as its opposite. NaN where a pair is unusable.
+        The SFT term is no part of it.
+        """
+        targets = self.targets(scores)
+        chosen, rejected = (
+            torch.from_numpy(logps[:, 0]) for logps in scores.reference_logps([0], self.normalize)
+        )
+        with torch.enable_grad():
+            loss = self._preference(chosen.requires_grad_(), rejected, targets)
+            [slopes] = torch.autograd.grad(loss.sum(), chosen)
+        return torch.where(loss.isnan(), torch.nan, -slopes / self.beta).numpy()
+
+    def reference_shares(self, scores: ReferenceLogps) -> np.ndarray:
+        """[N, K] how much each reference of the method is heard in the virtual one.
+
+        Its pull (`pulls`), as a mean over both responses; what CTRO clips is a multiple of the
+        base's log-prob, so its pull is the base's. Rows sum to 1; NaN where a pair is unusable.
+        """
+        targets = self.targets(scores)
+        shares = torch.zeros_like(targets.weights)
+        raw = map(torch.from_numpy, scores.reference_logps(list(self.columns), self.normalize))
+        for logps, clipped in zip(raw, (targets.ref_chosen_logps, targets.ref_rejected_logps)):
+            pull = pulls(clipped, targets.weights, self.virtual_kind)
+            silenced = torch.where(clipped != logps, pull, 0.0)
+            shares += (pull - silenced) / 2
+            shares[:, 0] += silenced.sum(-1) / 2
+        return shares.numpy()
+
+    def _preference(self, chosen: Tensor, rejected: Tensor, targets: ReferenceTargets) -> Tensor:
+        """[N] the loss on the preference alone, of the policy's normalized log-probs."""
+        smoothing = targets.label_smoothing if self.reliable else self.label_smoothing
+        policy, beta, loss_type = (chosen, rejected), self.beta, self.loss_type
+        if self.kind == SEPARATE:
+            references = targets.ref_chosen_logps, targets.ref_rejected_logps
+            return losses.multi_dpo_loss(
+                *policy, *references, targets.weights, beta, loss_type, smoothing
+            )
+        virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
+        return losses.preference_loss(*policy, *virtual, beta, loss_type, smoothing)
 
     def _weights(
         self, scores: ReferenceLogps, chosen: Tensor, rejected: Tensor, held_out: bool

@@ -116,6 +116,28 @@ def virtual_reference(ref_logps: Array, weights: Array, kind: str = "harmonic") 
     return KINDS[kind](filled, alpha)
 
 
+@accepts_numpy
+def pulls(ref_logps: Array, weights: Array, kind: str = "harmonic") -> Array:
+    """How much each reference's log-prob moves the virtual one: the derivative, weights held.
+
+    harmonic: ∝ alpha_k / pi_k, nearly all for the least likely; geometric: alpha_k; arithmetic:
+    ∝ alpha_k pi_k. Args: as of `virtual_reference`. Returns: [N, K], rows summing to 1; 0 where a
+    reference is missing, NaN where no reference of positive weight is present.
+
+    >>> import numpy as np
+    >>> r = np.log([[0.5, 0.25]])
+    >>> pulls(r, np.array([0.5, 0.5])).round(6).tolist()
+    [[0.333333, 0.666667]]
+    >>> pulls(r, np.array([0.5, 0.5]), "arithmetic").round(6).tolist()
+    [[0.666667, 0.333333]]
+    """
+    logps = in_float64(ref_logps).detach().clone().requires_grad_()
+    with torch.enable_grad():
+        virtual = virtual_reference(logps, weights, kind)
+        [slopes] = torch.autograd.grad(virtual.sum(), logps)
+    return torch.where(virtual.isnan()[..., None], torch.nan, slopes)
+
+
 def harmonic(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log (Σ_k alpha_k / pi_k)^(−1) of [N, K] log-probs and normalized weights -> [N]."""
     return -arithmetic(-logps, weights)

@@ -144,13 +144,8 @@ def response_place(spec: ReferenceSpec, commit: str | None = None) -> str | None
     stops there, and says why.
     """
     with contextlib.suppress(UserError):
-        renderer = Renderer.load(
-            spec.model_path or spec.model,
-            revision=commit or spec.revision,
-            chat_template=spec.chat_template,
-            chat_template_kwargs=spec.chat_template_kwargs,
-        )
-        return None if renderer.template.place == "prefix" else renderer.template.place
+        place = Renderer.of_reference(spec, commit).template.place
+        return None if place == "prefix" else place
     return None
 
 

@@ -36,6 +36,27 @@ Event = Mapping[str, Any]
 Report = Callable[[dict[str, Any]], None]
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names and count else [str(number) for number in range(count)]
+
+
+def worker_environment(devices: str | None, workers: int) -> dict[str, str]:
+    """What a worker of so many finds set: its GPUs, or its part of the threads.
+
+    Threads that the user has set stay.
+    """
+    if devices is not None:
+        return {"CUDA_VISIBLE_DEVICES": devices}
+    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    return {}
+
+
 class WorkerProcess:
     """One running worker. Its events arrive in `queue` as (worker, event); the last one is None.
 

@@ -28,7 +28,7 @@ from ..errors import UserError, at_path
 from ..settings import comma_separated, no_effect
 from .config import HEEDED_BY, PrecomputeConfig
 from .engines import EngineName
-from .process import Event, WorkerProcess
+from .process import Event, WorkerProcess, visible_gpus, worker_environment
 from .scoring import Job
 from .worker import run_job
 
@@ -60,9 +60,7 @@ def place(
             raise UserError("in_process scores with engine hf and one copy of each reference")
         engine = "hf"
     if engine == "auto":
-        import torch
-
-        has_vllm = torch.cuda.device_count() and find_spec("vllm")
+        has_vllm = visible_gpus() and find_spec("vllm")
         engine = "vllm" if has_vllm and not in_files else "hf"
     for name, engines in HEEDED_BY.items():
         if engine not in engines:
@@ -143,7 +141,7 @@ class ReferenceRun:
                 for number, devices in enumerate(device_groups):
                     log = logs / (f"{alias}.log" if count == 1 else f"{alias}-{number}.log")
                     job = self._job if leases else replace(self._job, worker=number, workers=count)
-                    self._start(_Running(job, log, _environment(devices, count)))
+                    self._start(_Running(job, log, worker_environment(devices, count)))
                 while self._workers:
                     worker, event = self._queue.get()
                     if event is None:
@@ -218,16 +216,12 @@ class ReferenceRun:
 def _device_groups(
     config: PrecomputeConfig, engine: EngineName, spec: ReferenceSpec
 ) -> list[str | None]:
-    import torch
-
-    workers, size = config.data_parallel_size, 1
-    if not torch.cuda.device_count():
+    workers, size, names = config.data_parallel_size, 1, visible_gpus()
+    if not names:
         return [None] * workers
     if engine == "vllm":
         size = config.tensor_parallel_size or spec.tensor_parallel_size
         size *= config.pipeline_parallel_size
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if workers * size > len(names):
         raise UserError(
             f"reference {spec.alias}: {workers} workers of {size} GPUs need {workers * size}, "
@@ -250,10 +244,3 @@ def _servers(config: PrecomputeConfig, specs: Sequence[ReferenceSpec]) -> dict[s
                 f"model: give --server {spec.alias}=http://HOST:8000,…"
             )
     return servers
-
-
-def _environment(devices: str | None, workers: int) -> dict[str, str]:
-    if devices is not None:
-        return {"CUDA_VISIBLE_DEVICES": devices}
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    return {"OMP_NUM_THREADS": str(threads)} if workers > 1 else {}

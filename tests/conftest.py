@@ -15,6 +15,7 @@ import pytest
 
 from mrpo import cli
 from mrpo.demo.models import FAMILIES, write_reference
+from mrpo.tests.needs import missing
 
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -29,8 +30,7 @@ def shared_data() -> Path:
     """The folder of real pairs beside the checkout; in continuous integration it must be there."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
-        message = f"real preference data not found at {folder}"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        missing(f"real preference data not found at {folder}")
     return folder
 
 

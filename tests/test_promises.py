@@ -248,6 +248,11 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             f"{PRECOMPUTE}server_identity.py::test_another_precision_than_bfloat16_is_seen",
         ),
         (
+            "an answer that is not one log-prob for each token that was sent ends the run",
+            f"{PRECOMPUTE}server_engine.py::"
+            "test_an_answer_that_is_not_a_log_prob_for_each_token_is_refused_in_one_line",
+        ),
+        (
             "another engine or a verified server made them, and their pairs are here",
             f"{PRECOMPUTE}server_identity.py::test_a_server_that_agrees_with_the_weights_and_then_with_the_store_is_verified",
         ),

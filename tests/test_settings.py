@@ -10,7 +10,7 @@ import pytest
 
 from mrpo.data.config import ImportConfig, InspectConfig, PrepareConfig, VerifyConfig
 from mrpo.errors import UserError
-from mrpo.settings import Also, Arg, build, settings_of, write_resolved
+from mrpo.settings import Also, Arg, Several, build, settings_of, write_resolved
 from mrpo.train.config import TrainConfig
 
 IMPORTED = {"source": "s", "alias": "a", "model": "m", "by_id": True}
@@ -27,6 +27,7 @@ class Example:
     clip: Annotated[float | Literal["none"], "a number or none"] = 0.5
     fast: Annotated[bool, "quickly"] = False
     refs: Annotated[str | None, "a list"] = None
+    several: Annotated[Several, "given several times"] = ()
     policy: Annotated[str, "a model", Also("model_name_or_path")] = "x"
 
 
@@ -60,6 +61,10 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
         ("rate: 1", ["source is missing"]),
         ("- a list", ["mapping"]),
         ("a: [", ["not YAML"]),
+        ("source: a\nsource: b", ["run.yaml", "key 'source' is there twice; keep one"]),
+        ("several: {prompt: {a}}", ["several is {'prompt': {'a': None}}", "quote a text"]),
+        ("several: 5", ["several is 5", "list or mapping of texts"]),
+        ("several: [a=b, [c]]", ["several is ['a=b', ['c']]"]),
         ("source: &a [*a]", ["not YAML"]),
         ("source: !!int x", ["not YAML"]),
         ("source: 2024-13-45", ["not YAML"]),

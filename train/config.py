@@ -85,7 +85,7 @@ class TrainConfig(MethodConfig):
     normalize: Annotated[
         Literal["none", "token", "byte"], "Divide log-probs by the response's length."
     ] = "none"
-    loss_type: Annotated[str, "The loss on the margin, such as sigmoid (DPO's), hinge, ipo."] = (
+    loss_type: Annotated[str, "The loss on the margin: sigmoid (DPO's), ipo, hinge or robust."] = (
         "sigmoid"
     )
     beta: Annotated[float, "How strongly the policy is held to the references."] = 0.1

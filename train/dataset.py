@@ -21,7 +21,7 @@ from ..data.pairs import Pair, in_fraction, label_turned, prompt_number
 from ..data.shards import PAIR_COLUMNS, PairShards, from_table
 from ..errors import UserError
 from ..files import write_bytes
-from ..method.grammar import aliases_of, parse_method
+from ..method.grammar import aliases_of, parse_method, refuse_average
 from ..method.objective import Method, ReferenceLogps
 from .config import MethodConfig, TrainConfig
 from .distributed import ALONE, Ranks
@@ -50,6 +50,7 @@ def method_of(config: MethodConfig) -> Method:
 
     Its columns are those of the joined scores, which are in the method's order.
     """
+    refuse_average(config.method)
     method = parse_method(
         config.method,
         aliases_of(config.refs, config.method),

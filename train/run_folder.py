@@ -7,6 +7,7 @@ runs/name/log.jsonl         a line a step, held-out evaluations between them
 runs/name/checkpoints/      the latest ones and the best
 runs/name/evaluation.json   held-out figures: of training, and those that `mrpo evaluate` adds
 runs/name/tracker-id        the run's id in wandb and trackio, if --report-to names them
+runs/name/average.json      in a comparison, in place of a log: what the model is the mean of
 runs/name/model/            the final model; it is there once the run is finished
 """
 
@@ -32,6 +33,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation.json"
+        self.average = self.path / "average.json"
         self.tracker_id = self.path / "tracker-id"
         self.model = self.path / "model"
 

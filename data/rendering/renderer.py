@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from ..references import GGUF, files_of, from_pretrained
+from ..references import GGUF, ReferenceSpec, files_of, from_pretrained
 from .template import ChatTemplate, Refusal, RenderedText
 
 if TYPE_CHECKING:
@@ -112,6 +112,17 @@ class Renderer:
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
             system_role=system_role,
+        )
+
+    @classmethod
+    def of_reference(cls, spec: ReferenceSpec, commit: str | None = None) -> Renderer:
+        """As a reference's scores are rendered, of a Hub model at `commit` where it is given."""
+        return cls.load(
+            spec.model_path or spec.model,
+            revision=commit or spec.revision,
+            chat_template=spec.chat_template,
+            chat_template_kwargs=spec.chat_template_kwargs,
+            system_role=spec.system_role,
         )
 
     @property

@@ -168,6 +168,26 @@ class ChatTemplate:
             branches.append(branch)
         return branches[0], branches[1]
 
+    def question(self, messages: Sequence[Message]) -> str:
+        """Turns without tools, the user's last, as text up to where the answer begins.
+
+        Raises `UserError` where there is no template, or where it refuses these turns.
+        """
+        template = self.get()
+        if template is None:
+            raise UserError(
+                f"{self._name} has no chat template; ask without --apply-chat-template, or save a "
+                "tokenizer that has one"
+            )
+        turns = folded(list(messages)) if self.folds else messages
+        try:
+            return self._shower(template, {"tools": None, **self.kwargs})(turns, asks=True)
+        except TEMPLATE_ERRORS as error:
+            raise UserError(
+                f"{self._name}: its chat template refuses the messages ({_one_line(error)}); ask "
+                "without --apply-chat-template"
+            ) from None
+
     def _shower(self, template: str, kwargs: Mapping[str, Any]) -> Show:
         variables = {"tools": None, **self.tokenizer.special_tokens_map, **kwargs}
 

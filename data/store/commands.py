@@ -29,7 +29,7 @@ from ..ids import ID_DTYPE, IdArray, IdIndex
 from ..shards import PairShards
 from .files import Files, LocalFiles
 from .scores import BAD, LEFT_OUT, ScoreFiles, intact
-from .store import POLICIES, ReferenceRecord, Store, merged, open_store
+from .store import POLICIES, TASK_RESULTS, ReferenceRecord, Store, merged, open_store
 
 SLICE = 2**20  # pairs looked up at a time: ten million at once would take a gigabyte more
 DAMAGED = "damaged"
@@ -173,7 +173,8 @@ def _named_by(folders: list[str]) -> set[str]:
 
 def _files_of(files: Files, folder: str) -> Iterator[tuple[str, str, int]]:
     """(path, name, bytes) of every file of an identity."""
-    for inner in (folder, f"{folder}/scores", f"{folder}/{LEFT_OUT}", f"{folder}/leases"):
+    for part in ("", "/scores", f"/{LEFT_OUT}", f"/{TASK_RESULTS}", "/leases"):
+        inner = f"{folder}{part}"
         for name, size in sorted(files.sizes(inner).items()):
             yield f"{inner}/{name}", name, size
 

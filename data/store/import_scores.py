@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from ...errors import UserError
 from ...settings import command
 from ..config import ImportConfig
-from ..formats import Broken, PairReader, RawPair, Unusable, by_reason
+from ..formats import CHAT_UNUSED, Broken, PairReader, RawPair, Unusable, by_reason
 from ..ids import IdIndex, digest_of, ids_to_numpy
 from ..layouts import RowReader
 from ..pairs import parse_id
@@ -128,6 +128,8 @@ def _rows(
                 left[NO_SCORE] += 1
             else:
                 yield {ID_COLUMN: identity, **scores, **counts}
+    if config.chat and not pairs.wrapped:
+        print(f"{source.given}: {CHAT_UNUSED}")
 
 
 def _present(store: Store, config: ImportConfig) -> ReferenceRecord:

@@ -32,6 +32,7 @@ from .scores import BAD, ScoreFiles
 IDENTITY = re.compile(r"[0-9a-f]{32}")
 RECORD = "reference.json"
 POLICIES = "policies"
+TASK_RESULTS = "tasks"  # a policy's folder of what `evaluation/tasks` measured
 RECORD_SHAPE = {
     **{"identity": str, "inputs": {}, "resolved_commit": str | None, "created": str},
     "names": [{"alias": str, "entry": {}, "recorded": str}],

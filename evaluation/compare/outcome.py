@@ -10,7 +10,8 @@ gains hold together (Bonferroni), since the best of several methods is looked fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -21,13 +22,16 @@ from ..config import Metric
 from ..evaluate import METRICS, reward_margins, right
 from ..intervals import Interval, interval, mean_intervals
 from ..score_table import ScoreTable, load_score_table
-from .cells import Cell
+from ..tasks.results import PinnedTask, head, kept_result
+from .averages import recorded_parts
+from .cells import Cell, runs_of
 from .results import (
     Calibration,
     Comparison,
     Condition,
     RunResult,
     ScoringCost,
+    TaskAccuracy,
     conditions_of,
 )
 from .verdict import Draws, change, judge, resample, tied_singles, verdict
@@ -54,6 +58,7 @@ class ComparisonPlan:
     metric: Metric  # what decides
     beta: float  # where a cell has none of its own
     normalize: str
+    tasks: list[PinnedTask] = field(default_factory=list)
 
     @property
     def aliases(self) -> list[str]:
@@ -66,12 +71,14 @@ class ComparisonPlan:
 
 def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Comparison:
     """Compare the finished cells; at least one must be."""
-    identities = {cell: cell.identity for cell in cells if cell.identity is not None}
+    runs = runs_of(cells)
+    identities = {run.folder: run.identity for run in runs if run.identity is not None}
     policies = [store.policies.names_of(identity)[0] for identity in identities.values()]
     table = load_score_table(
         plan.pairs, store, plan.records[:1], policies=policies, split="validation"
     )
-    answers = {cell: right(table, k) for k, cell in enumerate(identities, 1)}
+    columns = {folder: k for k, folder in enumerate(identities, 1)}
+    answers = {folder: right(table, k) for folder, k in columns.items()}
     methods, seeds = list(plan.references), sorted({cell.seed for cell in cells})
     conditions = conditions_of(plan.fractions, plan.label_noises)
     places = {
@@ -80,20 +87,25 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
             conditions.index(Condition(cell.fraction, cell.label_noise)),
             seeds.index(cell.seed),
         )
-        for cell in identities
+        for cell in cells
+        if cell.folder in identities
     }
     margins = np.full((len(table), len(methods), len(conditions), len(seeds)), np.nan)
-    for k, (cell, place) in enumerate(places.items(), 1):
+    for cell, place in places.items():
         beta = plan.beta if cell.beta is None else cell.beta
-        margins[:, *place] = beta * reward_margins(table, k, plan.normalize)
+        margins[:, *place] = beta * reward_margins(table, columns[cell.folder], plan.normalize)
     draws: dict[Metric, Draws] = {}
     for metric in METRICS:
         values = np.full_like(margins, np.nan)
-        for cell, answer in answers.items():
-            values[:, *places[cell]] = answer[metric]
+        for cell, place in places.items():
+            values[:, *place] = answers[cell.folder][metric]
         draws[metric] = resample(values, table.prompts)
     deciding = draws[plan.metric]
-    counted = ~np.isnan([answer["reward"] for answer in answers.values()]).any(axis=0)
+    counted = ~np.isnan([answers[cell.folder]["reward"] for cell in places]).any(axis=0)
+    accuracies: dict[Path, dict[Metric, float]] = {
+        folder: {name: float(np.nanmean(values)) for name, values in answer.items()}
+        for folder, answer in answers.items()
+    }
     comparison = Comparison(
         base=plan.base,
         pairs=int(counted.sum()),
@@ -116,8 +128,10 @@ def outcome_of(plan: ComparisonPlan, cells: Sequence[Cell], store: Store) -> Com
         if len(plan.label_noises) > 1
         else {},
         calibration=calibrations(margins, table.prompts, methods, conditions),
-        runs=[_run(cell, identities[cell], answers[cell]) for cell in identities],
-        missing=[str(cell) for cell in cells if cell not in identities],
+        task_settings=list(map(str, plan.tasks)),
+        tasks=_task_accuracies(plan.tasks, places, identities, store, methods, conditions, seeds),
+        runs=[_run(cell, identities[cell.folder], accuracies) for cell in places],
+        missing=list(dict.fromkeys(str(cell) for cell in cells if cell not in places)),
         scoring=[_scoring(record) for record in plan.records],
         verdict=[],
     )
@@ -165,6 +179,40 @@ def calibrations(
     return result
 
 
+def _task_accuracies(
+    tasks: Sequence[PinnedTask],
+    places: Mapping[Cell, tuple[int, int, int]],
+    identities: Mapping[Path, str],  # by the folder of the run
+    store: Store,
+    methods: Sequence[str],
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+) -> list[TaskAccuracy]:
+    """Each method's figures on the tasks, with intervals over questions and seeds."""
+    shape = len(methods), len(conditions), len(seeds)
+    accuracies = []
+    for pinned in tasks:
+        values = {metric: np.full((pinned.questions, *shape), np.nan) for metric in pinned.metrics}
+        for cell, place in places.items():
+            result = kept_result(store.policies, identities[cell.folder], pinned)
+            for metric, answers in result.values.items() if result else ():
+                values[metric][:, *place] = answers
+        for metric, answered in values.items():
+            draws = resample(answered, np.arange(pinned.questions))
+            accuracies += [
+                TaskAccuracy(
+                    method=methods[m],
+                    fraction=conditions[c].fraction,
+                    label_noise=conditions[c].label_noise,
+                    task=head(pinned.task, metric),
+                    accuracy=interval(float(draws.means[m, c]), draws.draws[:, m, c]),
+                )
+                for m, c in np.ndindex(len(methods), len(conditions))
+                if np.isfinite(draws.means[m, c])
+            ]
+    return accuracies
+
+
 def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:
     """By likelihood alone: the base's rewards against itself are all 0."""
     answers = right(table, 0)
@@ -173,15 +221,12 @@ def _base_accuracy(table: ScoreTable) -> dict[Metric, Interval]:
     return dict(zip(names, mean_intervals(values, table.prompts)))
 
 
-def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> RunResult:
-    pairs = seconds = last_step = 0.0
-    for line in read_log(cell.folder):
-        step_seconds, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
-        if step_seconds is None or rate is None:
-            continue
-        step = line["step"] or 0.0
-        elapsed = step_seconds * (step - last_step)  # a line has the means since the one before
-        pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
+def _run(cell: Cell, identity: str, accuracies: Mapping[Path, Mapping[Metric, float]]) -> RunResult:
+    """The run with the cost of its training: a soup costs what its parts do, a merge nothing."""
+    costs = [_cost(run) for run in (cell.parts if cell.average else [cell])]
+    pairs, seconds = (sum(of_all) for of_all in zip(*costs)) if costs else (0.0, 0.0)
+    of_parts = {part.method: dict(accuracies[part.folder]) for part in cell.parts}
+    parts = recorded_parts(cell) if cell.average else []
     trained = read_evaluation(cell.run.evaluation).get("training", {})
     return RunResult(
         method=cell.name,
@@ -190,12 +235,26 @@ def _run(cell: Cell, identity: str, answers: Mapping[Metric, np.ndarray]) -> Run
         seed=cell.seed,
         folder=str(cell.folder),
         identity=identity,
-        accuracy={name: float(np.nanmean(values)) for name, values in answers.items()},
+        accuracy=dict(accuracies[cell.folder]),
         own_accuracy=trained.get("figures", {}).get("eval_rewards/accuracies", float("nan")),
         pairs=pairs,
         seconds=seconds,
         pairs_per_second=pairs / seconds if seconds else float("nan"),
+        parts=[replace(part, accuracy=of_parts.get(part.name, {})) for part in parts],
     )
+
+
+def _cost(cell: Cell) -> tuple[float, float]:
+    """Pairs that a run has trained on, and the seconds of its optimizer steps."""
+    pairs = seconds = last_step = 0.0
+    for line in read_log(cell.folder):
+        step_seconds, rate = line.get("perf/step_seconds"), line.get("perf/pairs_per_second")
+        if step_seconds is None or rate is None:
+            continue
+        step = line["step"] or 0.0
+        elapsed = step_seconds * (step - last_step)  # a line has the means since the one before
+        pairs, seconds, last_step = pairs + rate * elapsed, seconds + elapsed, step
+    return pairs, seconds
 
 
 def _scoring(record: ReferenceRecord) -> ScoringCost:

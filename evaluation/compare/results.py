@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isnan
@@ -21,6 +22,7 @@ CALIBRATION = (
     "accuracy in % by each method's own reward, measured from its own virtual reference; log-loss "
     "in nats and Brier score of the reward from BASE, times beta, as a preference model"
 )
+PARTS = "the parts of each mean of weights, their share in it and their own accuracy in %"
 
 
 class Condition(NamedTuple):
@@ -48,6 +50,16 @@ class Result:
     over: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model that a soup or a merge is a mean of."""
+
+    name: str  # a method of a soup, an alias of a merge
+    identity: str  # of its scores in the store
+    weight: float  # all of a mean sum to 1
+    accuracy: dict[Metric, float] = field(default_factory=dict)  # as a run's; empty for references
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
     """One run: its accuracies as `mrpo evaluate` has them, and the cost of its training."""
@@ -63,6 +75,7 @@ class RunResult:
     pairs: float  # trained on, repeats counted
     seconds: float  # of optimizer steps
     pairs_per_second: float
+    parts: list[Part] = field(default_factory=list)  # of a soup or a merge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +93,17 @@ class Calibration:
     brier: Interval  # mean of (1 − probability)²; 0.25 is that of knowing nothing
     confidence: list[float]  # mean probability of the response that the reward prefers
     accuracy: list[float]  # how often that is the chosen one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskAccuracy:
+    """A method's figure on a task, over all seeds."""
+
+    method: str
+    fraction: float
+    label_noise: float
+    task: str  # with the filter of its answers, as "gsm8k strict"
+    accuracy: Interval  # share of the questions; truthfulqa_mc2: the correct answers' probability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +135,8 @@ class Comparison:
     growth: dict[str, Interval]  # from the last fraction but one to the last, at least noise
     noise_cost: dict[str, Interval] = field(default_factory=dict)  # from least noise to most
     calibration: list[Calibration] = field(default_factory=list)
+    task_settings: list[str] = field(default_factory=list)  # of --tasks, a line for each
+    tasks: list[TaskAccuracy] = field(default_factory=list)
     runs: list[RunResult]
     missing: list[str]  # runs that are not finished
     scoring: list[ScoringCost]
@@ -158,8 +184,12 @@ def read_comparison(path: Path) -> Comparison:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_restored)
         content["results"] = [Result(**entry) for entry in content["results"]]
+        for entry in content["runs"]:
+            parts = [Part(**part) for part in entry.get("parts", [])]
+            entry |= {"parts": parts}
         content["runs"] = [RunResult(**entry) for entry in content["runs"]]
         content["calibration"] = [Calibration(**c) for c in content.get("calibration", [])]
+        content["tasks"] = [TaskAccuracy(**entry) for entry in content.get("tasks", [])]
         content["scoring"] = [ScoringCost(**entry) for entry in content["scoring"]]
         comparison = Comparison(**content)
         if not fits(comparison, Comparison):
@@ -206,6 +236,15 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
         yield ""
         yield f"trained on {comparison.conditions[-1]}: {CALIBRATION.replace('BASE', base)}"
         yield from table_lines(calibration_rows(comparison))
+    if parts := part_rows(comparison):
+        yield ""
+        yield f"trained on {comparison.conditions[-1]}: {PARTS}"
+        yield from table_lines(parts)
+    for condition in reversed(comparison.conditions) if comparison.tasks else ():
+        yield ""
+        yield f"trained on {condition}: tasks, in %, with 95 % intervals over questions and seeds"
+        yield from table_lines(task_accuracy_rows(comparison, condition))
+    yield from comparison.task_settings
     yield ""
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
@@ -246,6 +285,36 @@ def calibration_rows(comparison: Comparison) -> list[list[str]]:
         ]
         shown = f"{100 * fmean(own):.1f}" if own else ""
         rows.append([entry.method, shown, str(entry.log_loss), str(entry.brier)])
+    return rows
+
+
+def part_rows(comparison: Comparison) -> list[list[str]]:
+    """The parts of soups and merges at the last condition, means over seeds; empty without any."""
+    last, found = comparison.conditions[-1], defaultdict(list)
+    for run in comparison.runs:
+        for part in run.parts if (run.fraction, run.label_noise) == last else ():
+            found[run.method, part.name].append(part)
+    rows = [["", "part", "weight", *HEADS.values()]]
+    for (method, name), parts in found.items():
+        weight = fmean(part.weight for part in parts)
+        values = [[part.accuracy[m] for part in parts if m in part.accuracy] for m in METRICS]
+        shown = [f"{100 * fmean(of_metric):.1f}" if of_metric else "" for of_metric in values]
+        rows.append([method, name, f"{weight:.3f}", *shown])
+    return rows if found else []
+
+
+def task_accuracy_rows(comparison: Comparison, condition: Condition) -> list[list[str]]:
+    """A row for each method that has a finished run there, a column for each task."""
+    columns = list(dict.fromkeys(entry.task for entry in comparison.tasks))
+    rows = [["", *columns]]
+    for method in comparison.methods:
+        figures = {
+            entry.task: entry.accuracy.percent()
+            for entry in comparison.tasks
+            if (entry.method, entry.fraction, entry.label_noise) == (method, *condition)
+        }
+        if figures:
+            rows.append([method, *(figures.get(column, "–") for column in columns)])
     return rows
 
 

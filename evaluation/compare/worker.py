@@ -1,7 +1,8 @@
 """The process that runs cells of a comparison: `python -P -m mrpo.evaluation.compare.worker`.
 
-It imports torch and transformers once and then runs one cell after another: `train`, then the
-figures of `mrpo evaluate`. `workers.py` starts it and sends it cells (`precompute/process.py`).
+It imports torch and transformers once and then runs one cell after another: `train`, or the mean
+of a soup or a merge, then the figures of `mrpo evaluate`. `workers.py` starts it and sends it cells
+(`precompute/process.py`).
 After each of the two the state of the process is restored, so that a cell's numbers are those of
 `mrpo train` and `mrpo evaluate` in processes of their own.
 
@@ -11,16 +12,17 @@ A user's mistake is reported, and the worker goes on; any other error ends the p
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import random
-import shutil
 import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +35,27 @@ from ...data.references import load_refs
 from ...data.store import open_store
 from ...errors import UserError
 from ...files import locked, to_json, write_json
-from ...method.grammar import aliases_of
+from ...method.grammar import aliases_of, parse_average
 from ...precompute.process import Report, serve
 from ...settings import build
-from ...train.checkpoint import STATE_FILE
 from ...train.config import TrainConfig
 from ...train.run import train
 from ...train.run_folder import update_evaluation
-from ..config import EvaluateConfig
+from ..config import NO_TASKS, EvaluateConfig, TaskSettings
 from ..evaluate import measure
 from ..policies import policy_of_run
-from .cells import SETTINGS, Cell, refuse_other_scores
+from ..tasks.harness import plan_tasks
+from ..tasks.measure import measure_tasks
+from .averages import make_merge, make_soup, merge_sources
+from .cells import SETTINGS, Cell, free_disk, from_job, refuse_other_scores
 
 TORCH_SEED = torch.initial_seed()  # of a new process
 
 
-def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
+planned_tasks = functools.cache(plan_tasks)  # the questions are read once for all cells
+
+
+def run_cell(cell: Cell, base: str, keep_model: bool, tasks: TaskSettings = NO_TASKS) -> None:
     """Train and evaluate a cell; this process prints to the cell's log from then on.
 
     `base` is the reference that rewards are measured from. Raises `UserError` for a user's
@@ -62,7 +69,7 @@ def run_cell(cell: Cell, base: str, keep_model: bool) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         try:
-            _train_and_evaluate(cell, base, keep_model)
+            _train_and_evaluate(cell, base, keep_model, tasks)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise
@@ -101,19 +108,24 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
+def _train_and_evaluate(
+    cell: Cell, base: str, keep_model: bool, tasks: TaskSettings = NO_TASKS
+) -> None:
     started = time.monotonic()
     config = build(TrainConfig, {}, str(cell.folder / SETTINGS))
-    print(f"$ mrpo train --config {cell.folder / SETTINGS}")
     store, specs = open_store(config.store), load_refs(config.refs_config)
-    records = [store.resolve(alias, specs) for alias in aliases_of(config.refs, config.method)]
+    aliases = aliases_of(config.refs, config.method)
+    records = [store.resolve(alias, specs) for alias in aliases]
     refuse_other_scores(cell, {record.alias: record.identity for record in records})
+    mean = parse_average(cell.method, aliases)
     with process_state_kept():
-        code = train(config).exit_code
-    if code:  # SIGTERM: the checkpoint is saved, and this process ends as it was asked to
-        sys.exit(code)
-    joined = JoinedScores(cell.run.scores).references
-    refuse_other_scores(cell, {reference.alias: reference.identity for reference in joined})
+        if mean is None:
+            _train(cell, config)
+        elif mean.name == "soup":
+            make_soup(cell, mean, config)
+        else:
+            of_alias = dict(zip(aliases, records))
+            make_merge(cell, mean, config, merge_sources(mean, of_alias, specs))
     trained = time.monotonic()
     settings = EvaluateConfig(
         runs=str(cell.folder),
@@ -123,33 +135,33 @@ def _train_and_evaluate(cell: Cell, base: str, keep_model: bool) -> None:
         store=config.store,
     )
     noise = f"-noise-{cell.label_noise:g}" if cell.label_noise else ""
-    policy = policy_of_run(cell.folder, f"{cell.name}-{cell.fraction:g}{noise}-{cell.seed}")
+    condition = "" if cell.average == "merge" else f"-{cell.fraction:g}{noise}-{cell.seed}"
+    policy = policy_of_run(cell.folder, f"{cell.name}{condition}")
     with process_state_kept():
         evaluation = measure([policy], settings, in_process=True)
+    if tasks.names:
+        with process_state_kept():
+            evaluation = replace(
+                evaluation, tasks=measure_tasks([policy], planned_tasks(tasks), store)
+            )
     update_evaluation(cell.run.evaluation, to_json(evaluation))
     seconds = {"train": trained - started, "evaluate": time.monotonic() - trained}
-    _free_disk(cell, keep_model)
+    free_disk(cell, keep_model)
     write_json(cell.result, {"identity": evaluation.policies[0].identity, "seconds": seconds})
 
 
-def _free_disk(cell: Cell, keep_model: bool) -> None:
-    """Remove a finished cell's checkpoints, which are several times its model.
-
-    With the model their state files stay: from these `mrpo train` sees that the run is finished,
-    and `mrpo evaluate` how its pairs are rendered.
-    """
-    if not keep_model:
-        shutil.rmtree(cell.run.model)
-        shutil.rmtree(cell.run.checkpoints)
-        return
-    for path in cell.run.checkpoints.glob("*/*"):
-        if path.name != STATE_FILE:
-            path.unlink()
+def _train(cell: Cell, config: TrainConfig) -> None:
+    """`mrpo train` with the cell's settings; SIGTERM ends this process once it has saved."""
+    print(f"$ mrpo train --config {cell.folder / SETTINGS}")
+    if code := train(config).exit_code:
+        sys.exit(code)
+    joined = JoinedScores(cell.run.scores).references
+    refuse_other_scores(cell, {reference.alias: reference.identity for reference in joined})
 
 
 def _handle(values: dict[str, Any], report: Report) -> None:
-    cell = values["cell"]
-    run_cell(Cell(**cell | {"folder": Path(cell["folder"])}), values["base"], values["keep_model"])
+    tasks = TaskSettings(**values["tasks"])
+    run_cell(from_job(values["cell"]), values["base"], values["keep_model"], tasks)
 
 
 def main() -> int:

@@ -8,18 +8,18 @@ folder, so that two comparisons never run the same cell at once.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 
-from ...precompute.process import Event, WorkerProcess
-from .cells import SETTINGS, Cell
+from ...precompute.process import Event, WorkerProcess, worker_environment
+from ..config import NO_TASKS, TaskSettings
+from .cells import COMPARISON, SETTINGS, Cell, free_disk, to_job
 
 WORKER = "mrpo.evaluation.compare.worker"
 TRIES = 2
@@ -52,22 +52,25 @@ class CellRunner:
     base: str  # the reference that rewards are measured from
     devices: Sequence[str | None]  # for each worker its CUDA_VISIBLE_DEVICES; None: as it is
     keep_models: bool = True
+    tasks: TaskSettings = NO_TASKS  # that the policies answer too
+    _cells: Sequence[Cell] = ()  # of the run
     _queue: SimpleQueue[tuple[WorkerProcess, Event | None]] = field(default_factory=SimpleQueue)
 
     def run(self, cells: Sequence[Cell]) -> list[Failure]:
-        """Finish every cell that is not; returns those that failed.
+        """Finish every cell that is not, a soup after its parts; returns those that failed.
 
+        Without `keep_models` a part's model goes when all its soups are made.
         On an interrupt, SIGTERM included, the workers end as soon as training has saved its
         checkpoints, and `KeyboardInterrupt` rises.
         """
+        self._cells = cells
         todo = deque(cell for cell in cells if not cell.finished)
         total, done = len(todo), 0
         failures: list[Failure] = []
         slots = [_Slot(device) for device in self.devices]
         try:
             with _sigterm_as_interrupt():
-                for slot in slots:
-                    self._next(slot, todo)
+                self._fill(slots, todo)
                 while any(slot.cell for slot in slots):
                     worker, event = self._queue.get()
                     slot = next(slot for slot in slots if slot.worker is worker)
@@ -79,7 +82,9 @@ class CellRunner:
                         failures.append(Failure(cell, reason, self._by_hand(cell)))
                     outcome = f"FAILED: {reason}" if reason else "done"
                     print(f"[{done}/{total}] {cell}: {outcome}", file=sys.stderr, flush=True)
-                    self._next(slot, todo)
+                    slot.cell = None
+                    self._free_parts()
+                    self._fill(slots, todo)
         except KeyboardInterrupt:
             self._let_save(slots)
             raise
@@ -87,22 +92,46 @@ class CellRunner:
             for slot in slots:
                 if slot.worker is not None:
                     slot.worker.stop()
+        for cell in todo:
+            part = next(part for part in cell.parts if not part.finished)
+            failures.append(Failure(cell, f"its part failed: {part}", self._by_hand(cell)))
+        self._free_parts()
         return failures
 
-    def _next(self, slot: _Slot, todo: deque[Cell]) -> None:
-        slot.cell, slot.tries = (todo.popleft() if todo else None), 0
-        if slot.cell is not None:
-            self._try(slot, slot.cell)
+    def _keeps(self, cell: Cell) -> bool:
+        """Whether the cell's model stays, if only until the soups that it is part of are made."""
+        soups = (soup for soup in self._cells if cell in soup.parts)
+        return self.keep_models or not all(soup.finished for soup in soups)
+
+    def _free_parts(self) -> None:
+        for part in dict.fromkeys(part for cell in self._cells for part in cell.parts):
+            if part.finished and not self._keeps(part):
+                free_disk(part, keep_model=False)
+
+    def _fill(self, slots: Sequence[_Slot], todo: deque[Cell]) -> None:
+        """Give every idle slot the first cell whose parts are all there."""
+        for slot in slots:
+            if slot.cell is not None:
+                continue
+            ready = (cell for cell in todo if all(part.finished for part in cell.parts))
+            slot.cell, slot.tries = next(ready, None), 0
+            if slot.cell is not None:
+                todo.remove(slot.cell)
+                self._try(slot, slot.cell)
 
     def _try(self, slot: _Slot, cell: Cell) -> None:
         """Send the cell to the slot's worker, a new one where there is none."""
         slot.tries += 1
-        values = asdict(cell) | {"folder": str(cell.folder)}
-        job = {"cell": values, "base": self.base, "keep_model": self.keep_models}
+        job = {
+            "cell": to_job(cell),
+            "base": self.base,
+            "keep_model": self._keeps(cell),
+            "tasks": asdict(self.tasks),
+        }
         if slot.worker is not None:
             slot.worker.send(job)
             return
-        environment = _environment(slot.device, len(self.devices))
+        environment = worker_environment(slot.device, len(self.devices))
         # The cell's log also shows what goes wrong while the worker starts.
         slot.worker = WorkerProcess(WORKER, job, self._queue, cell.log, environment)
 
@@ -137,17 +166,13 @@ class CellRunner:
 
     def _by_hand(self, cell: Cell) -> str:
         """The command that shows the failure again."""
+        if cell.average:
+            return f"mrpo compare --config {cell.folder.parents[3] / COMPARISON}"
         if not cell.run.finished:
             return f"mrpo train --config {cell.folder / SETTINGS}"
-        return f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {cell.run.evaluation}"
-
-
-def _environment(device: str | None, workers: int) -> Mapping[str, str]:
-    if device is not None:
-        return {"CUDA_VISIBLE_DEVICES": device}
-    if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    return {}
+        out = cell.run.evaluation
+        command = f"mrpo evaluate --runs {cell.folder} --base {self.base} --out {out}"
+        return command + self.tasks.flags
 
 
 @contextmanager

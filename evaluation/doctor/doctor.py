@@ -25,10 +25,13 @@ from ...files import output_file, write_json
 from ...method.grammar import epsilon_warning
 from ...settings import comma_separated, command, write_resolved
 from ...terminal import Rows, table_lines
+from ..compare.cells import betas_of, methods_of
 from ..config import DoctorConfig
 from ..figures import UNITS, ReferenceFigures, figures, method_first_loss
 from ..score_table import ScoreTable, load_score_table, pairs_at
 from .checks import check_scores
+from .forecast import Forecast, default_betas, forecast
+from .forecast_words import NOTE, TITLE, conclusions, forecast_rows
 from .probe import REFUTED, ProbeReport, probe
 from .verdicts import Advice, Finding, Verdict, advise, verdict_on
 
@@ -47,6 +50,8 @@ class Diagnosis:
     probes: list[ProbeReport]
     verdicts: list[Verdict]
     advice: Advice
+    forecast: Forecast | None  # None where a reference is broken
+    conclusions: list[str]  # from the forecast
     first_loss: float  # of MRPO with all references, where the policy starts at the base
     rendering: list[str]  # what is special about how pairs are rendered, or changed since
 
@@ -101,7 +106,16 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
         for reference, spec in zip(table.references, known)
         for note in _notes(reference.record, spec, table, pairs)
     ]
-    numbers = figures(table, config.beta, config.epsilon)
+    betas = betas_of(config.beta, "--beta") if config.beta else default_betas(config.normalize)
+    numbers = figures(table, betas[0], config.epsilon, config.normalize)
+    outlook = forecast(
+        table.pair_scores(),
+        table.aliases,
+        methods=methods_of(config.methods) if config.methods else None,
+        betas=betas,
+        epsilon=config.epsilon,
+        normalize=config.normalize,
+    )
     vocabularies = [
         _vocabulary(None if _changed(reference.record, spec) else spec)
         for reference, spec in zip(table.references, known)
@@ -117,18 +131,29 @@ def diagnose(config: DoctorConfig, table: ScoreTable | None = None) -> Diagnosis
             kept = [finding for finding in kept if finding.code not in REFUTED]
         findings[report.alias] = kept + report.findings
     advice = advise(table, numbers, findings)
+    verdicts = [
+        verdict_on(reference, findings[reference.alias], advice, store.root)
+        for reference in numbers
+    ]
+    broken = [verdict.alias for verdict in verdicts if verdict.state == "broken"]
+    says = conclusions(outlook, table.aliases[0])
+    if advice.normalize not in ("none", config.normalize):
+        says.append(f"all of this again with --normalize {advice.normalize}, as suggested above")
+    if broken:
+        says = [f"none while {', '.join(broken)} is broken: mend it, or leave it out of --refs"]
     return Diagnosis(
         pairs=len(table),
         of_pairs=pairs.num_pairs,
         references=numbers,
         findings=findings,
         probes=probes,
-        verdicts=[
-            verdict_on(reference, findings[reference.alias], advice, store.root)
-            for reference in numbers
-        ],
+        verdicts=verdicts,
         advice=advice,
-        first_loss=method_first_loss(table.pair_scores(), table.aliases, "mrpo", config.beta),
+        forecast=None if broken else outlook,
+        conclusions=says,
+        first_loss=method_first_loss(
+            table.pair_scores(), table.aliases, "mrpo", betas[0], config.normalize
+        ),
         rendering=notes,
     )
 
@@ -159,7 +184,7 @@ def _notes(
     if pairs.kind != "text" or spec is None:
         return
     try:
-        renderer = Renderer.load(spec.model_path or spec.model, revision=spec.revision)
+        renderer = Renderer.of_reference(spec, record.resolved_commit)
     except UserError:  # its tokenizer is not on this machine
         return
     shown = pairs_at(pairs, table.places[:SHOWN_PAIRS])
@@ -200,6 +225,8 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     for title, rows in tables.items():
         yield from ["", title] if title else [""]
         yield from table_lines(rows)
+    if diagnosis.forecast is not None and diagnosis.forecast.rows:
+        yield from ["", TITLE, f"({NOTE})", *table_lines(forecast_rows(diagnosis.forecast))]
     if diagnosis.rendering:
         yield ""
     for note in diagnosis.rendering:
@@ -226,6 +253,8 @@ def diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     if advice.weights:
         weights = ", ".join(f"{alias} {weight}" for alias, weight in advice.weights.items())
         yield f"weights     fitted to the labels: {weights}; --weighting fitted uses them"
+    for line in diagnosis.conclusions:
+        yield f"forecast    {line}"
     if len(references) > 1:
         yield f"first loss  {diagnosis.first_loss:.3f} for mrpo with all of them; DPO's is 0.693"
 

@@ -15,6 +15,7 @@ from ..doctor.doctor import (
     load_references,
     margin_rows,
 )
+from ..doctor.forecast_words import NOTE, TITLE, forecast_rows
 from ..figures import UNITS, agreement, saturation
 from ..intervals import Interval
 from ..score_table import ScoreTable, margins
@@ -36,6 +37,7 @@ def references_section(config: ReportConfig) -> list[Section]:
     words = [f"Train with --normalize {advice.normalize}: {advice.reason}."]
     if advice.drop:
         words.append(f"May add nothing, the fitted weight reaches 0: {', '.join(advice.drop)}.")
+    words += [f"{line[:1].upper()}{line[1:]}." for line in diagnosis.conclusions]
     verdicts = [("reference", "verdict", "why", "what to do")]
     verdicts += [(v.alias, v.state, v.reason, v.suggestion) for v in diagnosis.verdicts]
     charts = [
@@ -50,6 +52,9 @@ def references_section(config: ReportConfig) -> list[Section]:
         Table(title="Likelihood and accuracy", rows=likelihood_rows(references)),
         Table(title=MARGINS.capitalize(), rows=margin_rows(references)),
     ]
+    if diagnosis.forecast is not None and diagnosis.forecast.rows:
+        title = f"{TITLE.capitalize()} ({NOTE})"
+        tables.append(Table(title=title, rows=forecast_rows(diagnosis.forecast)))
     return [Section(title="References", words=words, tables=tables, charts=charts)]
 
 

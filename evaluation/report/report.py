@@ -31,6 +31,7 @@ from ..config import CompareConfig, ReportConfig
 from .charts import Section, Table, legend, to_svg
 from .references_section import references_section
 from .runs_section import run_sections
+from .tasks_section import task_sections
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -118,7 +119,7 @@ def audit_section(config: ReportConfig) -> list[Section]:
 
 
 # In the order of the page. Each takes the settings with their defaults filled in.
-SECTIONS = (run_sections, references_section, audit_section)
+SECTIONS = (run_sections, task_sections, references_section, audit_section)
 
 
 def _settings(folder: Path) -> TrainConfig:

@@ -18,12 +18,14 @@ from ...train.run_folder import read_log
 from ..compare.compare import RESULT, SETTINGS
 from ..compare.results import (
     CALIBRATION,
+    PARTS,
     Comparison,
     Condition,
     Result,
     accuracy_rows,
     calibration_rows,
     noise_rows,
+    part_rows,
     percent,
     read_comparison,
 )
@@ -59,8 +61,8 @@ def run_sections(config: ReportConfig) -> list[Section]:
             continue
         comparison = read_comparison(folder / RESULT)
         sections.append(_comparison(comparison))
-        for run in comparison.runs:
-            if (run.fraction, run.label_noise) == comparison.conditions[-1]:
+        for run in comparison.runs:  # soups and merges have no log, their parts may have
+            if not run.parts and (run.fraction, run.label_noise) == comparison.conditions[-1]:
                 found = folder.joinpath(*Path(run.folder).parts[-4:])
                 logs.setdefault(run.method, []).append(read_log(found))
     if logs:
@@ -158,6 +160,14 @@ def _comparison(comparison: Comparison) -> Section:
                 f"{comparison.conditions[-1]}",
                 rows=[["method", *head[1:]], *calibrated],
                 note=f"{words[0].upper()}{words[1:]}. Knowing nothing is 0.693 and 0.25.",
+            )
+        )
+    if parts := part_rows(comparison):
+        tables.append(
+            Table(
+                title=f"Means of weights, trained on {comparison.conditions[-1]}",
+                rows=[["mean", *parts[0][1:]], *parts[1:]],
+                note=f"{PARTS[0].upper()}{PARTS[1:]}. Means over seeds.",
             )
         )
     costs = [

@@ -5,17 +5,19 @@ cache for them. Started with `--enable-scale-out` on the V2 model runner (a GPU'
 server also scores given ids on the responses' rows alone, at `/inference/v1/generate`; there the
 prompt is computed once per pair. Scores whose rows came from the cache are missing from the answer
 and requested again. Each pair has a cache salt of its own, so that no other traffic decides what
-it finds cached. A server that serves another model or tokenizer than refs.yaml names is refused.
+it finds cached. A server that serves another model or tokenizer than refs.yaml names is refused,
+and so is an answer that is not one log-prob for each token that was sent.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,9 @@ import httpx
 import numpy as np
 import tenacity
 
+from ...data.store.import_scores import ABOVE_ZERO
 from ...errors import UserError
+from ...files import fits
 from .protocol import EngineSettings, Logps, PairTokenLogps, Progress
 from .requests import Request, disagreement, plan_requests, scored_pair, trial_pair
 
@@ -36,9 +40,11 @@ BLOCK = 8  # every block size of vLLM is a multiple of it; the server does not r
 ATTEMPTS = 8
 FIRST_WAIT = 0.5  # seconds before the second attempt, doubled before each further one
 TIMEOUT = 600.0  # seconds for an answer, its time in the server's queue included
+TOP = 5  # log-probs of a row whose probabilities are added up
 CLAMPED = -9999.0  # JSON has no infinity: the server writes this for it
 ABSENT = {404, 405, 501}
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
+LOGITS = "logits, it seems; start the server without --logprobs-mode"
 SHARING, PLAIN = "/inference/v1/generate", "/v1/completions"
 
 
@@ -69,6 +75,7 @@ class ServerEngine:
         self.limit: int | None = None if longest is None else int(longest) - 1
         self._check_tokenizer()
         self._version = (self._optional("/version") or {}).get("version")
+        self._check_log_probs()
         self._route = SHARING if settings.share_prompts and self._scores_given_ids() else PLAIN
 
     @property
@@ -109,24 +116,40 @@ class ServerEngine:
         return scored_pair(pair, parts)
 
     def _logps(self, request: Request, salt: str) -> Logps:
-        if self._route == SHARING:
-            logps = self._given_ids(request, salt)
-            if logps is None:
-                assert request.read_cache, "the server left out rows that no cache held"
-                logps = self._given_ids(replace(request, read_cache=False), salt)
-            assert logps is not None
-            return logps
-        return self._every_row(request, salt)
+        if self._route == PLAIN:
+            return self._every_row(request, salt)
+        logps = self._given_ids(request, salt)
+        if logps is None and request.read_cache:
+            logps = self._given_ids(replace(request, read_cache=False), salt)
+        if logps is None:
+            raise self._unfit(SHARING, "lacks rows that no cache held")
+        return logps
 
     def _every_row(self, request: Request, salt: str) -> Logps:
         """The log-probs by the plain route."""
-        body = {"prompt": request.token_ids, "max_tokens": 1, "prompt_logprobs": 0}
-        rows = self._call(PLAIN, self._addressed(body, salt))["choices"][0]["prompt_logprobs"]
-        assert len(rows) == len(request.token_ids)
+        rows = self._rows(request.token_ids, salt)
         scored = zip(rows[request.first :], request.token_ids[request.first :])
-        logps = np.array([row[str(token)]["logprob"] for row, token in scored], dtype=np.float32)
+        try:
+            values = [row[str(token)]["logprob"] for row, token in scored]
+            logps = np.array(values, dtype=np.float32)
+        except (KeyError, TypeError, ValueError):
+            raise self._unfit(PLAIN, "lacks tokens that were sent") from None
         logps[logps <= CLAMPED] = -np.inf
-        return logps
+        return self._checked(PLAIN, logps)
+
+    def _rows(self, token_ids: Sequence[int], salt: str, top: int = 0) -> list[Any]:
+        """For each token what the plain route says of it and of the `top` likeliest in its place.
+
+        None for the first token.
+        """
+        body = {"prompt": token_ids, "max_tokens": 1, "prompt_logprobs": top}
+        answer = self._answer(PLAIN, body, salt)
+        if not fits(answer, {"choices": [{"prompt_logprobs": list}]}) or not answer["choices"]:
+            raise self._unfit(PLAIN, "has no prompt_logprobs")
+        rows: list[Any] = answer["choices"][0]["prompt_logprobs"]
+        if len(rows) != len(token_ids):
+            raise self._unfit(PLAIN, f"has {len(rows)} rows for {len(token_ids)} tokens")
+        return rows
 
     def _given_ids(self, request: Request, salt: str) -> Logps | None:
         """The log-probs by the sharing route; None where the cache left out one of their rows."""
@@ -138,15 +161,50 @@ class ServerEngine:
             "skip_reading_prefix_cache": not request.read_cache,
         }
         body = {"token_ids": request.token_ids, "sampling_params": sampling}
-        scores = self._call(SHARING, self._addressed(body, salt))["prompt_token_id_logprobs"]
+        scores = self._answer(SHARING, body, salt).get("prompt_token_id_logprobs")
         if scores is None:
             return None
-        logps = np.load(io.BytesIO(base64.b64decode(scores)), allow_pickle=False)
-        assert logps.shape == (request.num_logps, 1), logps.shape
-        return np.asarray(logps[:, 0], dtype=np.float32)
+        try:
+            logps = np.load(io.BytesIO(base64.b64decode(scores)), allow_pickle=False)
+        except (TypeError, ValueError, EOFError):
+            raise self._unfit(SHARING, "holds no array") from None
+        if logps.shape != (request.num_logps, 1):
+            raise self._unfit(SHARING, f"has {logps.shape} log-probs for {request.num_logps}")
+        return self._checked(SHARING, np.asarray(logps[:, 0], dtype=np.float32))
 
-    def _addressed(self, body: dict[str, Any], salt: str) -> dict[str, Any]:
-        return {**body, "model": self._served["id"], "cache_salt": salt}
+    def _checked(self, path: str, logps: Logps) -> Logps:
+        if (logps > ABOVE_ZERO).any():
+            raise self._unfit(path, f"has a log-prob of {logps.max():.3g}, above 0", LOGITS)
+        return logps
+
+    def _answer(self, path: str, body: dict[str, Any], salt: str) -> dict[str, Any]:
+        """What the server's model says; vLLM answers under the first of the model's names."""
+        answer = self._call(path, {**body, "model": self._served["id"], "cache_salt": salt})
+        if (model := answer.get("model")) not in (None, *self._served["names"]):
+            raise self._unfit(path, f"is of another model, {model}")
+        return answer
+
+    def _unfit(
+        self, path: str, why: str, way_out: str = "name a vLLM server of this model"
+    ) -> UserError:
+        alias = self._settings.alias
+        return UserError(f"reference {alias}: an answer of {self._url}{path} {why}; {way_out}")
+
+    def _check_log_probs(self) -> None:
+        """Refuse a server that gives logits: the probabilities of its rows add up to more than 1.
+
+        Not every logit is above 0, so that single answers may look right.
+        """
+        try:
+            rows = self._rows(trial_pair(self.limit).chosen.token_ids, secrets.token_hex(16), TOP)
+            totals = [
+                sum(math.exp(min(value["logprob"], 1.0)) for value in row.values())
+                for row in rows[1:]
+            ]
+        except (UserError, AttributeError, KeyError, TypeError):
+            return  # it may allow fewer than these; every answer is looked at by itself
+        if max(totals) > 1 + TOP * ABOVE_ZERO:
+            raise self._unfit(PLAIN, f"has probabilities that add up to {max(totals):.3g}", LOGITS)
 
     def _scores_given_ids(self) -> bool:
         """Whether the sharing route gives what the plain one does, cached rows included."""
@@ -177,12 +235,18 @@ class ServerEngine:
 
     def _find_model(self) -> dict[str, Any]:
         """The served model or adapter that refs.yaml names."""
-        models = self._call("/v1/models")["data"]
-        named = self._settings.adapter or self._settings.model
+        content = self._call("/v1/models")
+        models = content["data"] if fits(content, {"data": [{"id": str}]}) else []
+        adapter, named = self._settings.adapter, self._settings.adapter or self._settings.model
         for model in models:
-            if any(_same(str(model.get(key)), named) for key in ("id", "root")):
-                base = next((m for m in models if m["id"] == model.get("parent")), model)
-                return {**model, "max_model_len": base.get("max_model_len")}
+            base = next((m for m in models if m["id"] == model.get("parent")), None)
+            if not _is(model, named) or (adapter is None and model.get("parent")):
+                continue  # an adapter is not the model that it is of, whatever its name
+            if adapter is not None and base is not None and not _is(base, self._settings.model):
+                continue
+            names = [m["id"] for m in models if m.get("root") == model.get("root")]
+            longest = (base or model).get("max_model_len")
+            return {**model, "names": names, "max_model_len": longest}
         served = ", ".join(f"{model['id']} ({model.get('root')})" for model in models)
         raise UserError(
             f"reference {self._settings.alias}: {self._url} serves {served}, not {named}; start "
@@ -193,7 +257,7 @@ class ServerEngine:
         for text, token_ids in self._settings.probes.items():
             body = {"model": self._served["id"], "prompt": text, "add_special_tokens": False}
             answer = self._optional("/tokenize", body)
-            if answer is not None and answer["tokens"] != token_ids:
+            if answer is not None and answer.get("tokens") != token_ids:
                 raise UserError(
                     f"reference {self._settings.alias}: {self._url} tokenizes {text[:20]!r} unlike "
                     f"{self._settings.model}; start the server with that model's own tokenizer"
@@ -233,8 +297,9 @@ class ServerEngine:
         try:
             content = answer.json()
         except ValueError:
-            raise httpx.DecodingError(f"no JSON: {answer.text[:300]}") from None
-        assert isinstance(content, dict), content
+            content = None
+        if not isinstance(content, dict):
+            raise httpx.DecodingError(f"no JSON object: {answer.text[:300]}")
         return content
 
 
@@ -248,7 +313,10 @@ def _one_line(error: BaseException | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _same(served: str, named: str) -> bool:
-    """Whether two names mean the same model: equal, or paths to the same folder."""
-    folders = Path(served).is_dir() and Path(named).is_dir()
-    return served == named or (folders and Path(served).samefile(named))
+def _is(model: Mapping[str, Any], named: str) -> bool:
+    """Whether a served model is the named one: by its id or root, or by a path to its folder."""
+    for served in (str(model.get("id")), str(model.get("root"))):
+        folders = Path(served).is_dir() and Path(named).is_dir()
+        if served == named or (folders and Path(served).samefile(named)):
+            return True
+    return False

@@ -61,7 +61,7 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         on_gpu = torch.cuda.device_count() > 0
-        _prepare_process(on_gpu)
+        prepare_process(on_gpu)
         import vllm
         from vllm.lora.request import LoRARequest
 
@@ -74,7 +74,7 @@ class VllmEngine:
         if settings.adapter is not None:
             given = adapter_folder(settings)
             folder = plain_adapter(settings.alias, given, Path(self._copies.name))
-            arguments |= _lora_arguments(settings.alias, folder)
+            arguments |= lora_arguments(settings.alias, folder)
             self._lora = LoRARequest(settings.alias, 1, str(folder))
         try:
             self._llm = vllm.LLM(**arguments)
@@ -99,13 +99,12 @@ class VllmEngine:
     @property
     def facts(self) -> dict[str, Any]:
         import vllm
-        from vllm.platforms import current_platform
 
         return {
             "engine": "vllm",
             "vllm": vllm.__version__,
             "torch": torch.__version__,
-            "device": str(current_platform.get_device_name()),
+            "device": vllm_device(),
             "route": "prompt_logprob_token_ids" if self._by_token_ids else "prompt_logprobs",
             "max_tokens": self._max_tokens,
             "tensor_parallel_size": self._settings.tensor_parallel_size,
@@ -219,7 +218,7 @@ class VllmEngine:
         return np.asarray(flat.logprobs[request.first - 1 :], dtype=np.float32)
 
 
-def _prepare_process(on_gpu: bool) -> None:
+def prepare_process(on_gpu: bool) -> None:
     """Set what vLLM reads from the environment, where the user has not."""
     # For the token that `max_model_len` has beyond the longest sequence, room for an unused answer.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
@@ -231,6 +230,13 @@ def _prepare_process(on_gpu: bool) -> None:
         import torch._dynamo.config
 
         torch._dynamo.config.disable = True
+
+
+def vllm_device() -> str:
+    """The name of the device that vLLM found for itself."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name())
 
 
 def _arguments(settings: EngineSettings, on_gpu: bool) -> dict[str, Any]:
@@ -352,7 +358,7 @@ def _adapter_weights(alias: str, folder: Path) -> dict[str, torch.Tensor]:
     raise UserError(f"reference {alias}: {folder} has no {safe.name}; restore the adapter")
 
 
-def _lora_arguments(alias: str, folder: Path) -> dict[str, Any]:
+def lora_arguments(alias: str, folder: Path) -> dict[str, Any]:
     """Room for a plain adapter, in the modules that it has.
 
     By default vLLM wraps every module, the head too, and a wrapped head expects one row per

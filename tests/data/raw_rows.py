@@ -92,3 +92,31 @@ def to_parquet(path: Path, rows: list[Row]) -> Path:
     out = path.with_suffix(".parquet")
     pq.write_table(pa.Table.from_pylist(rows), out)
     return out
+
+
+def turns(shards: PairShards) -> list[tuple[Any, Any, Any]]:
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in all_pairs(shards)]
+
+
+def formats(shards: PairShards) -> list[str]:
+    return [name for source in shards.manifest["sources"] for name in source["format"]]
+
+
+def said(*texts: str, system: str | None = None) -> list[Row]:
+    """A conversation that the user opens."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def answer(text: str) -> list[Row]:
+    return [{"role": "assistant", "content": text}]
+
+
+def prepared(tmp_path: Path, *rows: Row, **options: Any) -> PairShards:
+    return run(write(tmp_path / "rows.jsonl", list(rows)), tmp_path / "pairs", **options)
+
+
+def scored(*scores: Any, key: str = "score") -> Row:
+    """A row of responses, each with its score."""
+    return {"prompt": "q", "completions": [{"text": f"r{s}", key: s} for s in scores]}

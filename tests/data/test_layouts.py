@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mrpo.data.pairs import Pair
 from mrpo.data.shards import PairShards
 from mrpo.errors import UserError
-from mrpo.tests.data.raw_rows import all_pairs, dropped, run, to_csv, to_jsonl, to_parquet, write
-
-Messages = list[dict[str, Any]]
-
-
-def said(*texts: str, system: str | None = None) -> Messages:
-    """A conversation that the user opens."""
-    roles = ("user", "assistant")
-    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def answer(text: str) -> Messages:
-    return [{"role": "assistant", "content": text}]
-
-
-def prepared(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> PairShards:
-    return run(write(tmp_path / "rows.jsonl", list(rows)), tmp_path / "pairs", **options)
-
-
-def turns(shards: PairShards) -> list[tuple[Any, Any, Any]]:
-    return [(pair.prompt, pair.chosen, pair.rejected) for pair in all_pairs(shards)]
-
-
-def formats(shards: PairShards) -> list[str]:
-    return [name for source in shards.manifest["sources"] for name in source["format"]]
+from mrpo.tests.data.raw_rows import (
+    all_pairs,
+    answer,
+    formats,
+    prepared,
+    run,
+    said,
+    scored,
+    to_csv,
+    to_jsonl,
+    to_parquet,
+    turns,
+    write,
+)
 
 
 def human(text: str) -> dict[str, str]:
@@ -223,94 +208,11 @@ def test_function_calls_of_sharegpt_and_roles_of_tools(tmp_path: Path) -> None:
     assert first[0][0][1:] == [openai["prompt"][1], {"role": "tool", "content": "3"}]
 
 
-# Scores, ranks and labels
-
-
-def scored(*scores: Any, key: str = "score") -> dict[str, Any]:
-    return {"prompt": "q", "completions": [{"text": f"r{s}", key: s} for s in scores]}
-
-
-@pytest.mark.parametrize(
-    ("way", "pairs"),
-    [
-        ("best-worst", ["41"]),
-        ("all", ["43", "42", "41", "32", "31", "21"]),
-        ("adjacent", ["43", "32", "21"]),
-    ],
-)
-def test_pairs_from_scores(tmp_path: Path, way: str, pairs: list[str]) -> None:
-    shards = prepared(tmp_path, scored(2, 4, 1, 3), pairs_from=way)
-    expected = [("q", f"r{better}", f"r{worse}") for better, worse in pairs]
-    assert turns(shards) == expected
-    ranked = prepared(tmp_path, scored(3, 1, 4, 2, key="rank"), pairs_from=way)
-    assert turns(ranked) == [("q", f"r{5 - int(b)}", f"r{5 - int(w)}") for b, w in pairs]
-
-
-def test_ties_small_gaps_and_missing_scores_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = {
-        "prompt": "q",
-        "responses": ["a", "b", "c", "d", "e"],
-        "scores": [3, 1.5, 3, 1, None],
-    }
-    shards = prepared(tmp_path, row, scored(2, 2), scored(1), pairs_from="all", min_gap=1)
-    assert turns(shards) == [
-        ("q", chosen, rejected)
-        for chosen, rejected in (("a", "b"), ("a", "d"), ("c", "b"), ("c", "d"))
-    ]
-    left_out = {"tie": 2, "below_min_gap": 1, "no_score": 1, "single_response": 1}
-    assert shards.manifest["left_out"] == left_out
-    assert shards.manifest["dropped"] == {}
-    assert sorted(dropped(shards)) == [
-        (1, "below_min_gap"),
-        (1, "no_score"),
-        (1, "tie"),
-        (2, "tie"),
-        (3, "single_response"),
-    ]
-    out = capsys.readouterr().out
-    assert "left    2 tie: two responses with the same score" in out
-
-
 def test_the_score_is_named_by_a_flag(tmp_path: Path) -> None:
     row, _, _ = FORMATS["UltraFeedback"]
     shards = prepared(tmp_path, row, score_column="fine-grained_score")
     assert turns(shards) == [(said("q"), answer("b"), answer("a"))]
     assert "completions.overall_score" in shards.manifest["unused_columns"]
-
-
-def kto(prompt: Any, completion: str, label: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "completion": completion, "label": label}
-
-
-def test_labelled_responses_meet_at_their_prompt(tmp_path: Path) -> None:
-    rows = [
-        kto("p", "good 1", True),
-        kto("q", "bad 1", False),
-        kto("p", "good 2", True),
-        kto("p", "bad 1", False),
-        kto("q", "good 1", True),
-        kto("p", "bad 2", False),
-        kto("p", "bad 3", False),
-        kto("r", "good 1", True),
-    ]
-    shards = prepared(tmp_path, *rows)
-    assert turns(shards) == [
-        ("p", "good 1", "bad 1"),
-        ("q", "good 1", "bad 1"),
-        ("p", "good 2", "bad 2"),
-    ]
-    assert shards.manifest["left_out"] == {"unpaired": 2}
-    assert shards.manifest["rows"] == 8
-    assert dropped(shards) == [(7, "unpaired"), (8, "unpaired")]
-    assert turns(run(to_csv(tmp_path / "rows", rows), tmp_path / "pairs")) == turns(shards)
-
-
-def test_labelled_messages_meet_too(tmp_path: Path) -> None:
-    rows = [kto(said("q"), said("x", text)[1:], text == "a") for text in ("b", "a")]  # type: ignore[arg-type]
-    shards = run(to_parquet(tmp_path / "rows", rows), tmp_path / "pairs")
-    assert turns(shards) == [(said("q"), answer("a"), answer("b"))]
 
 
 # Columns that are not used
@@ -385,6 +287,14 @@ def test_map_builds_any_field(tmp_path: Path) -> None:
     assert pair == Pair("x", "2", "3", source="set 5")
 
 
+def test_braces_of_the_text_are_written_twice_and_a_name_may_hold_anything_else(
+    tmp_path: Path,
+) -> None:
+    row = {"a:b!r": "x {y}", "chosen": "1", "rejected": "2"}
+    (pair,) = all_pairs(prepared(tmp_path, row, map=('prompt={{"q": "{a:b!r}"}}',)))
+    assert pair.prompt == '{"q": "x {y}"}'
+
+
 def test_a_template_of_a_column_alone_keeps_its_messages(tmp_path: Path) -> None:
     row = {"talk": said("q"), "good": answer("a"), "bad": answer("b")}
     fields = ("prompt={talk}", "chosen={good}", "rejected={bad}")
@@ -415,7 +325,12 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
     [
         (PLAIN, {"map": ("x={chosen}",)}, "--map is 'x={chosen}'; it must be FIELD=TEMPLATE"),
         (PLAIN, {"map": ("prompt=text",)}, "'text' must name columns, as in {instruction}"),
-        (PLAIN, {"map": ("prompt={a",)}, "'{a' is no template"),
+        (PLAIN, {"map": ("prompt={a",)}, "'{a' is no template: .* a brace that is text twice"),
+        (PLAIN, {"map": ("prompt={chosen}}",)}, "is no template: Single '}'.* text twice, {{ or"),
+        (PLAIN, {"map": ('prompt={"q": {chosen}}',)}, "has a brace inside braces; write a brace"),
+        (PLAIN, {"map": ("prompt={{chosen}}",)}, "must name columns, .* text twice"),
+        (PLAIN, {"map": ("prompt={chosen:>9}",)}, "field 'chosen:>9' is missing; there are pro"),
+        (PLAIN, {"map": ("prompt={chosen!r}",)}, "field 'chosen!r' is missing; there are pro"),
         (PLAIN, {"map": ("prompt={a}",)}, "'a' is missing; there are prompt, chosen, rejected; --"),
         (PLAIN, {"map": ("prompt={chosen}",) * 2}, "--map prompt is given twice; keep one"),
         (PLAIN, {"map": ("label={chosen}",)}, "--map label is not used: the rows are read as pref"),
@@ -434,6 +349,16 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"completions": ["a"], "scores": [1]}, {}, "'prompt' is missing; there are completions"),
         (ALPACA | {"history": "text"}, {}, "'history' must be a message or .question, answer"),
         (PLAIN | {"system": 3}, {}, "'system' must be text, not int"),
+        (
+            ALPACA | {"history": '[{"role": "user", "role": "user"}]'},
+            {},
+            "'history' holds JSON in which key 'role' is there twice; keep one",
+        ),
+        (
+            PLAIN | {"tools": '[{"a": 1, "a": 2}]'},
+            {},
+            "'tools' holds JSON in which key 'a' is there twice; keep one",
+        ),
         (PLAIN | {"split": "gold"}, {}, "'split' is 'gold'; it must be train, validation or test"),
         (PLAIN, {"group_column": "g"}, "'g' is missing; .*--group-column names it"),
     ],
@@ -455,110 +380,3 @@ def test_a_system_column_against_the_prompt_of_its_own(tmp_path: Path) -> None:
     shards = prepared(tmp_path, *rows, allow_dropped=True)
     assert [pair.prompt for pair in all_pairs(shards)] == [rows[0]["prompt"], rows[1]["prompt"]]
     assert shards.manifest["dropped"] == {"two_systems": 1}
-
-
-# Files
-
-
-def zstd(path: Path, data: bytes) -> Path:
-    with pa.CompressedOutputStream(str(path), "zstd") as out:
-        out.write(data)
-    return path
-
-
-ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "ä\n" * i + "b"} for i in range(40)]
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("chunk", [1 << 20, 7])
-def test_a_json_array_is_read_object_by_object(
-    tmp_path: Path, indent: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mrpo.data.sources.CHUNK", chunk)
-    text = json.dumps(ROWS, indent=indent, ensure_ascii=False).encode()
-    plain = tmp_path / "rows.json"
-    plain.write_bytes(b"\xef\xbb\xbf" + text)
-    packed = tmp_path / "packed.json.gz"
-    packed.write_bytes(gzip.compress(text))
-    lines = tmp_path / "lines.json"
-    write(lines, ROWS)
-    expected = turns(run(lines, tmp_path / "pairs"))
-    for path in (plain, packed, zstd(tmp_path / "rows.json.zst", text)):
-        assert turns(run(path, tmp_path / "pairs")) == expected
-
-
-@pytest.mark.parametrize("chunk", [1 << 20, 7])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            '[\n{"prompt": "q"\n, "chosen": "a", "rejected": }]',
-            "line 3 is not JSON: Expecting value",
-        ),
-        ('[\n{"prompt": "q", "chosen": "a", "rejected": "b"}', "line 2 is not JSON: there must be"),
-        ('[{"prompt": "q", "chosen": "a", "rejected": "b"} {}]', "line 1 is not JSON: there must"),
-        ('[{"prompt": "q", "chosen": "a", "rejected": "b"}]\n{}', "line 2 .* behind the array's"),
-        ('[\n\n{"prompt": "q", "chosen": "a"}]', "line 3, field 'rejected' is missing"),
-        ("[\n\n1]", "line 3 must be one JSON object, not int"),
-        ('[{"prompt": "q', "line 1 is not JSON: Unterminated string"),
-        ('{\n"prompt": "q"}', "line 1 is not JSON: .*each line must be one object"),
-        ("[" * 100_000, "line 1 is not JSON: it is too deep"),
-    ],
-)
-def test_a_broken_array_is_one_line(
-    tmp_path: Path, text: str, message: str, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mrpo.data.sources.CHUNK", chunk)
-    path = tmp_path / "rows.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
-        run(path, tmp_path / "pairs")
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_zstd_files(tmp_path: Path) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    expected = turns(run(write(tmp_path / "plain.jsonl", ROWS), tmp_path / "pairs"))
-    half = zstd(tmp_path / "half.zst", text).read_bytes()
-    for name in ("rows.jsonl.zst", "rows.jsonl.zstd"):
-        path = zstd(tmp_path / name, text)
-        shards = run(path, tmp_path / "pairs")
-        assert turns(shards) == expected
-        assert all_pairs(shards)[0].source == "rows"
-    (tmp_path / "cut.jsonl.zst").write_bytes(half[:-30])
-    with pytest.raises(UserError, match=r"cut.jsonl.zst cannot be read after line \d+: Truncated"):
-        run(tmp_path / "cut.jsonl.zst", tmp_path / "pairs")
-    (tmp_path / "no.jsonl.zst").write_bytes(text)
-    with pytest.raises(UserError, match=r"no.jsonl.zst cannot be read after line 0: ZSTD"):
-        run(tmp_path / "no.jsonl.zst", tmp_path / "pairs")
-
-
-def test_folders_and_globs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "set" / "deep"
-    folder.mkdir(parents=True)
-    write(tmp_path / "set" / "b.jsonl", ROWS[:2])
-    write(folder / "a.jsonl", ROWS[2:3])
-    pq.write_table(pa.Table.from_pylist(ROWS[3:5]), folder / "c.parquet")
-    (tmp_path / "set" / "README.md").write_text("about")
-    (tmp_path / "set" / ".hidden.jsonl").write_text("oops")
-    shards = run(tmp_path / "set", tmp_path / "pairs")
-    assert [pair.prompt for pair in all_pairs(shards)] == ["q0", "q1", "q2", "q3", "q4"]
-    assert {pair.source for pair in all_pairs(shards)} == {"set"}
-    assert shards.manifest["unread_files"] == [str(tmp_path / "set" / "README.md")]
-    assert "README.md" in capsys.readouterr().out
-    shards = run(f"{tmp_path}/set/**/*.jsonl", tmp_path / "pairs")
-    assert [pair.prompt for pair in all_pairs(shards)] == ["q0", "q1", "q2"]
-    assert [pair.source for pair in all_pairs(shards)] == ["b", "b", "a"]
-    with pytest.raises(UserError, match=r"set/\*: unknown kind|README.md: unknown kind of file"):
-        run(f"{tmp_path}/set/*", tmp_path / "pairs")
-
-
-def test_columns_differ_between_the_files_of_a_folder(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", [PLAIN])
-    write(tmp_path / "b.jsonl", [{"question": "r", "chosen": "a", "rejected": "b"}])
-    shards = run(tmp_path / "?.jsonl", tmp_path / "pairs", chat=True)
-    assert formats(shards) == [
-        "preference pairs (chosen, rejected)",
-        "question pairs (chosen, rejected)",
-    ]

@@ -259,6 +259,19 @@ def test_text_and_messages_do_not_mix_unless_text_is_wrapped(tmp_path: Path) -> 
     assert shards.num_pairs == 4
 
 
+def test_chat_that_changes_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "WARNING: --chat changed nothing: all pairs are messages already"
+    chat = write(tmp_path / "chat.jsonl", [chat_row("q", "a", "b")])
+    run(chat, tmp_path / "pairs")
+    assert said not in capsys.readouterr().out
+    run(chat, tmp_path / "pairs", chat=True)
+    assert said in capsys.readouterr().out.splitlines()
+    run(write(tmp_path / "text.jsonl", text_rows(3)), tmp_path / "pairs", chat=True)
+    assert said not in capsys.readouterr().out
+
+
 # What is told, and what it costs
 
 

@@ -75,6 +75,8 @@ def test_a_local_folder_is_relative_to_the_file_and_its_entry_survives_its_remov
     ("text", "message"),
     [
         ("a: [", "not YAML"),
+        ("a: org/name\nb: org/name\na: org/other", "key 'a' is there twice; keep one"),
+        ("a: {model: org/name, model: org/other}", "key 'model' is there twice; keep one"),
         ("[]", "must map aliases"),
         ("a: {}", "needs a 'model'"),
         ("../a: org/name", "alias '../a' is not allowed"),

@@ -75,7 +75,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_data(tmp_path: Path) -> None:
 
 def test_a_csv_cell_can_hold_messages_as_json(tmp_path: Path) -> None:
     message = [{"role": "user", "content": "q"}]
-    cells = {"prompt": json.dumps(message), "chosen": "[{oops", "rejected": '[{"x": 1}]'}
+    cells = {"prompt": json.dumps(message), "chosen": "[{oops", "rejected": '[{"x": 1, "x": 2}]'}
     (row,) = rows(write_csv(tmp_path / "rows.csv", [cells]))
     assert row == (1, cells | {"prompt": message})
 
@@ -166,6 +166,8 @@ def test_what_can_be_no_source(
         ),
         ("x.jsonl", OBJECT + b'{"a": "\xff"}\n', "line 2 is not UTF-8 at byte 8"),
         ("x.jsonl", b"[" * 100_000, "line 1 is JSON too deep"),
+        ("x.jsonl", OBJECT + b'{"a": 1, "b": 2, "a": 1}', "line 2: key 'a' is there twice; keep"),
+        ("x.json", b'[\n{"x": {"a": 1, "a": 1}}]', "line 2: key 'a' is there twice; keep one"),
         ("x.jsonl.gz", gzip.compress(OBJECT * 999)[:-30], "cannot be read after line"),
         ("x.jsonl.gz", OBJECT, "cannot be read after line 0: Not a gzipped file"),
         ("x.csv", b"prompt,chosen,rejected\nq,a,b\nq,a\n", "row 2 has 2 fields, the header has 3"),
@@ -178,6 +180,11 @@ def test_what_can_be_no_source(
             "column 'rejected' is missing; there are prompt, chosen",
         ),
         ("x.csv", b"chosen,rejected,chosen\nq,a,b\n", "column 'chosen' occurs 2 times"),
+        (
+            "x.csv",
+            b'prompt,chosen,rejected\nq,a,b\n"{""role"":""user"",""role"":""user""}",a,b\n',
+            "row 2: key 'role' is there twice; keep one",
+        ),
         ("x.csv", b"", "column 'chosen' is missing; there are none"),
         ("x.parquet", b"PAR1 or not", "cannot be read as Parquet"),
     ],

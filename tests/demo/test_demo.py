@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mrpo.demo.data import DOMAINS
-from mrpo.demo.run import METHODS, verdict_on
+from mrpo.demo.run import METHODS, gain_sentence
 from mrpo.evaluation.compare.results import Condition, read_comparison
 from mrpo.evaluation.intervals import Interval
 
@@ -113,7 +113,7 @@ def test_its_sentence_says_what_the_interval_allows(
     comparison = read_comparison(first[0] / "compare" / "compare.json")
     gain = Interval((low + high) / 2, low, high)
     results = [replace(result, gain=gain) for result in comparison.results]
-    said = verdict_on(replace(comparison, results=results), Condition(0.1, 0.3))
+    said = gain_sentence(replace(comparison, results=results), Condition(0.1, 0.3))
     assert said.startswith("30 % of the labels wrong: geometric+reliable against dpo:")
     assert said.endswith(f": {words}.")
 

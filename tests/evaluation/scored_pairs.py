@@ -15,7 +15,7 @@ import yaml
 from mrpo.data.config import PrepareConfig
 from mrpo.data.ids import ids_to_arrow
 from mrpo.data.prepare import prepare
-from mrpo.data.references import load_refs
+from mrpo.data.references import load_refs, local_inputs
 from mrpo.data.shards import PairShards
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 
@@ -62,15 +62,23 @@ def prepared(folder: Path, rows: Sequence[Mapping[str, Any]], **options: Any) ->
     return Scored(folder, pairs, Store(folder / "store"))
 
 
-def add_scores(scored: Scored, logps: Mapping[str, np.ndarray]) -> None:
-    """Store each reference's log-probs, [N, 2] nats in the pairs' order; NaN: beyond context."""
-    entries = {alias: {"model": f"org/{alias}"} for alias in logps}
+def add_scores(
+    scored: Scored,
+    logps: Mapping[str, np.ndarray],
+    entries: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """Store each reference's log-probs, [N, 2] nats in the pairs' order; NaN: beyond context.
+
+    `entries` of refs.yaml may name real models on this disk.
+    """
+    invented = {alias: {"model": f"org/{alias}"} for alias in logps}
     refs_config = scored.folder / "refs.yaml"
-    refs_config.write_text(yaml.safe_dump(entries))
+    refs_config.write_text(yaml.safe_dump(entries or invented))
     specs = load_refs(refs_config)
     starts = np.cumsum([0, *scored.pairs.rows])
     for alias, values in logps.items():
-        inputs = {"dtype": "float32", "model": {"files": alias}}
+        files = local_inputs(specs[alias]) if entries else {"model": {"files": alias}}
+        inputs = {"dtype": "float32", **files}
         record = ReferenceRecord(alias=alias, entry=specs[alias].entry(), inputs=inputs)
         scored.store.record(record)
         for shard, start in enumerate(starts[:-1]):

@@ -15,9 +15,10 @@ from mrpo.data.config import PrepareConfig
 from mrpo.data.prepare import prepare
 from mrpo.data.store import ReferenceRecord, Store
 from mrpo.errors import UserError
-from mrpo.evaluation.config import EvaluateConfig
+from mrpo.evaluation.config import EvaluateConfig, ReportConfig
 from mrpo.evaluation.evaluate import evaluate, policy_figures, right
 from mrpo.evaluation.policies import run_names
+from mrpo.evaluation.report.tasks_section import task_sections
 from mrpo.evaluation.score_table import (
     ReferenceColumns,
     ScoreTable,
@@ -73,6 +74,7 @@ def evaluated(out: Path, **settings: Any) -> dict[str, Any]:
     """What `evaluate` writes, which is also what it returns."""
     returned = evaluate(out=str(out), **settings)
     content = read_evaluation(out)
+    content.pop("training", None)
     assert content == to_json(returned)
     return content
 
@@ -133,6 +135,30 @@ def test_evaluation_leaves_what_training_wrote(trained: dict[str, Any]) -> None:
     assert before.keys() == {"training"}
     returned = evaluate(runs=str(run), out=str(run / "evaluation.json"))
     assert read_evaluation(run / "evaluation.json") == before | to_json(returned)
+
+
+def test_tasks_stand_beside_the_figures_on_pairs(
+    trained: dict[str, Any], shared_data: Path, tmp_path: Path
+) -> None:
+    """Of an adapter, which the harness runs as PEFT loads it; the report shows the run's."""
+    run = tmp_path / "lora"
+    shutil.copytree(trained["folder"] / "runs" / "lora", run)
+    content = evaluated(
+        run / "evaluation.json",
+        runs=run,
+        tasks="truthfulqa_mc2",
+        tasks_data=shared_data,
+        limit=2,
+    )
+    (policy,) = content["policies"]
+    (answered,) = content["tasks"]
+    assert answered["identity"] == policy["identity"]
+    (task,) = answered["tasks"]
+    (section,) = task_sections(ReportConfig(folders=str(run)))
+    (table,) = section.tables
+    figure = task["figures"]["acc,none"]["value"]
+    assert table.rows[1][0] == "lora: lora"
+    assert table.rows[1][1].startswith(f"{100 * figure:.1f} (")
 
 
 def score_files(store: Store) -> dict[str, int]:

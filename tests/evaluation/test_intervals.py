@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from mrpo.evaluation.intervals import bootstrap_means, interval, mean_intervals
+from mrpo.evaluation.intervals import bootstrap_means, interval, mean_intervals, wilson
 
 
 def test_means_leave_out_what_is_missing() -> None:
@@ -44,3 +45,18 @@ def test_intervals_cover_the_true_mean_about_19_times_in_20() -> None:
         result = mean_intervals(right, np.arange(120), seed=seed)[0]
         covered += result.low <= 0.6 <= result.high
     assert 178 <= covered <= 200
+
+
+def test_wilsons_interval_of_eight_in_ten() -> None:
+    """(0.8 + 0.19208) / 1.38416 = 0.71674; 1.96/1.38416 · √(0.016 + 0.009604) = 0.22658."""
+    known = wilson(np.array([1.0] * 8 + [0.0] * 2))
+    assert known.value == 0.8
+    assert known.low == pytest.approx(0.49016, abs=1e-4)
+    assert known.high == pytest.approx(0.94332, abs=1e-4)
+
+
+def test_all_right_is_not_certain() -> None:
+    """n / (n + 1.96²): 96 of 96 may be 0.9615 in truth."""
+    known = wilson(np.ones(96))
+    assert known.low == pytest.approx(96 / (96 + 1.96**2), abs=1e-5)
+    assert known.high == pytest.approx(1)

@@ -35,7 +35,7 @@ class FakeServer(ThreadingHTTPServer):
 
     `shares`: it has the route for given ids; `omits`: there, scores are left out where the cache
     may be read; `wrong`: there, they are another row's. `without`: paths that it does not have.
-    `code` and `text`: what it answers instead, to everything.
+    `code` and `text`: what it answers instead, to everything; `edit`: changes an answer with rows.
     """
 
     request_queue_size = 64
@@ -49,13 +49,18 @@ class FakeServer(ThreadingHTTPServer):
         without: Collection[str] = (),
         code: int | None = None,
         text: str = "",
+        edit: Callable[[dict[str, Any]], Any] = lambda answer: answer,
     ) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.code, self.text = code, text
+        self.code, self.text, self.edit = code, text, edit
         self.failures = failures  # answers of 503 before the first good one
         self.shares, self.omits, self.wrong = shares, omits, wrong
         self.without = without
         self.tokens = [1, 2]  # the answer of /tokenize
+        self.models: list[dict[str, Any]] = [
+            {"id": "served", "root": "org/model", "max_model_len": 101, "parent": None},
+            {"id": "mine", "root": "org/lora", "max_model_len": None, "parent": "served"},
+        ]
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.elsewhere = "/elsewhere"
@@ -66,9 +71,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/v1/models":
-            model = {"id": "served", "root": "org/model", "max_model_len": 101, "parent": None}
-            adapter = {"id": "mine", "root": "org/lora", "max_model_len": None, "parent": "served"}
-            return {"data": [model, adapter]}
+            return {"data": self.models}
         if path == "/openapi.json":
             return {"paths": {SHARING: {}} if self.shares else {}}
         if path == "/version":
@@ -81,8 +84,9 @@ class FakeServer(ThreadingHTTPServer):
     def every_row(self, body: dict[str, Any]) -> dict[str, Any]:
         rows: list[Any] = [None]
         for place, token in enumerate(body["prompt"][1:], 1):
-            rows.append({"7777": {"logprob": 0}, str(token): {"logprob": logp(token, place)}})
-        return {"choices": [{"prompt_logprobs": rows}]}
+            rows.append({"7777": {"logprob": -3}, str(token): {"logprob": logp(token, place)}})
+        answer: dict[str, Any] = self.edit({"choices": [{"prompt_logprobs": rows}]})
+        return answer
 
     def given_ids(self, body: dict[str, Any]) -> dict[str, Any]:
         sampling = body["sampling_params"]
@@ -260,7 +264,7 @@ def test_pauses_double_and_an_answer_that_is_no_json_is_asked_for_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(server, "ATTEMPTS", 4)
-    with pytest.raises(UserError, match="failed 4 times, last with: no JSON: <html>"):
+    with pytest.raises(UserError, match="failed 4 times, last with: no JSON object: <html>"):
         engine(serve(code=200, text="<html>").url)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[-2] for line in lines] == ["0.01", "0.02", "0.04"]
@@ -273,6 +277,81 @@ def test_another_model_or_tokenizer_is_refused(serve: Serve) -> None:
     with pytest.raises(UserError, match="tokenizes 'hello' unlike org/model"):
         engine(fake.url, probes={"hello": [1, 3]})
     assert engine(fake.url, probes={"hello": [1, 2]}).limit == 100
+
+
+def cut(answer: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a prompt without its beginning, as truncation leaves them."""
+    return {"choices": [{"prompt_logprobs": [None, *answer["choices"][0]["prompt_logprobs"][2:]]}]}
+
+
+def shifted(answer: dict[str, Any]) -> dict[str, Any]:
+    """As many rows as tokens, each of its neighbour."""
+    rows = answer["choices"][0]["prompt_logprobs"]
+    return {"choices": [{"prompt_logprobs": [None, *rows[2:], rows[1]]}]}
+
+
+def raised_by(nats: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Every number of an answer that much higher: logits, as `--logprobs-mode raw_logits` gives."""
+
+    def edit(answer: dict[str, Any]) -> dict[str, Any]:
+        for row in answer["choices"][0]["prompt_logprobs"][1:]:
+            for value in row.values():
+                value["logprob"] += nats
+        return answer
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (cut, "has 23 rows for 24 tokens; name a vLLM server of this model"),
+        (shifted, "lacks tokens that were sent; name"),
+        (lambda answer: answer | {"model": "gpt"}, "is of another model, gpt; name"),
+        (lambda answer: {"choices": [{"text": "an answer"}]}, "has no prompt_logprobs; name"),
+        (lambda answer: {"choices": []}, "has no prompt_logprobs; name"),
+        (lambda answer: {"error": "busy"}, "has no prompt_logprobs; name"),
+        (raised_by(0.9), r"has probabilities that add up to 1\.02; logits, it seems; start the"),
+        (raised_by(40), r"add up to [0-9.]*; logits, it seems"),
+    ],
+)
+def test_an_answer_that_is_not_a_log_prob_for_each_token_is_refused_in_one_line(
+    serve: Serve, make_pair: Any, edit: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        engine(serve(edit=edit).url).score([make_pair(20, 0, 4, 3)])
+    assert str(caught.value).startswith("reference llama: an answer of http://127.0.0.1:")
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_are_seen_where_a_server_gives_no_likeliest_tokens(
+    serve: Serve, make_pair: Any
+) -> None:
+    def edit(answer: dict[str, Any]) -> dict[str, Any]:
+        rows = answer["choices"][0]["prompt_logprobs"]
+        return raised_by(40)(answer) if len(rows) == 24 else {}
+
+    with pytest.raises(UserError, match=r"has a log-prob of [0-9.]*, above 0; logits, it seems"):
+        engine(serve(edit=edit).url).score([make_pair(20, 0, 4, 3)])
+
+
+def test_a_model_answers_under_any_of_its_names(serve: Serve, make_pair: Any) -> None:
+    names = [{"id": name, "root": "org/model"} for name in ("first", "second")]
+    fake = serve(edit=lambda answer: answer | {"model": "first"})
+    fake.models = names
+    (score,) = engine(fake.url, model="second").score([make_pair(9, 0, 1, 1)])
+    assert np.isfinite(score.chosen).all()
+    assert {body["model"] for body in fake.bodies} == {"second"}
+
+
+def test_an_adapter_is_neither_its_model_nor_right_on_another_model(serve: Serve) -> None:
+    fake = serve()
+    fake.models[0]["root"] = "org/other"
+    with pytest.raises(UserError, match="not org/lora; start the server with that model"):
+        engine(fake.url, adapter="org/lora")
+    fake.models[1]["id"] = "org/model"
+    with pytest.raises(UserError, match="not org/model; start the server with that model"):
+        engine(fake.url)
 
 
 def test_an_adapter_is_found_among_the_served_models(serve: Serve, make_pair: Any) -> None:

@@ -24,7 +24,7 @@ from mrpo.precompute.engines.requests import Request, plan_requests, trial_pair
 from mrpo.precompute.engines.vllm import (
     VllmEngine,
     _arguments,
-    _lora_arguments,
+    lora_arguments,
     plain_adapter,
     target_form,
 )
@@ -113,7 +113,7 @@ class TestArguments:
         assert _arguments(settings, on_gpu=True)["max_model_len"] == 4096
 
     def test_an_adapter_is_given_its_own_modules_and_rank(self, adapter_folder: Path) -> None:
-        assert _lora_arguments("llama", adapter_folder) == {
+        assert lora_arguments("llama", adapter_folder) == {
             "enable_lora": True,
             "max_lora_rank": 8,
             "lora_target_modules": ["down_proj", "q_proj"],
@@ -122,7 +122,7 @@ class TestArguments:
     def test_a_rank_that_vllm_does_not_take_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text('{"r": 513}')
         with pytest.raises(UserError, match="reference llama: vLLM takes no rank above 512"):
-            _lora_arguments("llama", tmp_path)
+            lora_arguments("llama", tmp_path)
 
     def test_an_architecture_that_transformers_does_not_have_is_a_users_mistake(
         self, tmp_path: Path

@@ -293,6 +293,26 @@ def test_shards_are_dealt_out_where_a_store_has_no_leases(
     assert sorted((job["worker"], job["workers"]) for job in jobs) == dealt
 
 
+@pytest.mark.parametrize(
+    ("count", "visible", "names"),
+    [
+        (2, None, ["0", "1"]),
+        (2, "3,1", ["3", "1"]),
+        (2, "GPU-5c,GPU-f0,GPU-gone", ["GPU-5c", "GPU-f0"]),  # CUDA stops at what is not there
+        (0, "", []),
+        (0, None, []),
+    ],
+)
+def test_gpus_are_named_as_the_user_named_them(
+    monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None, names: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert process.visible_gpus() == names
+
+
 def test_groups_of_gpus_go_to_workers(
     workspace: Workspace, worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from mrpo.data.config import PrepareConfig
 from mrpo.data.ids import ids_to_arrow
+from mrpo.data.join import JoinedScores, join
 from mrpo.data.prepare import prepare
 from mrpo.data.references import load_refs, local_inputs
 from mrpo.data.rendering import Renderer
@@ -87,6 +88,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_references: dict[str, 
     made = Inputs(root, tiny_references)
     score(made, root, pairs, list(tiny_references))
     return made
+
+
+@pytest.fixture(scope="session")
+def joined(
+    inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PairShards, JoinedScores]:
+    """The pairs of `inputs`, and beside them the scores of the three references."""
+    pairs, store = PairShards(inputs.root / "pairs"), Store(inputs.root / "store")
+    records = [store.resolve(alias) for alias in inputs.references]
+    return pairs, join(pairs, store, records, tmp_path_factory.mktemp("joined") / "scores")
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ import yaml
 
 from mrpo.errors import UserError
 from mrpo.method.grammar import parse_method
+from mrpo.method.losses import LOSS_TYPES
 from mrpo.method.objective import Method
-from mrpo.settings import build
+from mrpo.settings import build, settings_of
+from mrpo.tests.needs import needed
 from mrpo.train.checkpoint import MAY_CHANGE
 from mrpo.train.config import ExportConfig, TrainConfig
 from mrpo.train.dataset import method_of
@@ -30,6 +32,13 @@ def test_example_has_every_setting_with_its_default_and_a_comment() -> None:
         if field.default is not MISSING:
             assert values[name] == field.default, name
         assert re.search(rf"^{name}: \S+ +# \S", text, re.MULTILINE), f"{name} has no comment"
+
+
+def test_the_help_and_the_example_name_every_loss() -> None:
+    (setting,) = (setting for setting in settings_of(TrainConfig) if setting.name == "loss_type")
+    example = (ROOT / "configs" / "train.yaml").read_text()
+    for text in (setting.help, example):
+        assert [name for name in LOSS_TYPES if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_example_is_a_config_file() -> None:
@@ -111,6 +120,6 @@ def test_rate_by_default_is_trls_for_all_weights_and_the_authors_for_lora() -> N
 
 
 def test_trls_default_rate_is_the_one_taken() -> None:
-    dpo = pytest.importorskip("trl").DPOConfig
+    dpo = needed("trl").DPOConfig
     (rate,) = (field.default for field in fields(dpo) if field.name == "learning_rate")
     assert TrainConfig(output_dir="run").peak_rate == rate

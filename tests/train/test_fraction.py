@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mrpo.data.join import JoinedScores, join
+from mrpo.data.join import JoinedScores
 from mrpo.data.pairs import in_fraction
 from mrpo.data.shards import PairShards
-from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.method.fitted import fit_weights
 from mrpo.method.grammar import parse_method
@@ -19,15 +18,6 @@ from mrpo.train.dataset import TrainingPairs, stacked
 from mrpo.train.run import train
 
 ALIASES = ["llama", "mistral", "qwen"]
-
-
-@pytest.fixture(scope="module")
-def joined(
-    inputs: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PairShards, JoinedScores]:
-    pairs, store = PairShards(inputs.root / "pairs"), Store(inputs.root / "store")
-    records = [store.resolve(alias) for alias in ALIASES]
-    return pairs, join(pairs, store, records, tmp_path_factory.mktemp("fraction") / "scores")
 
 
 def rows_of(source: TrainingPairs) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:

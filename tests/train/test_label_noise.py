@@ -13,7 +13,7 @@ import yaml
 
 from mrpo.data.config import PrepareConfig
 from mrpo.data.ids import ids_to_arrow
-from mrpo.data.join import JoinedScores, join
+from mrpo.data.join import JoinedScores
 from mrpo.data.pairs import label_turned
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
@@ -26,15 +26,6 @@ from mrpo.train.run import train
 ALIASES = ["llama", "mistral", "qwen"]
 WEIGHTS = Path("model", "model.safetensors")
 NOISE = 0.4
-
-
-@pytest.fixture(scope="module")
-def joined(
-    inputs: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PairShards, JoinedScores]:
-    pairs, store = PairShards(inputs.root / "pairs"), Store(inputs.root / "store")
-    records = [store.resolve(alias) for alias in ALIASES]
-    return pairs, join(pairs, store, records, tmp_path_factory.mktemp("noise") / "scores")
 
 
 def turned(source: TrainingPairs) -> set[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mrpo.data.shards import PairShards
 from mrpo.data.store import SCORE_SCHEMA, ReferenceRecord, Store
 from mrpo.model.load import load_model
 from mrpo.model.logps import SequenceLogps, sum_by_sequence
+from mrpo.tests.needs import needed
 from mrpo.train.config import ExportConfig, TrainConfig
 from mrpo.train.export import export
 from mrpo.train.run import train
@@ -34,14 +34,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
 
 @pytest.fixture(scope="module")
 def trl() -> Any:
-    """TRL is in the extras `dev` and `bench`; in continuous integration it must be there."""
-    try:
-        import trl
-    except ImportError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"TRL 1.16 is not installed ({error}); pip install -e '.[dev]'")
-    return trl
+    return needed("trl")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """A comparison's own worker, interrupted behind the third step as MRPO_TEST_INTERRUPT says.
 
 kill: SIGKILL to itself, once. stop: SIGTERM to the command that started it, which is to send it
-SIGTERM, once. kill-dpo: SIGKILL to itself in every cell of method dpo, each time.
+SIGTERM, once. kill-dpo: SIGKILL to itself in every cell of method dpo, each time. kill-average:
+SIGKILL to itself when the weights of a mean are written and the folder has not yet its name, once.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from mrpo.evaluation.compare import worker
+from mrpo.evaluation.compare import averages, worker
 from mrpo.train import loop
 from mrpo.train.loop import Run
 from mrpo.train.stream import StepBatch
 
-take_step = loop.optimizer_step
+take_step, write_average = loop.optimizer_step, averages.average
 
 
 def interrupted_step(run: Run, batch: StepBatch) -> dict[str, float]:
@@ -25,7 +27,7 @@ def interrupted_step(run: Run, batch: StepBatch) -> dict[str, float]:
     if how == "kill-dpo":
         if run.config.method.startswith("dpo"):
             os.kill(os.getpid(), signal.SIGKILL)
-    elif run.state.step == 3 and not mark.exists():
+    elif how in ("kill", "stop") and run.state.step == 3 and not mark.exists():
         mark.touch()
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -38,7 +40,16 @@ def interrupted_step(run: Run, batch: StepBatch) -> dict[str, float]:
     return values
 
 
+def interrupted_average(folders: Sequence[Path], weights: Sequence[float], out: Path) -> None:
+    write_average(folders, weights, out)
+    mark = out.parent / "interrupted"
+    if os.environ["MRPO_TEST_INTERRUPT"] == "kill-average" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 loop.optimizer_step = interrupted_step
+averages.average = interrupted_average
 
 if __name__ == "__main__":
     sys.exit(worker.main())

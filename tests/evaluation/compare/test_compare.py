@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from mrpo.evaluation.compare import workers
 from mrpo.evaluation.compare.cells import INPUTS, SETTINGS, Cell
 from mrpo.evaluation.compare.results import Comparison, comparison_lines, read_comparison
 from mrpo.evaluation.compare.worker import _train_and_evaluate
+from mrpo.evaluation.config import ReportConfig
+from mrpo.evaluation.report.tasks_section import task_sections
+from mrpo.evaluation.tasks.results import policy_tasks
 from mrpo.files import to_json
 from mrpo.precompute.process import WorkerProcess
 from mrpo.tests.evaluation.scored_pairs import Scored, add_scores, chat, prepared
@@ -237,6 +241,42 @@ def test_policies_scores_are_no_references_and_what_gc_took_is_scored_again(
     assert after.verdict == compared.comparison.verdict
     identities = {run.identity for run in compared.comparison.runs}
     assert identities == set(Store(store).policies.identities())
+
+
+def test_policies_that_are_trained_already_answer_tasks_and_no_cell_trains_again(
+    mrpo: Run, compared: Compared, shared_data: Path, tmp_path: Path
+) -> None:
+    """With one seed a method's figure is its cell's; the report has the same table."""
+    out = tmp_path / "copy"
+    shutil.copytree(compared.out, out)
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    flags = ["--methods", ",".join(METHODS), "--seeds", 1, "--fractions", "0.5,1"]
+    flags += ["--tasks", "truthfulqa_mc1,truthfulqa_mc2", "--limit", 3, "--output-dir", out]
+    ran = mrpo("compare", *compared.flags, *flags, "--tasks-data", shared_data)
+    assert ran.code == 0, ran.err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == weights
+    comparison = read_comparison(out / "compare.json")
+    found = {(entry.method, entry.fraction, entry.task): entry for entry in comparison.tasks}
+    assert len(found) == len(METHODS) * len(FRACTIONS) * 2
+    for method, fraction in product(METHODS, FRACTIONS):
+        cell = out / compared.cell(method, fraction).relative_to(compared.out)
+        (policy,) = policy_tasks(cell / "evaluation.json")
+        for task in policy.tasks:
+            entry = found[method, fraction, task.pinned.task]
+            assert entry.accuracy.value == pytest.approx(task.figures["acc,none"].value)
+            assert entry.accuracy.low <= entry.accuracy.value <= entry.accuracy.high
+    (section,) = task_sections(ReportConfig(folders=str(out)))
+    assert [table.title for table in section.tables] == [
+        "Trained on 100 % of the pairs",
+        "Trained on 50 % of the pairs",
+    ]
+    for heading, *rows in (table.rows for table in section.tables):
+        assert heading == ["policy", "truthfulqa_mc1", "truthfulqa_mc2"]
+        assert [row[0] for row in rows] == list(METHODS)
+        assert all(cell in ran.out for row in rows for cell in row)
+    assert comparison.task_settings[0] in section.tables[0].note
+    again = mrpo("compare", *compared.flags, *flags, "--tasks-data", shared_data)
+    assert "4, of which 4 are finished" in again.out
 
 
 def test_noise_betas_and_epsilons_are_axes_and_each_cell_is_train_by_hand(

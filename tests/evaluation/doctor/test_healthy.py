@@ -135,7 +135,7 @@ def test_the_command_writes_what_it_prints_and_says_so(
 
 def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: Path) -> None:
     opens = (
-        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{%- endfor %}"
+        "{%- for m in messages %}{{ m.role ~ ': ' ~ m.content ~ bos_token }}{%- endfor %}"
         "{{ 'assistant: <think>' if add_generation_prompt }}"
     )
     (tmp_path / "refs.yaml").write_text(
@@ -143,7 +143,9 @@ def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: P
     )
     (tmp_path / "opens.jinja").write_text(opens)
     spec = load_refs(tmp_path / "refs.yaml")["llama"]
-    end = Renderer.load(clinic.models["llama"]).tokenizer.eos_token
+    renderer = Renderer.of_reference(spec)
+    end = renderer.end_of_turn  # of refs.yaml's template; the tokenizer's own has another
+    assert end == renderer.tokenizer.bos_token
     rows = [
         {"prompt": f"Is it {n}?", "chosen": f" Yes, {n}.{end if n % 2 else ''}", "rejected": " No."}
         for n in range(8)
@@ -157,7 +159,11 @@ def test_what_is_special_about_the_rendering_is_said(clinic: Clinic, tmp_path: P
         alias="llama", entry=spec.entry(), inputs=resolve_reference(spec).inputs
     )
     store.record(record)
-    for table in (clinic.scores["llama"], score(clinic.models["llama"], texts.pairs(0))):
+    rendered = renderer.render_many(texts.pairs(0))
+    for table in (
+        clinic.scores["llama"],
+        score(clinic.models["llama"], texts.pairs(0), rendered=rendered),
+    ):
         store.scores(record.identity).add(table)
     config = clinic.config(store, refs="llama", probe=4)
     config = replace(config, refs_config=str(tmp_path / "refs.yaml"), out=str(tmp_path / "d.json"))

@@ -24,6 +24,7 @@ from mrpo.evaluation.compare.results import (
 )
 from mrpo.evaluation.compare.verdict import judge, resample
 from mrpo.evaluation.config import CompareConfig
+from mrpo.evaluation.doctor.forecast import default_methods
 from mrpo.evaluation.intervals import Interval
 from mrpo.evaluation.report.charts import (
     Curve,
@@ -214,6 +215,17 @@ def test_the_page_has_every_section_and_the_json_the_same_figures(written: Path)
     loss = next(chart for chart in charts if chart["title"] == "Loss")
     assert len(loss["curves"]) == 3
     assert len(loss["curves"][0]["x"]) <= 60
+
+
+def test_the_page_forecasts_what_each_method_can_do(written: Path) -> None:
+    content = json.loads(Path(f"{written}.json").read_text(encoding="utf-8"))
+    (references,) = [part for part in content["sections"] if part["title"] == "References"]
+    (table,) = [t for t in references["tables"] if t["title"].startswith("Forecast")]
+    assert [row[0] for row in table["rows"]] == ["method", *default_methods(["llama", "qwen"])]
+    page = Page(written.read_text(encoding="utf-8"))
+    for row in table["rows"]:
+        assert all(cell in page.text for cell in row)
+    assert any(line.startswith("Recommended: ") for line in references["words"])
 
 
 def test_accuracy_is_drawn_against_noise_and_against_data_size(written: Path, folder: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mrpo.tests.fuzz import make_world, run_cases
+from mrpo.tests.fuzz.cases import run_cases
+from mrpo.tests.fuzz.world import make_world
 
 SEED, CASES = 0, 60
 

@@ -1,0 +1,1 @@
+"""GSM8K and TruthfulQA through lm-evaluation-harness: questions, models, results, their cache."""
