@@ -40,10 +40,13 @@ ROOMS = "attic barn cellar garden hall kitchen porch shed"
 VERDICTS = {True: "Yes, it is safe to play with.", False: "No, it is not for children."}
 
 UNITS = {
-    "Kilometres": "Athens Berlin Lisbon Oslo Prague Rome",
-    "Miles": "Austin Boston Dallas Denver Miami Seattle",
+    "Kilometres": "Berlin Oslo Rome",
+    "Miles": "Boston Dallas Miami",
 }
-PLACES = "bakery bridge castle chapel harbour library market mill museum park school station tower"
+PLACES = (
+    "bakery bridge castle chapel factory harbour hospital hotel library market mill museum park "
+    "prison school station theatre tower zoo"
+)
 
 TASKS = {
     "choose": "compare three of them and take your time",
