@@ -12,14 +12,14 @@ from mrpo.benchmarks.real_model import difference, speed_table
 
 
 def test_differences_are_of_sums_and_of_tokens() -> None:
-    left = {"a": [np.array([-1.0, -2.0]), np.array([-3.0])]}
-    right = {"a": [np.array([-1.5, -1.75]), np.array([-3.0])]}
+    left = {"a": np.array([-1.0, -2.0]), "b": np.array([-3.0])}
+    right = {"a": np.array([-1.5, -1.75]), "b": np.array([-3.0])}
     figures = difference(left, right)
     assert (figures["sequences"], figures["tokens"]) == (2, 3)
     assert (figures["sequence_max"], figures["sequence_mean"]) == (0.25, 0.125)
     assert (figures["token_max"], figures["token_mean"]) == (0.5, 0.25)
-    with pytest.raises(AssertionError, match="other pairs"):
-        difference(left, {"b": right["a"]})
+    with pytest.raises(AssertionError, match="other responses"):
+        difference(left, {"b": right["b"]})
 
 
 def test_speeds_stand_beside_trls_and_losses_are_compared() -> None:
