@@ -261,7 +261,7 @@ def _scoring(record: ReferenceRecord) -> ScoringCost:
     runs = [run for run in record.runs if run.get("tokens_per_second")]
     return ScoringCost(
         alias=record.alias,
-        pairs=sum(run["pairs"] for run in runs),
+        responses=sum(run["responses"] for run in runs),
         tokens=sum(run["tokens"] for run in runs),
         seconds=sum(run["tokens"] / run["tokens_per_second"] for run in runs) or float("nan"),
     )

@@ -111,7 +111,7 @@ class ScoringCost:
     """What scoring a reference cost, once for all runs; NaN where it was not recorded."""
 
     alias: str
-    pairs: int
+    responses: int
     tokens: int
     seconds: float
 
@@ -249,7 +249,7 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
     for scoring in comparison.scoring:
         if not isnan(scoring.seconds):
             yield (
-                f"scored once for all runs: {scoring.alias}, {scoring.pairs:,} pairs in "
+                f"scored once for all runs: {scoring.alias}, {scoring.responses:,} responses in "
                 f"{scoring.seconds:,.0f} s"
             )
     yield ""

@@ -171,11 +171,11 @@ def _comparison(comparison: Comparison) -> Section:
             )
         )
     costs = [
-        (cost.alias, f"{cost.pairs:,}", f"{cost.tokens:,}", f"{cost.seconds:,.0f}")
+        (cost.alias, f"{cost.responses:,}", f"{cost.tokens:,}", f"{cost.seconds:,.0f}")
         for cost in comparison.scoring
         if not math.isnan(cost.seconds)
     ]
-    heading = ("reference", "pairs", "tokens", "seconds")
+    heading = ("reference", "responses", "tokens", "seconds")
     tables.append(Table(title="Scoring, paid once for all runs", rows=[heading, *costs]))
     charts: list[Chart] = [_accuracies(comparison), *_gains(comparison)]
     charts += [*_noise(comparison), *_noise_gains(comparison), *_learning(comparison)]

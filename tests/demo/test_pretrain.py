@@ -13,17 +13,16 @@ from mrpo.data.rendering import Renderer
 from mrpo.demo.data import DOMAINS, write_data
 from mrpo.demo.models import FAMILIES, Family
 from mrpo.demo.pretrain import IGNORED, pad, pretrain
+from mrpo.demo.run import CHATS
 from mrpo.precompute.engines import load_engine
 from mrpo.precompute.engines.protocol import EngineSettings
-
-CHATS = 3200
 
 
 def summed_logps(model: Path, pairs: list[Pair]) -> np.ndarray:
     """[N, 2] of chosen and rejected, from engine hf."""
     engine = load_engine("hf", EngineSettings(alias="reference", model=str(model)))
     scored = engine.score(Renderer.load(model).render_many(pairs))  # type: ignore[arg-type]
-    return np.array([[pair.chosen.sum(), pair.rejected.sum()] for pair in scored])
+    return np.array([[chosen.sum(), rejected.sum()] for chosen, rejected in scored])
 
 
 def test_padding_is_not_learned() -> None:

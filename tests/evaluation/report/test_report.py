@@ -167,7 +167,7 @@ def a_comparison(root: Path) -> Comparison:
         growth={},
         runs=runs,
         missing=[],
-        scoring=[ScoringCost(alias="llama", pairs=120, tokens=4000, seconds=math.nan)],
+        scoring=[ScoringCost(alias="llama", responses=240, tokens=4000, seconds=math.nan)],
         verdict=[f"One reference is enough here: {EVIL}"],
     )
 
