@@ -56,7 +56,7 @@ METHODS = [*(f"dpo:{family}" for family in FAMILIES), PAPER, RECOMMENDED]
 CHATS = 8_000  # read by each reference
 GRID = {
     "methods": ",".join(METHODS),
-    "fractions": "0.05,0.1,0.2",
+    "fractions": "0.05,0.1",
     "label_noise": "0,0.15,0.3",
     "seeds": 3,
     "vary_subset": True,
