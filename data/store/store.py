@@ -96,6 +96,8 @@ class Store:
     def upgrade_record(self, identity: str) -> None:
         """Write the record of an earlier version as that of scores of responses."""
         if records := self._read_record(identity)[0]:
+            runs = tuple(_in_responses(run) for run in records[0].runs)
+            records = [replace(record, runs=runs) for record in records]
             self.files.write(f"{identity}/{RECORD}", _encoded(records))
 
     def earlier_record(self, identity: str) -> list[ReferenceRecord]:
@@ -338,6 +340,12 @@ def merged(
     for record in sorted(records, key=lambda record: record.recorded):
         names[record.name_key] = record
     return [replace(record, runs=tuple(runs), created=created) for record in names.values()]
+
+
+def _in_responses(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run that counted the pairs it scored, each two responses."""
+    kept = dict(run)
+    return {**kept, "responses": 2 * kept.pop("pairs")} if "pairs" in kept else kept
 
 
 def _encoded(records: Sequence[ReferenceRecord]) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mrpo import compare, precompute, prepare
+from mrpo import compare, doctor, precompute, prepare
 from mrpo.demo.data import write_data
 from mrpo.demo.models import FAMILIES
 from mrpo.demo.pretrain import pretrain_all
@@ -30,6 +30,8 @@ def test_with_wrong_labels_several_references_beat_the_best_single_one(tmp_path:
         "store": str(tmp_path / "store"),
     }
     precompute(**scored, engine="hf")
+    diagnosis = doctor(**scored, out=str(tmp_path / "doctor.json"))
+    assert diagnosis.exit_code == 0, "references that know some replies by heart are no fault"
     comparison = compare(**scored, **(GRID | SETTINGS), output_dir=str(tmp_path / "compare"))
     (condition,) = comparison.conditions
     results = comparison.results_at(condition, "sum")

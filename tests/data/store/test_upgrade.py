@@ -267,9 +267,11 @@ def test_policies_and_damaged_files(tmp_path: Path, make: Any, pairs: PairShards
 def test_the_folders_that_were_scored_are_found_by_themselves(
     tmp_path: Path, make: Any, pairs: PairShards
 ) -> None:
-    run = {"engine": "hf", "pairs_folder": str(pairs.path)}
+    run = {"engine": "hf", "pairs": 24, "pairs_folder": str(pairs.path)}
     store = old_store(tmp_path / "store", make.record(runs=(run,)), pairs)
     assert upgrade(store=store.root).pairs == 24
+    (record,) = store.references()
+    assert record.runs == ({"engine": "hf", "pairs_folder": str(pairs.path), "responses": 48},)
     gone = {"engine": "hf", "pairs_folder": str(tmp_path / "gone")}
     other = old_store(tmp_path / "other", make.record(runs=(gone,)), pairs)
     with pytest.raises(UserError, match="name their folders with --pairs"):
