@@ -344,8 +344,9 @@ def merged(
 
 def _in_responses(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run that counted the pairs it scored, each two responses."""
-    kept = dict(run)
-    return {**kept, "responses": 2 * kept.pop("pairs")} if "pairs" in kept else kept
+    return {
+        "responses" if k == "pairs" else k: 2 * v if k == "pairs" else v for k, v in run.items()
+    }
 
 
 def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
