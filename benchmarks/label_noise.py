@@ -1,6 +1,6 @@
 """Few pairs and wrong labels, in several of the demo's worlds: what each method keeps.
 
-    python benchmarks/label_noise.py OUT [--worlds 0,1,2] [--seeds 5] [--jobs 2]
+    python benchmarks/label_noise.py OUT [--worlds 0,1,2] [--seeds 5] [--jobs 2] [--chats 8000]
 
 For every world, the demo's data and references of that seed, `mrpo compare` trains each method on
 a twentieth and a tenth of the pairs, with right labels and with 15 and 30 % of them turned round;
@@ -56,12 +56,13 @@ def main() -> None:
     parser.add_argument("--fractions", default="0.05,0.1")
     parser.add_argument("--label-noise", default="0,0.15,0.3")
     parser.add_argument("--betas", default="0.5")
+    parser.add_argument("--chats", type=int, default=CHATS, help="that each reference has read")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     orders = []
     for world in map(int, options.worlds.split(",")):
         folder = options.out / f"world-{world}"
-        scored = make_world(folder, world)
+        scored = make_world(folder, world, options.chats)
         grid = {
             "methods": options.methods,
             "fractions": options.fractions,
@@ -84,9 +85,9 @@ def main() -> None:
     )
 
 
-def make_world(folder: Path, seed: int) -> dict[str, str]:
+def make_world(folder: Path, seed: int, chats: int) -> dict[str, str]:
     """The demo's data, references, pairs and scores of a seed; where they are."""
-    files = write_data(folder / "data", pairs=3000, chats=CHATS, seed=seed)
+    files = write_data(folder / "data", pairs=3000, chats=chats, seed=seed)
     if pretrain_all(files.corpora, folder / "references", seed):
         raise SystemExit(f"{folder}: a reference could not be trained")
     entries = [f"{family}: {{model: references/{family}, dtype: float32}}\n" for family in FAMILIES]
