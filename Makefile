@@ -96,8 +96,10 @@ bench: setup-dev
 real: setup-dev
 	$(BIN)/python benchmarks/real_model.py --data $(BENCH_DATA) $(ARGS)
 
+# JOBS files of tests at once; each may need 5 GB of memory, for vLLM.
+JOBS ?= 2
 test: setup-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Bad input of every kind for every command: 500 cases; ARGS='--cases 2000 --seed 1' for others.
 fuzz: setup-dev

@@ -11,7 +11,7 @@ from copy import copy
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +20,13 @@ from mrpo.data.rendering import Refusal, RenderedPrompt, Renderer
 from mrpo.data.rendering.template import ChatTemplate
 from mrpo.tests.data import family_templates
 from mrpo.tests.data.families import Family, message, texts_of
-from mrpo.tests.data.rendering.test_properties import PIECES, TEXT, check_branch, check_shared
+from mrpo.tests.data.rendering.test_properties import (
+    PIECES,
+    TEXT,
+    brings_special_tokens,
+    check_branch,
+    check_shared,
+)
 
 Tokenizers = dict[str, PreTrainedTokenizerFast]
 
@@ -152,6 +158,7 @@ def test_plain_text_on_real_tokenizers(
     name: str, renderers: dict[str, Renderer], prompt: str, chosen: str, rejected: str
 ) -> None:
     renderer, pair = renderers[name], Pair(prompt, chosen, rejected)
+    assume(not brings_special_tokens(renderer, prompt + chosen, prompt + rejected))
     tokenizer = renderer.tokenizer
     texts, ids = texts_of(renderer, pair), renderer.render(pair)
     if isinstance(ids, Refusal):
