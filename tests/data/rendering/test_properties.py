@@ -70,7 +70,7 @@ def own_tokens(family: Family, text: str) -> tuple[list[int], list[tuple[int, in
 
 
 def brings_special_tokens(renderer: Renderer, *texts: str) -> bool:
-    """Whether a text has a BOS or an end of its own, so that rendering adds none: not asked here."""
+    """Whether a text has a BOS or an end of its own, so that rendering adds none."""
     tokens = [*renderer.tokenizer.all_special_tokens, (renderer.end_of_turn or "").strip()]
     return any(token in text for token in filter(None, tokens) for text in texts)
 
