@@ -110,7 +110,10 @@ def relative_weights(
     condition: Condition,
     options: argparse.Namespace,
 ) -> dict[str, float]:
-    """By row of the comparison: doctor's weight of contradicted labels, mean over the seeds."""
+    """By row of the comparison: doctor's weight of contradicted labels, mean over the seeds.
+
+    Over those seeds where doctor has one: with few wrong labels it says nothing.
+    """
     pairs, store = PairShards(scored["pairs"]), Store(scored["store"])
     records = scored_records(pairs, store, scored["refs"].split(","), scored["refs_config"])
     table = load_score_table(pairs, store, records, split="train")
@@ -129,7 +132,8 @@ def relative_weights(
         for row in rows:
             name = f"{row.method} beta={row.beta:g}"
             weights.setdefault(name, []).append(row.relative_weight.value)
-    return {name: float(np.mean(values)) for name, values in weights.items()}
+    known = {name: [q for q in values if np.isfinite(q)] for name, values in weights.items()}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 def exchanged(scores: ReferenceLogps, turned: np.ndarray) -> ReferenceLogps:
