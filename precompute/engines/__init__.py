@@ -19,6 +19,8 @@ ENGINES: dict[EngineName, str] = {  # module and class
     "server": "server:ServerEngine",  # a running vLLM server
 }
 
+RAY = "ray"  # not an engine of its own: hf or vllm in the actors of a cluster (`on_ray.py`)
+
 
 def load_engine(name: EngineName, settings: EngineSettings) -> Engine:
     """Load a reference into the named engine, importing what it needs."""

@@ -24,7 +24,7 @@ from mrpo.data.store import Store
 from mrpo.errors import UserError
 from mrpo.precompute import process
 from mrpo.precompute.config import EngineChoice, PrecomputeConfig
-from mrpo.precompute.engines import ENGINES
+from mrpo.precompute.engines import ENGINES, RAY
 from mrpo.precompute.run import precompute, score
 from mrpo.tests.precompute.workspace import Workspace, rows
 
@@ -184,7 +184,7 @@ def test_settings_have_the_names_and_defaults_of_the_command() -> None:
 
 
 def test_the_command_lists_every_engine() -> None:
-    assert get_args(EngineChoice) == ("auto", *ENGINES)
+    assert get_args(EngineChoice) == ("auto", *ENGINES, RAY)
 
 
 def test_responses_beyond_a_limit_are_listed_though_nothing_else_is_left_to_score(
