@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from mrpo.data.pairs import in_fraction, label_turned
+from mrpo.data.join import JoinedScores, join, resolve_references
 from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
@@ -33,10 +32,11 @@ from mrpo.demo.run import CHATS, GRID, REFS
 from mrpo.evaluation.compare.compare import compare
 from mrpo.evaluation.compare.results import Comparison, Condition, points
 from mrpo.evaluation.doctor.forecast import forecast
-from mrpo.evaluation.score_table import load_score_table, pairs_at, scored_records
+from mrpo.method.grammar import parse_method
 from mrpo.method.objective import ReferenceLogps
 from mrpo.precompute.run import precompute
 from mrpo.terminal import print_table
+from mrpo.train.dataset import TrainingPairs, stacked
 
 METHODS = [
     *(f"dpo:{family}" for family in FAMILIES),
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--fractions", default="0.05,0.1")
     parser.add_argument("--label-noise", default="0,0.15,0.3")
     parser.add_argument("--betas", default="0.5")
+    parser.add_argument("--epsilons", default="0.1,0.2,0.5,none", help="of mrpo")
     parser.add_argument("--chats", type=int, default=CHATS, help="that each reference has read")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -69,16 +70,19 @@ def main() -> None:
             "label_noise": options.label_noise,
             "seeds": options.seeds,
             "betas": options.betas,
+            "epsilons": options.epsilons,
         }
         comparison = compare(
             **scored, **(GRID | grid), jobs=options.jobs, keep_models=False,
             output_dir=str(folder / "compare"),
         )  # fmt: skip
         for condition in reversed(comparison.conditions):
-            expected = relative_weights(scored, comparison, condition, options)
+            expected = relative_weights(folder, scored, comparison, condition, options)
             show(world, comparison, condition, expected)
             if condition.label_noise:
                 orders.append(agreement(comparison, condition, expected))
+    if not orders:
+        return
     print(
         f"\nOrder by the forecast against order by accuracy in {len(orders)} settings, Spearman's "
         f"correlation: mean {np.mean(orders):.2f}, {min(orders):.2f} to {max(orders):.2f}"
@@ -105,6 +109,7 @@ def make_world(folder: Path, seed: int, chats: int) -> dict[str, str]:
 
 
 def relative_weights(
+    folder: Path,
     scored: dict[str, str],
     comparison: Comparison,
     condition: Condition,
@@ -114,38 +119,34 @@ def relative_weights(
 
     Over those seeds where doctor has one: with few wrong labels it says nothing.
     """
-    pairs, store = PairShards(scored["pairs"]), Store(scored["store"])
-    records = scored_records(pairs, store, scored["refs"].split(","), scored["refs_config"])
-    table = load_score_table(pairs, store, records, split="train")
-    prompts = [pair.prompt for pair in pairs_at(pairs, table.places)]
+    pairs, joined = PairShards(scored["pairs"]), folder / "joined"
+    if not joined.exists():
+        store, aliases = Store(scored["store"]), scored["refs"].split(",")
+        join(pairs, store, resolve_references(pairs, store, aliases, scored["refs_config"]), joined)
     weights: dict[str, list[float]] = {}
     for seed in comparison.seeds:  # --vary-subset: it draws the pairs and the labels too
-        used = [n for n, p in enumerate(prompts) if in_fraction(p, condition.fraction, seed)]
-        turned = [label_turned(prompts[n], condition.label_noise, seed) for n in used]
-        trained_on = exchanged(table.pair_scores().of_rows(np.array(used)), np.array(turned))
-        rows = forecast(
-            trained_on,
-            table.aliases,
+        source = TrainingPairs(
+            pairs, JoinedScores(joined), True, condition.fraction, condition.label_noise, seed, seed
+        )
+        outlook = forecast(
+            trained_on(source),
+            source.joined.aliases,
             methods=options.methods.split(","),
             betas=[float(beta) for beta in options.betas.split(",")],
-        ).rows
-        for row in rows:
-            name = f"{row.method} beta={row.beta:g}"
+        )
+        for row in [*outlook.rows, *outlook.grid]:
+            clips = row.method == "mrpo"
+            epsilon = "none" if row.epsilon is None else f"{row.epsilon:g}"
+            name = f"{row.method} beta={row.beta:g}{f' epsilon={epsilon}' if clips else ''}"
             weights.setdefault(name, []).append(row.relative_weight.value)
     known = {name: [q for q in values if np.isfinite(q)] for name, values in weights.items()}
     return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
-def exchanged(scores: ReferenceLogps, turned: np.ndarray) -> ReferenceLogps:
-    """The scores with chosen and rejected exchanged in the rows [N] that are turned round."""
-    values = {}
-    for of_chosen in ("ref_chosen_logps", "ref_chosen_tokens", "chosen_bytes"):
-        of_rejected = of_chosen.replace("chosen", "rejected")
-        chosen, rejected = getattr(scores, of_chosen), getattr(scores, of_rejected)
-        rows = turned.reshape(-1, *[1] * (chosen.ndim - 1))
-        values[of_chosen] = np.where(rows, rejected, chosen)
-        values[of_rejected] = np.where(rows, chosen, rejected)
-    return replace(scores, **values)
+def trained_on(source: TrainingPairs) -> ReferenceLogps:
+    """The scores of the pairs that a run trains on, with the labels that it gives them."""
+    usable = source.usable(parse_method("mrpo", source.joined.aliases))
+    return stacked([(source.scores(n)[0], rows) for n, rows in enumerate(usable.training)])
 
 
 def agreement(comparison: Comparison, condition: Condition, expected: dict[str, float]) -> float:
