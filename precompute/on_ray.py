@@ -1,7 +1,7 @@
 """A reference's shards as tasks on a Ray cluster: `--engine ray`.
 
-    connect("auto")
-    for event in score_on_ray(job, shards, most=None): …    # those of a worker process
+    with cluster("auto"):
+        for event in score_on_ray(job, shards): …    # those of a worker process
 
 The shards go through an actor pool of Ray Data. Each actor holds one loaded engine, is called with
 the number of a shard, writes that shard's rows to the store as a worker process does, and returns
@@ -36,14 +36,17 @@ from .scoring import Job, ReferenceScorer
 IN_FLIGHT = 2  # shards that an actor has in hand or in front of it
 OBJECT_STORE = 200 * 2**20  # bytes, of a cluster that is started here: events are all it holds
 TIMEOUT = 10.0  # seconds that a cluster may take to answer
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 FOREIGN = ("tests", "benchmarks", "docs")  # folders of a checkout that no worker needs
 
 
-def connect(address: str | None) -> None:
-    """Join the cluster at an address, or start one on this machine where it is None.
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Within the block this process belongs to a cluster; at its end the job's actors end.
 
-    A cluster that was there gets this package with the job; the packages that it depends on must be
-    installed on its nodes. Raises `UserError` where Ray is missing or no cluster answers.
+    `address` names one that is there, which gets this package with the job; the packages that it
+    depends on must be installed on its nodes. None starts one on this machine. Raises `UserError`
+    where Ray is missing, no cluster answers, or this process belongs to one already.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -52,26 +55,38 @@ def connect(address: str | None) -> None:
         import ray.data
     except ImportError as error:
         raise UserError(f"--engine ray: {error}; pip install 'mrpo[ray]'") from None
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
-        return
-    if address is None:
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
-    else:
-        shipped = {"py_modules": [str(package_copy(Path(tempfile.mkdtemp()) / "mrpo"))]}
-        try:
-            _knock(address)
-            ray.init(address=address, runtime_env=shipped, **quiet)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"--ray-address {address}: {reason}; `ray status` on a node of the cluster shows "
-                "its address, and without the flag a cluster is started here"
-            ) from None
+        raise UserError(
+            "--engine ray: this process belongs to a Ray cluster already; call `ray.shutdown()` "
+            "first, or run `mrpo precompute` as a process of its own"
+        )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    context.enable_progress_bars = context.print_on_execution_start = False
+    try:
+        if address is None:
+            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE, **QUIET)
+        else:
+            _join(address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        _knock(address)
+        with tempfile.TemporaryDirectory() as folder:
+            shipped = {"py_modules": [str(package_copy(Path(folder) / "mrpo"))]}
+            ray.init(address=address, runtime_env=shipped, **QUIET)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--ray-address {address}: {reason}; `ray status` on a node of the cluster shows its "
+            "address, and without the flag a cluster is started here"
+        ) from None
 
 
 def _knock(address: str) -> None:
@@ -83,24 +98,18 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=TIMEOUT).close()
 
 
-@contextmanager
-def disconnecting() -> Iterator[None]:
-    """Leave the cluster at the end of the block, by an interrupt too: the job's actors end."""
-    import ray
+def engine_on_ray(wanted: EngineName, address: str | None) -> EngineName:
+    """The engine inside the actors: as asked, else vllm where the cluster has GPUs, else hf.
 
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def engine_on_ray(wanted: EngineName) -> EngineName:
-    """The engine inside the actors: as asked, or vllm where the cluster has GPUs, else hf."""
-    import ray
-
-    if wanted != "auto":
+    "auto" where the cluster is to be this machine. Raises `UserError` as `cluster` does.
+    """
+    if address is None:
         return wanted
-    return "vllm" if ray.cluster_resources().get("GPU") else "hf"
+    with cluster(address):
+        import ray
+
+        found = "vllm" if ray.cluster_resources().get("GPU") else "hf"
+    return found if wanted == "auto" else wanted
 
 
 def score_on_ray(
@@ -142,30 +151,32 @@ class ShardScorer:
     """The actor: a loaded reference, called with a shard's number."""
 
     def __init__(self, job: Job) -> None:
+        self._job = job
         self._events: list[dict[str, Any]] = []
-        try:
-            engine = load_engine(job.engine, job.settings) if job.settings.longest else None
-            self._facts = engine.facts if engine else {}
-            self._scorer = ReferenceScorer(job, engine, self._events.append)
-            self._mistake = None
-        except (UserError, OSError) as error:
-            self._mistake = str(at_path(error) if isinstance(error, OSError) else error)
+        self._scorer: ReferenceScorer | None = None
+        self._facts: dict[str, Any] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Score the shard of a batch of one; its events, as one line of JSON."""
-        started = time.monotonic()
         self._events.clear()
-        if self._mistake is None:
-            try:
-                self._scorer.run(batch["shard"].tolist())
-            except UserError as error:
-                self._events.append({"event": "error", "text": str(error)})
-        else:
-            self._events.append({"event": "error", "text": self._mistake})
-        if self._mistake is None and self._facts:
+        try:
+            # Loaded by the first call, so that a mistake is an event like any other.
+            self._scorer = self._scorer or self._load()
+            started = time.monotonic()
+            self._scorer.run(batch["shard"].tolist())
             ago = time.monotonic() - started
             self._events.insert(0, {"event": "ready", "facts": self._facts, "ago": ago})
+        except (UserError, OSError) as error:
+            mistake = at_path(error) if isinstance(error, OSError) else error
+            self._events.append({"event": "error", "text": str(mistake)})
         return {"events": [json.dumps(self._events)]}
+
+    def _load(self) -> ReferenceScorer:
+        job = self._job
+        # Without a longest sequence every missing response is refused for good: no weights needed.
+        engine = load_engine(job.engine, job.settings) if job.settings.longest else None
+        self._facts = engine.facts if engine else {}
+        return ReferenceScorer(job, engine, self._events.append)
 
 
 def _resources(job: Job) -> tuple[dict[str, Any], int]:

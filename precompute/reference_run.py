@@ -28,7 +28,7 @@ from ..errors import UserError, at_path
 from ..settings import comma_separated, no_effect
 from .config import HEEDED_BY, PrecomputeConfig
 from .engines import RAY, EngineName
-from .on_ray import connect, engine_on_ray
+from .on_ray import engine_on_ray
 from .process import Event, WorkerProcess, visible_gpus, worker_environment
 from .scoring import Job
 from .worker import run_job
@@ -63,8 +63,7 @@ def place(
         engine = "hf"
     on_ray = engine == RAY
     if on_ray:
-        connect(config.ray_address)
-        engine = engine_on_ray(config.ray_engine)
+        engine = engine_on_ray(config.ray_engine, config.ray_address)
     if engine == "auto":
         has_vllm = visible_gpus() and find_spec("vllm")
         engine = "vllm" if has_vllm and not in_files else "hf"

@@ -38,7 +38,7 @@ from ..settings import command, no_effect, write_resolved
 from .config import EngineChoice, PrecomputeConfig
 from .engines.protocol import EngineSettings
 from .identity import ResolvedReference, resolve_reference
-from .on_ray import disconnecting, score_on_ray
+from .on_ray import cluster, score_on_ray
 from .preflight import (
     SERVER,
     UNVERIFIED,
@@ -263,7 +263,8 @@ class _Run:
         if not self.placement.on_ray:
             yield from map(self._score, self.plans)
             return
-        with ThreadPoolExecutor(len(self.plans)) as pool, disconnecting():
+        # The cluster is left first, by an interrupt too, which ends what the threads wait for.
+        with ThreadPoolExecutor(len(self.plans)) as pool, cluster(self.config.ray_address):
             yield from pool.map(self._score, self.plans)
 
     def _score(self, plan: ReferencePlan) -> ReferenceOutcome:

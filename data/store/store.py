@@ -343,10 +343,9 @@ def merged(
 
 
 def _in_responses(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run that counted the pairs it scored, each two responses."""
-    return {
-        "responses" if k == "pairs" else k: 2 * v if k == "pairs" else v for k, v in run.items()
-    }
+    """A run that may have counted the pairs it scored, each two responses."""
+    kept = {key: value for key, value in run.items() if key != "pairs"}
+    return kept | {"responses": 2 * run["pairs"]} if "pairs" in run else kept
 
 
 def _encoded(records: Sequence[ReferenceRecord]) -> bytes:
