@@ -96,7 +96,7 @@ bench: setup-dev
 real: setup-dev
 	$(BIN)/python benchmarks/real_model.py --data $(BENCH_DATA) $(ARGS)
 
-# JOBS files of tests at once; each may need 5 GB of memory, for vLLM.
+# JOBS files of tests at once, each with a process, and at times a vLLM engine, of its own.
 JOBS ?= 2
 test: setup-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

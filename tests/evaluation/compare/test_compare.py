@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from mrpo import cli
@@ -68,17 +67,6 @@ class Compared:
     def cell(self, method: str, fraction: float, more: str = "") -> Path:
         name = method.replace(":", "=")
         return self.out / "cells" / name / f"fraction-{fraction:g}{more}" / "seed-42"
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Workers share the cores, and runs by hand must add up as they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
