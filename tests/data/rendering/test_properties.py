@@ -187,6 +187,19 @@ def test_scored_tokens_hold_the_response_of_plain_text_and_nothing_else(
 
 
 @every_family
+def test_plain_text_ends_with_eos_once_whoever_wrote_it(family: Family) -> None:
+    """The response, or the end of the prompt and the response together."""
+    renderer = family.renderer()
+    eos, number = str(renderer.tokenizer.eos_token), renderer.tokenizer.eos_token_id
+    for prompt, response in (("Say: ", "yes"), ("Say: ", f"yes{eos}"), (f"a {eos[:2]}", eos[2:])):
+        ids = renderer.render(Pair(prompt, response, "no"))
+        assert isinstance(ids, RenderedPrompt)
+        branch = ids.responses[0]
+        assert (branch.token_ids.count(number), branch.token_ids[-1]) == (1, number)
+        assert branch.end_start == len(branch.token_ids) - 1
+
+
+@every_family
 def test_pairs_render_alike_alone_and_in_any_company(family: Family) -> None:
     contents = [" ".join(PIECES[at:]) for at in range(8)]
     pairs = [
