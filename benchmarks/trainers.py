@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mrpo.benchmarks.common import Child
 from mrpo.benchmarks.workload import messages
 from mrpo.data.shards import PairShards
+
+if TYPE_CHECKING:
+    from mrpo.train.config import TrainConfig
+    from mrpo.train.loop import Run
 
 RATE, BETA, SEED = 1e-4, 0.1, 1
 
@@ -26,20 +31,53 @@ def order_file(pairs: Path) -> Path:
     return pairs.with_suffix(".order.npy")
 
 
-def train_here(child: Child, method: str, references: int) -> None:
-    """`mrpo train` to the end of its loop; the times are those of its own log of every step."""
-    from torch._dynamo.utils import counters
+@dataclass(slots=True)
+class Steps:
+    """What a run was after each of its steps; a tracker of its log writes them."""
 
-    from mrpo.train.config import TrainConfig
+    graphs: list[int]  # compiled so far; what grows behind a warm-up are recompilations
+    peaks: list[int]  # bytes of the GPU at the step's peak
+
+    @classmethod
+    def none(cls) -> Steps:
+        return cls(graphs=[0], peaks=[0])
+
+    def log(self, *arguments: Any, **kwargs: Any) -> None:
+        import torch
+        from torch._dynamo.utils import counters
+
+        self.graphs.append(counters["stats"]["unique_graphs"])
+        self.peaks.append(torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
+
+    def finish(self) -> None: ...
+
+
+def run_to_end(config: TrainConfig, bf16: bool) -> tuple[Run, list[dict[str, Any]], Steps]:
+    """`mrpo train` to the end of its loop: the run, the lines of its steps in the log, and more of
+    these steps."""
     from mrpo.train.distributed import Ranks
     from mrpo.train.loop import train_steps
     from mrpo.train.run import set_up
     from mrpo.train.start import find_start
 
+    ranks, steps = Ranks.start(config.device), Steps.none()
+    run = set_up(config, find_start(config, ranks, bf16), ranks, bf16)
+    run.log.trackers.append(steps)
+    train_steps(run)
+    run.log.close()
+    log = Path(config.output_dir, "log.jsonl").read_text().splitlines()
+    return run, [line for line in map(json.loads, log) if "loss" in line], steps
+
+
+def train_here(child: Child, method: str, references: int) -> None:
+    """`mrpo train` to the end of its loop; the times are those of its own log of every step."""
+    import mrpo.train.run  # noqa: F401
+    from mrpo.train.config import TrainConfig
+
     child.measurement.imported()
-    options, out = child.options, child.folder / f"run-{time.time_ns()}"
+    options = child.options
     config = TrainConfig(
-        output_dir=str(out),
+        output_dir=str(child.folder / f"run-{time.time_ns()}"),
         pairs=str(child.pairs),
         refs=",".join(f"ref{k}" for k in range(references)),
         refs_config=str(child.folder / "refs.yaml"),
@@ -56,28 +94,14 @@ def train_here(child: Child, method: str, references: int) -> None:
         eval_steps=2**31,
         save_steps=2**31,
     )
-    ranks = Ranks.start(config.device)
-    run = set_up(config, find_start(config, ranks, options["gpu"]), ranks, options["gpu"])
-    graphs = [0]  # compiled up to each step: what grows behind the warm-up are recompilations
-
-    class Counting:
-        def log(self, *arguments: Any, **kwargs: Any) -> None:
-            graphs.append(counters["stats"]["unique_graphs"])
-
-        def finish(self) -> None: ...
-
-    run.log.trackers.append(Counting())
-    train_steps(run)
-    run.log.close()
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    run, lines, steps = run_to_end(config, options["gpu"])
     seconds = [line["perf/step_seconds"] for line in lines[options["warm_up"] :]]
     child.measurement.figures |= {
         "seconds": sum(seconds),
         "step_seconds": seconds,
         "losses": [line["loss"] for line in lines],
-        "compiled_graphs": graphs[options["warm_up"]],
-        "recompiled_graphs": graphs[-1] - graphs[options["warm_up"]],
+        "compiled_graphs": steps.graphs[options["warm_up"]],
+        "recompiled_graphs": steps.graphs[-1] - steps.graphs[options["warm_up"]],
     }
     keep(child, run.forward.policy.lm)
 
