@@ -146,7 +146,7 @@ class World:
     @cached_property
     def scored(self) -> Path:
         """The folder of a store with two references' scores of all pairs, and their `model`."""
-        self.model("llama").rename(self.folder / "model")
+        write_model(self.folder / "model", "llama", self.pairs)
         write_scores(self.folder, self.shards, 2)
         return self.folder
 

@@ -2,6 +2,7 @@
 
     python benchmarks/study.py --out study-run            # a laptop: SmolLM2-135M and experts of it
     python benchmarks/study.py --out study-run --seeds 5  # more runs, the others are kept
+    python benchmarks/study.py --pairs 400 --tokens 320   # more of them, for a GPU without the Hub
     python benchmarks/study.py --out study-run --gpu      # a GPU: three Hub models
 
 The pairs are of three sets (`real_pairs.py` says how the latter two become pairs): HH-RLHF's
@@ -46,7 +47,7 @@ GPU_MODELS = {
 }
 BASE = "smollm"
 RANK, EXPERT_RATE, EXPERT_BATCH = 16, 1e-3, 8
-TOKENS = 160  # about, of a pair with its prompt, on a CPU; HH-RLHF has pairs of thousands
+TOKENS = 160  # about, of a pair with its prompt; HH-RLHF has pairs of thousands
 
 
 def main() -> None:
@@ -55,11 +56,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the three sets")
     parser.add_argument("--gpu", action="store_true", help="Hub models, through vLLM")
     parser.add_argument("--pairs", type=int, help="of each set; a half of them is held out")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a pair, about; not --gpu")
     parser.add_argument("--expert-replies", type=int, default=160, help="read by each expert")
     parser.add_argument("--fractions", default="0.5,1")
     parser.add_argument("--label-noise", default="0,0.3")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, help="runs at once; by default one for each GPU")
     parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--batch-pairs", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--methods", help="by default DPO with each reference and three of several")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "0" if options.gpu else "1")
@@ -100,9 +106,11 @@ def study(options: argparse.Namespace, refs: Sequence[str]) -> Comparison:
         metric="sum",
         beta=options.beta,
         lora_rank=RANK,
-        learning_rate=1e-4,
-        batch_pairs=8,
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch_pairs=options.batch_pairs,
         keep_models=False,
+        jobs=options.jobs,
         output_dir=str(out / "compare"),
     )
     mrpo.report(folders=str(out / "compare"), out=str(out / "report.html"))
@@ -123,14 +131,14 @@ def study_pairs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def short_pairs(options: argparse.Namespace) -> list[Pair]:
-    """The pairs of the three sets; on a CPU only those of at most about `TOKENS` tokens."""
+    """The pairs of the three sets; for SmolLM2 only those of at most about `--tokens` tokens."""
     pairs = all_pairs(options.data)
     if options.gpu:
         return pairs
     return [
         pair
         for pair in pairs
-        if len(canonical_json([pair.prompt, pair.chosen, pair.rejected])) <= 4 * TOKENS
+        if len(canonical_json([pair.prompt, pair.chosen, pair.rejected])) <= 4 * options.tokens
     ]
 
 
@@ -165,10 +173,13 @@ def train_expert(model_folder: Path, pairs: Sequence[Pair], folder: Path) -> Non
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # which is masked below
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    model = get_peft_model(base, lora).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], EXPERT_RATE)
     chats = [row["prompt"] + row["chosen"] for row in messages(pairs)]
     losses = []
@@ -176,7 +187,7 @@ def train_expert(model_folder: Path, pairs: Sequence[Pair], folder: Path) -> Non
         batch = tokenizer.apply_chat_template(
             chats[start : start + EXPERT_BATCH], return_tensors="pt", return_dict=True,
             padding=True,
-        )  # fmt: skip
+        ).to(device)  # fmt: skip
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels, use_cache=False).loss
         loss.backward()
