@@ -37,7 +37,7 @@ TORCH    ?= $(shell grep '^torch==' $(LOCK))
 REFERENCES = --refs $(REFS) --refs-config $(REFS_CONFIG) --store $(STORE)
 
 .PHONY: setup setup-dev demo precompute train evaluate compare report test test-newest test-oldest \
-    check fuzz lock bench real clean
+    check fuzz lock bench gpu-check real clean
 
 setup: $(VENV)/.base
 ifneq ($(GPU),)
@@ -91,6 +91,10 @@ BENCH_DATA ?= ../shared/data
 bench: setup-dev
 	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
 	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
+
+# Every GPU path at small size: pass or fail, with figures, in a few minutes.
+gpu-check: setup-dev
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # A real model from a package (100 MB) through every command, beside TRL; needs 18 GB of free memory.
 real: setup-dev

@@ -48,7 +48,7 @@ from mrpo.train.memory import FULL, START, Sizes, memory_plan
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-VOCABULARY, CONTEXT = 2048, 8192
+VOCABULARY, CONTEXT = 2048 if GPU else 512, 8192
 # Nats a token from float32 on a CPU, the largest of all tokens: of float32 on a GPU, and the mean
 # of bfloat16's, which differs as much from itself at another batch size.
 EXACT, ROUNDED = 1e-3, 0.05
@@ -205,7 +205,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 100},
         **{"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0},
     },
-    "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 384},
+    "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 2},
 }
 
 
@@ -217,8 +217,13 @@ def write_model(folder: Path, architecture: str, pairs: list[Pair], **shape: Any
 
     texts = [turn["content"] for row in messages(pairs) for part in row.values() for turn in part]
     tokenizer = build_tokenizer("llama", texts, VOCABULARY)
-    defaults = {"hidden_size": 256, "num_hidden_layers": 4 if GPU else 2, "head_dim": 64}
+    defaults = (
+        {"num_hidden_layers": 4, "head_dim": 64}
+        if GPU
+        else {"num_hidden_layers": 2, "head_dim": 16}
+    )
     shape = defaults | SHAPES[architecture] | shape
+    shape.setdefault("hidden_size", shape["num_attention_heads"] * shape["head_dim"])
     config = AutoConfig.for_model(
         architecture,
         **shape,
