@@ -16,7 +16,7 @@ import numpy as np
 
 from mrpo import ctro_clip, virtual_reference
 from mrpo.method.fitted import fit_weights
-from mrpo.method.losses import PLAIN_LOSSES, margin_loss
+from mrpo.method.loss_functions import MARGIN_LOSSES, SMOOTHED_LOSSES
 from mrpo.method.virtual_reference import KINDS
 
 IMAGES = Path(__file__).parent / "images"
@@ -67,10 +67,10 @@ def saturation(axes: Any) -> None:
 def losses(axes: Any) -> None:
     """The losses as functions of the margin h, all with beta 1."""
     margin = np.linspace(-3, 5, 401)
-    for loss_type in PLAIN_LOSSES:
-        axes.plot(margin, margin_loss(margin, 1.0, loss_type), label=loss_type)
+    for loss_type in ("sigmoid", "ipo", "hinge", "discopop"):
+        axes.plot(margin, MARGIN_LOSSES[loss_type](margin, 1.0), label=loss_type)
     for loss_type in ("sigmoid", "robust"):
-        curve = margin_loss(margin, 1.0, loss_type, 0.2)
+        curve = SMOOTHED_LOSSES[loss_type](margin, 1.0, 0.2)
         axes.plot(margin, curve, "--", label=f"{loss_type}, label smoothing 0.2")
     axes.set_ylim(-0.5, 6)
     axes.set_xlabel("h")

@@ -1,14 +1,19 @@
-"""The losses on top of a virtual reference, each a function of the preference margin.
+"""The losses on top of a virtual reference, each a function of how far the policy is from it.
 
-With h = [log pi(y_w) − log pi(y_l)] − [log pi~(y_w) − log pi~(y_l)], every loss here maps h [N]
-(or [N, K] against K references) to one number a pair. `preference_loss` and `multi_dpo_loss` are
-the public entry points, and training calls these two as well (`Method.loss`). Torch tensors and
-numpy arrays; gradients flow through the policy's side.
+With u = log pi(y) − log pi~(y) of each response, and h = u_w − u_l, a loss is a function of h, or
+of u_w and u_l (`loss_functions.py`), and gives one number a pair; [N], or [N, K] against K
+references. `preference_loss` and `multi_dpo_loss` are the public entry points, and training calls
+these two as well (`Method.loss`). Torch tensors and numpy arrays; gradients flow through the
+policy's side.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..errors import UserError
@@ -23,6 +28,46 @@ from .arrays import (
     renormalized,
     weights_like,
 )
+from .loss_functions import (
+    LOSS_TYPES,
+    MARGIN_LOSSES,
+    NEEDS_SMOOTHING,
+    RESPONSE_LOSSES,
+    SMOOTHED_LOSSES,
+)
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+class LogRatios(NamedTuple):
+    """u_w, u_l and h of some pairs, of one shape and in the policy's dtype."""
+
+    chosen: Tensor
+    rejected: Tensor
+    margin: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        policy: tuple[Tensor, Tensor],
+        references: tuple[Tensor, Tensor],
+        divergence: str = "reverse_kl",
+        alpha: float = 0.5,
+    ) -> LogRatios:
+        """From log-probs of the policy and, in float64, of its reference, chosen and rejected."""
+        dtype = floating(policy[0]).dtype
+        wide = [in_float64(logps) for logps in policy]
+        exact = [ours - like(theirs, ours) for ours, theirs in zip(wide, references)]
+        chosen, rejected = (ratio.to(dtype) for ratio in exact)
+        if divergence == "reverse_kl":
+            margin = floating(policy[0] - policy[1])
+            return cls(chosen, rejected, margin - like(references[0] - references[1], margin))
+        scores = [divergence_score(ratio, divergence, alpha) for ratio in exact]
+        return cls(chosen, rejected, (scores[0] - scores[1]).to(dtype))
+
+    def turned(self) -> LogRatios:
+        """The same pairs with their labels turned round."""
+        return LogRatios(self.rejected, self.chosen, -self.margin)
 
 
 @accepts_numpy
@@ -34,6 +79,8 @@ def preference_loss(
     beta: float,
     loss_type: str = "sigmoid",
     label_smoothing: float | Array = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> Array:
     """The loss of each pair against one (virtual) reference; with "sigmoid" the loss of MRPO.
 
@@ -46,9 +93,14 @@ def preference_loss(
         virtual_chosen_logps: [N] nats, from `virtual_reference`; better left in float64.
         virtual_rejected_logps: [N], likewise.
         beta: strength of the pull to the reference (for "ipo" its tau), > 0.
-        loss_type: "sigmoid", "ipo", "hinge" or "robust".
+        loss_type: one of `LOSS_TYPES`, such as "sigmoid".
         label_smoothing: chance that a label is wrong: one for all pairs, in [0, 0.5), for
-            "sigmoid" and "robust"; or [N], one a pair, in [0, 1], for all but "robust".
+            "sigmoid", "sigmoid_norm", "robust" and "exo_pair", which needs one above 0; or [N],
+            one a pair, in [0, 1], for all but "robust" and "exo_pair".
+        f_divergence_type: what holds the policy to the reference, one of `DIVERGENCES`; any but
+            "reverse_kl" changes the margin of the losses that are functions of it
+            (`divergence_score`).
+        f_alpha_divergence_coef: alpha of "alpha_divergence".
 
     Returns:
         [N] in the policy's dtype.
@@ -68,9 +120,10 @@ def preference_loss(
     >>> bool(np.isclose(loss[0], np.log(4/3)))
     True
     """
-    policy = floating(policy_chosen_logps - policy_rejected_logps)
-    virtual = in_float64(virtual_chosen_logps) - in_float64(virtual_rejected_logps)
-    return margin_loss(policy - like(virtual, policy), beta, loss_type, label_smoothing)
+    policy = policy_chosen_logps, policy_rejected_logps
+    virtual = in_float64(virtual_chosen_logps), in_float64(virtual_rejected_logps)
+    divergence = f_divergence_type, f_alpha_divergence_coef
+    return pair_loss(LogRatios.of(policy, virtual, *divergence), beta, loss_type, label_smoothing)
 
 
 @accepts_numpy
@@ -83,6 +136,8 @@ def multi_dpo_loss(
     beta: float,
     loss_type: str = "sigmoid",
     label_smoothing: float | Array = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> Array:
     """Multi-DPO, the baseline of the MRPO paper: Σ_k alpha_k · (DPO loss against reference k).
 
@@ -92,7 +147,8 @@ def multi_dpo_loss(
         ref_chosen_logps: [N, K] nats, NaN where missing.
         ref_rejected_logps: [N, K], likewise.
         weights: [K] or [N, K], ≥ 0; normalized over the references present.
-        beta, loss_type, label_smoothing: as in `preference_loss`.
+        beta, loss_type, label_smoothing, f_divergence_type, f_alpha_divergence_coef: as in
+            `preference_loss`.
 
     Returns:
         [N] in the policy's dtype.
@@ -105,115 +161,68 @@ def multi_dpo_loss(
     >>> bool(np.isclose(loss[0], (np.log(4/3) + np.log(2)) / 2))
     True
     """
-    policy = floating(policy_chosen_logps - policy_rejected_logps)[..., None]
+    policy = policy_chosen_logps[..., None], policy_rejected_logps[..., None]
     chosen, rejected = in_float64(ref_chosen_logps), in_float64(ref_rejected_logps)
     present = present_in_both(chosen, rejected)
-    alpha = like(renormalized(weights_like(weights, chosen), present), policy)
-    margins = policy - like(torch.where(present, chosen - rejected, 0.0), policy)
-    if isinstance(label_smoothing, torch.Tensor) and label_smoothing.ndim:
+    references = torch.where(present, chosen, 0.0), torch.where(present, rejected, 0.0)
+    ratios = LogRatios.of(policy, references, f_divergence_type, f_alpha_divergence_coef)
+    alpha = like(renormalized(weights_like(weights, chosen), present), ratios.margin)
+    if isinstance(label_smoothing, Tensor) and label_smoothing.ndim:
         label_smoothing = label_smoothing[..., None]  # a pair's is that of all its references
-    return (alpha * margin_loss(margins, beta, loss_type, label_smoothing)).sum(-1)
+    return (alpha * pair_loss(ratios, beta, loss_type, label_smoothing)).sum(-1)
 
 
-@accepts_numpy
-def margin_loss(
-    margin: Array,
-    beta: float,
-    loss_type: str = "sigmoid",
-    label_smoothing: float | Array = 0.0,
-) -> Array:
-    """The named loss of margins of any shape; see `preference_loss` for the arguments."""
-    if isinstance(label_smoothing, torch.Tensor) and label_smoothing.ndim:
-        return expected_loss(margin, beta, loss_type, label_smoothing)
+def pair_loss(ratios: LogRatios, beta: float, loss_type: str, label_smoothing: Any = 0.0) -> Tensor:
+    """The named loss of pairs of any shape; see `preference_loss` for the arguments."""
+    if isinstance(label_smoothing, Tensor) and label_smoothing.ndim:
+        return expected_loss(ratios, beta, loss_type, label_smoothing)
     check_loss(loss_type, label_smoothing)
-    if loss_type in PLAIN_LOSSES and label_smoothing == 0:
-        return PLAIN_LOSSES[loss_type](margin, beta)
-    return SMOOTHED_LOSSES[loss_type](margin, beta, label_smoothing)
+    if label_smoothing or loss_type not in PLAIN_LOSSES:
+        return SMOOTHED_LOSSES[loss_type](ratios.margin, beta, label_smoothing)
+    return _plain_loss(ratios, beta, loss_type)
 
 
-@accepts_numpy
-def sigmoid_loss(margin: Array, beta: float) -> Array:
-    """−log sigmoid(beta h) (DPO, arXiv 2305.18290, equation 7).
+def expected_loss(ratios: LogRatios, beta: float, loss_type: str, wrong: Tensor) -> Tensor:
+    """(1 − s)·L(u_w, u_l) + s·L(u_l, u_w): the loss L to be expected where s is the chance that
+    the label is wrong.
 
-    >>> import numpy as np
-    >>> bool(np.isclose(sigmoid_loss(np.array([0.0]), 0.1)[0], np.log(2)))
-    True
-    """
-    return -logsigmoid(beta * margin)
-
-
-@accepts_numpy
-def smoothed_sigmoid_loss(margin: Array, beta: float, label_smoothing: float) -> Array:
-    """(1 − s)·(−log sigmoid(beta h)) + s·(−log sigmoid(−beta h)): conservative DPO.
-
-    Labels wrong with chance s (Mitchell, "A note on DPO with noisy preferences", 2023).
-
-    >>> import numpy as np
-    >>> loss = smoothed_sigmoid_loss(np.array([np.log(3)]), 1.0, 0.25)[0]
-    >>> bool(np.isclose(loss, 0.75 * np.log(4/3) + 0.25 * np.log(4)))
-    True
-    """
-    right, wrong = sigmoid_loss(margin, beta), sigmoid_loss(-margin, beta)
-    return (1 - label_smoothing) * right + label_smoothing * wrong
-
-
-@accepts_numpy
-def expected_loss(margin: Array, beta: float, loss_type: str, wrong: Array) -> Array:
-    """(1 − s)·L(h) + s·L(−h): the loss L to be expected where the label is wrong with chance s.
-
-    Here s is a pair's own, given all that is known of the pair, its label included. Above 1/2 the
-    pair counts more as turned round than as it stands. With L "sigmoid" and one s for all pairs
-    it is `smoothed_sigmoid_loss`. Args: h, of any shape, and s [N], which goes with that shape.
-
-    >>> import numpy as np
-    >>> margin = np.full(3, np.log(3))
-    >>> loss = expected_loss(margin, 1.0, "sigmoid", np.array([0, 0.25, 1]))
-    >>> right, wrong = np.log(4/3), np.log(4)
-    >>> bool(np.allclose(loss, [right, 0.75 * right + 0.25 * wrong, wrong]))
-    True
+    Here s [N] is a pair's own, given all that is known of the pair, its label included. Above 1/2
+    the pair counts more as turned round than as it stands. With L "sigmoid" and one s for all
+    pairs it is `smoothed_sigmoid_loss`.
     """
     check_pair_loss(loss_type)
-    share, plain = like(wrong, margin), PLAIN_LOSSES[loss_type]
-    return (1 - share) * plain(margin, beta) + share * plain(-margin, beta)
+    share = like(wrong, ratios.margin)
+    right = _plain_loss(ratios, beta, loss_type)
+    return (1 - share) * right + share * _plain_loss(ratios.turned(), beta, loss_type)
+
+
+def _plain_loss(ratios: LogRatios, beta: float, loss_type: str) -> Tensor:
+    if loss_type in RESPONSE_LOSSES:
+        return RESPONSE_LOSSES[loss_type](ratios.chosen, ratios.rejected, beta)
+    return MARGIN_LOSSES[loss_type](ratios.margin, beta)
 
 
 @accepts_numpy
-def robust_loss(margin: Array, beta: float, label_smoothing: float) -> Array:
-    """[(1 − s)·(−log sigmoid(beta h)) − s·(−log sigmoid(−beta h))] / (1 − 2s): robust DPO.
+def divergence_score(ratio: Array, divergence: str, alpha: float = 0.5) -> Array:
+    """f'(e^u) of the divergence that holds the policy to its reference, up to a constant: f-DPO.
 
-    Unbiased for the clean labels when a share s is flipped (arXiv 2403.00409).
-
-    >>> import numpy as np
-    >>> loss = robust_loss(np.array([np.log(3)]), 1.0, 0.25)[0]
-    >>> bool(np.isclose(loss, (0.75 * np.log(4/3) - 0.25 * np.log(4)) / 0.5))
-    True
-    """
-    right, wrong = sigmoid_loss(margin, beta), sigmoid_loss(-margin, beta)
-    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-
-
-@accepts_numpy
-def hinge_loss(margin: Array, beta: float) -> Array:
-    """max(0, 1 − beta h) (SLiC, arXiv 2305.10425, as RSO, arXiv 2309.06657, writes it).
+    u for "reverse_kl", 1 − e^(−u) for "forward_kl", log 2 + log sigmoid(u) for "js_divergence",
+    (e^((alpha − 1) u) − 1) / (alpha − 1) for "alpha_divergence", whose limit at alpha = 1 is u
+    (Wang et al., arXiv 2309.16240; constants as TRL has them).
 
     >>> import numpy as np
-    >>> hinge_loss(np.array([0.0, 5.0, 20.0]), 0.1).tolist()
-    [1.0, 0.5, 0.0]
+    >>> zero = np.array([0.0])
+    >>> [float(divergence_score(zero, name)[0]) for name in DIVERGENCES]
+    [0.0, 0.0, 0.0, 0.0]
     """
-    return torch.maximum(1 - beta * margin, torch.zeros_like(margin))
-
-
-@accepts_numpy
-def ipo_loss(margin: Array, beta: float) -> Array:
-    """(h − 1/(2 beta))² (IPO, arXiv 2310.12036, equation 17; beta is its tau).
-
-    Meant for log-probs per token, as TRL has it.
-
-    >>> import numpy as np
-    >>> ipo_loss(np.array([0.0, 5.0, 6.0]), 0.1).tolist()
-    [25.0, 0.0, 1.0]
-    """
-    return (margin - 1 / (2 * beta)) ** 2
+    check_choice("f-divergence type", divergence, DIVERGENCES)
+    if divergence == "forward_kl":
+        return -torch.expm1(-ratio)
+    if divergence == "js_divergence":
+        return math.log(2) + logsigmoid(ratio)
+    if divergence == "alpha_divergence" and alpha != 1:
+        return torch.expm1((alpha - 1) * ratio) / (alpha - 1)
+    return ratio
 
 
 @accepts_numpy
@@ -230,9 +239,7 @@ def sft_loss(policy_chosen_logps: Array, chosen_tokens: Array) -> Array:
     return -policy_chosen_logps / like(chosen_tokens, policy_chosen_logps)
 
 
-PLAIN_LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
-SMOOTHED_LOSSES = {"sigmoid": smoothed_sigmoid_loss, "robust": robust_loss}
-LOSS_TYPES = tuple(PLAIN_LOSSES | SMOOTHED_LOSSES)
+PLAIN_LOSSES = (*MARGIN_LOSSES, *RESPONSE_LOSSES)  # those that need no label smoothing
 
 
 def check_loss(loss_type: str, label_smoothing: float) -> None:
@@ -248,6 +255,11 @@ def check_loss(loss_type: str, label_smoothing: float) -> None:
             f"label smoothing {label_smoothing} does not go with loss type {loss_type}; "
             f"use {' or '.join(SMOOTHED_LOSSES)}, or label smoothing 0"
         )
+    if loss_type in NEEDS_SMOOTHING and not label_smoothing:
+        raise UserError(
+            f"loss type {loss_type} is infinite without label smoothing; add one, for example "
+            "--label-smoothing 0.001"
+        )
 
 
 def check_pair_loss(loss_type: str) -> None:
@@ -255,6 +267,6 @@ def check_pair_loss(loss_type: str) -> None:
     check_choice("loss type", loss_type, LOSS_TYPES)
     if loss_type not in PLAIN_LOSSES:
         raise UserError(
-            f"loss type {loss_type} corrects for one noise rate of all labels, and here each pair "
-            f"has its own chance of a wrong label; use {', '.join(PLAIN_LOSSES)}"
+            f"loss type {loss_type} has one chance of a wrong label for all pairs, and here each "
+            f"pair has its own; use {', '.join(PLAIN_LOSSES)}"
         )

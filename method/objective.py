@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..errors import UserError
 from . import losses
 from .arrays import NORMALIZATIONS, check_choice, like, normalize_logps, renormalized
 from .fitted import FittedWeights, Reliability, fit_reliability, fit_weights
+from .mixture import LossMixture
 from .virtual_reference import KINDS, ctro_clip, pulls, virtual_reference
 from .weightings import FROM_HELD_OUT, ONLINE, PER_PAIR, WEIGHTINGS, vdw_weights
 
@@ -110,8 +112,11 @@ class Method:
     adaptive_epsilon: bool = True
     normalize: str = "none"
     beta: float = 0.1
-    loss_type: str = "sigmoid"
+    loss_type: str = "sigmoid"  # or several with commas between them: a weighted sum
     label_smoothing: float = 0.0
+    loss_weights: tuple[float, ...] | None = None  # of several in `loss_type`; None: 1 each
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
     sft_weight: float = 0.0
     weights: tuple[float, ...] | None = None  # one vector for all pairs, once it is known
     fitted: FittedWeights | None = None
@@ -127,18 +132,7 @@ class Method:
             raise UserError(f"epsilon is {self.epsilon}; it must be a number of 0 or more, or none")
         if not 0 < self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}; it must be a positive number, for example 0.1")
-        if not 0 <= self.sft_weight < float("inf"):
-            raise UserError(f"the SFT weight is {self.sft_weight}; it must be 0 or more")
-        losses.check_loss(self.loss_type, self.label_smoothing)
-        if self.reliable:
-            losses.check_pair_loss(self.loss_type)
-            if self.label_smoothing:
-                raise UserError(
-                    f"label smoothing {self.label_smoothing} does not go with +reliable, which "
-                    "finds each pair's own; leave out one of the two"
-                )
-        if self.loss_type == "ipo" and self.normalize != "token":
-            raise UserError("loss type ipo works on log-probs per token; add --normalize token")
+        self.mixture.check_with(self.normalize, self.reliable)
 
     def __str__(self) -> str:
         """The canonical text, with every reference named."""
@@ -150,6 +144,18 @@ class Method:
         """Lines for the user on what was learned from the scores."""
         learned = [part for part in (self.fitted, self.reliability) if part is not None]
         return [line for part in learned for line in part.describe(self.references)]
+
+    @property
+    def mixture(self) -> LossMixture:
+        """The losses that `loss_type` and the fields behind it name."""
+        return LossMixture.parse(
+            self.loss_type,
+            self.loss_weights,
+            sft_weight=self.sft_weight,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+        )
 
     @property
     def reads_prompts(self) -> bool:
@@ -279,8 +285,8 @@ class Method:
             policy_rejected_logps, self.normalize, rejected_tokens, targets.rejected_bytes
         )
         loss = self._preference(chosen, rejected, targets)
-        if self.sft_weight:
-            loss = loss + self.sft_weight * losses.sft_loss(policy_chosen_logps, chosen_tokens)
+        if weight := self.mixture.sft_weight:
+            loss = loss + weight * losses.sft_loss(policy_chosen_logps, chosen_tokens)
         virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
         rewards = [
             self.beta * (logps.detach() - like(reference, logps))
@@ -324,15 +330,15 @@ class Method:
 
     def _preference(self, chosen: Tensor, rejected: Tensor, targets: ReferenceTargets) -> Tensor:
         """[N] the loss on the preference alone, of the policy's normalized log-probs."""
-        smoothing = targets.label_smoothing if self.reliable else self.label_smoothing
-        policy, beta, loss_type = (chosen, rejected), self.beta, self.loss_type
         if self.kind == SEPARATE:
             references = targets.ref_chosen_logps, targets.ref_rejected_logps
-            return losses.multi_dpo_loss(
-                *policy, *references, targets.weights, beta, loss_type, smoothing
+            loss_of = partial(
+                losses.multi_dpo_loss, chosen, rejected, *references, targets.weights, self.beta
             )
-        virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
-        return losses.preference_loss(*policy, *virtual, beta, loss_type, smoothing)
+        else:
+            virtual = targets.virtual_chosen_logps, targets.virtual_rejected_logps
+            loss_of = partial(losses.preference_loss, chosen, rejected, *virtual, self.beta)
+        return self.mixture(loss_of, targets.label_smoothing if self.reliable else None)
 
     def _weights(
         self, scores: ReferenceLogps, chosen: Tensor, rejected: Tensor, held_out: bool

@@ -51,7 +51,10 @@ MAY_CHANGE = {
     "torch_compile",
 }  # fmt: skip
 SINCE = {
+    "f_alpha_divergence_coef": 0.5,
+    "f_divergence_type": "reverse_kl",
     "label_noise": 0.0,
+    "loss_weights": None,
     "shuffle": "rows",
     "train_subset": 0,
 }  # settings that runs of earlier versions lack: what these did

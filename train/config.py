@@ -85,9 +85,20 @@ class TrainConfig(MethodConfig):
     normalize: Annotated[
         Literal["none", "token", "byte"], "Divide log-probs by the response's length."
     ] = "none"
-    loss_type: Annotated[str, "The loss on the margin: sigmoid (DPO's), ipo, hinge or robust."] = (
-        "sigmoid"
-    )
+    loss_type: Annotated[
+        str,
+        "The loss, under TRL's names: sigmoid (DPO's), sigmoid_norm, ipo, hinge, robust, exo_pair, "
+        "nca_pair, bco_pair, sppo_hard, apo_zero, apo_down or discopop; or several with commas "
+        "between them, such as sigmoid,bco_pair,sft.",
+    ] = "sigmoid"
+    loss_weights: Annotated[
+        str | None, "One weight for each of several losses, as 0.8,0.2,1. By default 1 each."
+    ] = None
+    f_divergence_type: Annotated[
+        Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
+        "What holds the policy to the references.",
+    ] = "reverse_kl"
+    f_alpha_divergence_coef: Annotated[float, "alpha of alpha_divergence."] = 0.5
     beta: Annotated[float, "How strongly the policy is held to the references."] = 0.1
     label_smoothing: Annotated[float, "Assumed share of flipped labels."] = 0.0
     sft_weight: Annotated[float, "Weight of a likelihood term of the chosen response."] = 0.0
@@ -186,6 +197,10 @@ class TrainConfig(MethodConfig):
         if self.lora_rank is None:
             lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
             no_effect(self, "without --lora-rank", *lora)
+        if self.f_divergence_type != "alpha_divergence":
+            no_effect(
+                self, "without --f-divergence-type alpha_divergence", "f_alpha_divergence_coef"
+            )
         if self.report_to == "none":
             no_effect(self, "without --report-to", "run_name")
 

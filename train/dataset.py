@@ -23,6 +23,7 @@ from ..data.tables import PAIR_COLUMNS, from_table
 from ..errors import UserError
 from ..files import write_bytes
 from ..method.grammar import aliases_of, parse_method, refuse_average
+from ..method.mixture import parse_loss_weights
 from ..method.objective import Method, ReferenceLogps
 from .config import MethodConfig, TrainConfig
 from .distributed import ALONE, Ranks
@@ -67,6 +68,9 @@ def method_of(config: MethodConfig) -> Method:
             normalize=config.normalize,
             beta=config.beta,
             loss_type=config.loss_type,
+            loss_weights=parse_loss_weights(config.loss_weights),
+            f_divergence_type=config.f_divergence_type,
+            f_alpha_divergence_coef=config.f_alpha_divergence_coef,
             label_smoothing=config.label_smoothing,
             sft_weight=config.sft_weight,
         )

@@ -51,9 +51,10 @@ from .stream import PairStream, refusals, refuse_all
 STOPPED = 143  # a shell's exit code after SIGTERM: 128 + 15
 ENDLESS = 2**62  # rows: --max-steps ends the run
 RECIPE = (
-    "beta", "loss_type", "label_smoothing", "sft_weight", "normalize", "learning_rate",
-    "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "batch_pairs", "shuffle",
-    "train_fraction", "train_subset", "label_noise", "num_train_epochs", "max_steps", "max_length",
+    "beta", "loss_type", "loss_weights", "f_divergence_type", "label_smoothing", "sft_weight",
+    "normalize", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
+    "max_grad_norm", "batch_pairs", "shuffle", "train_fraction", "train_subset", "label_noise",
+    "num_train_epochs", "max_steps", "max_length",
     "lora_rank", "bf16", "seed",
 )  # fmt: skip  # the settings that the model card shows
 

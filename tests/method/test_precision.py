@@ -21,11 +21,12 @@ from mrpo import (
     preference_loss,
     virtual_reference,
 )
-from mrpo.method.losses import LOSS_TYPES
+from mrpo.method.loss_functions import LOSS_TYPES, NEEDS_SMOOTHING
 from mrpo.method.virtual_reference import KINDS
 from mrpo.method.weightings import uniform_weights, vaw_weights, vdw_weights
 
 mpmath.mp.dps = 60
+UNSMOOTHED = [name for name in LOSS_TYPES if name not in NEEDS_SMOOTHING]
 FLOAT32_LOGP = st.floats(-10_000, -(2.0**-10), width=32)
 
 
@@ -130,14 +131,16 @@ def test_losses_and_gradients_are_finite_at_ten_thousand_nats(loss_type: str) ->
         other = torch.tensor([rejected], requires_grad=True)
         refs = torch.tensor([[-1.0, -10_000.0]])
         virtual = virtual_reference(refs, [0.5, 0.5])
-        single = preference_loss(policy, other, virtual, virtual, 0.5, loss_type)
-        several = multi_dpo_loss(policy, other, refs, refs.flip(1), [0.5, 0.5], 0.5, loss_type)
+        options = 0.5, loss_type, 0.1 * (loss_type in NEEDS_SMOOTHING)
+        single = preference_loss(policy, other, virtual, virtual, *options)
+        several = multi_dpo_loss(policy, other, refs, refs.flip(1), [0.5, 0.5], *options)
         (single + several).sum().backward()
         for tensor in (single, several, policy.grad, other.grad):
             assert torch.isfinite(tensor).all()
 
 
-SMOOTHINGS = [(name, 0.0) for name in LOSS_TYPES] + [("sigmoid", 0.2), ("robust", 0.2)]
+SMOOTHINGS = [(name, 0.0) for name in UNSMOOTHED]
+SMOOTHINGS += [(name, 0.2) for name in ("sigmoid", "robust", "exo_pair")]
 
 
 @pytest.mark.parametrize(("loss_type", "smoothing"), SMOOTHINGS)
@@ -209,7 +212,7 @@ def _on(device: str) -> list[torch.Tensor]:
     results += [weigh(*refs) for weigh in (uniform_weights, vdw_weights, vaw_weights)]
     for kind in KINDS:
         virtual = [virtual_reference(r, [0.2, 0.3, 0.5], kind) for r in clipped]
-        results += [preference_loss(*policy, *virtual, 0.1, name) for name in LOSS_TYPES]
+        results += [preference_loss(*policy, *virtual, 0.1, name) for name in UNSMOOTHED]
     return [*results, multi_dpo_loss(*policy, *refs, [0.2, 0.3, 0.5], 0.1)]
 
 

@@ -14,7 +14,7 @@ from mrpo import multi_dpo_loss, preference_loss
 from mrpo.errors import UserError
 from mrpo.method.fitted import FOLDS, NOISES, RIDGE, NoisyFit, fit_noise, fit_reliability
 from mrpo.method.grammar import parse_method
-from mrpo.method.losses import expected_loss
+from mrpo.method.loss_functions import RESPONSE_LOSSES
 from mrpo.method.objective import Method
 
 from .test_methods import ALIASES, loss_of, make_scores, policy
@@ -161,21 +161,29 @@ def test_per_pair_smoothing_is_the_mean_of_both_readings_of_the_label() -> None:
         + mpmath.mpf(share) * mpmath.log1p(mpmath.exp(mpmath.mpf(h) / 2))
         for h, share in zip(margin.tolist(), s.tolist())
     ]
-    loss = expected_loss(margin, 0.5, "sigmoid", s)
-    np.testing.assert_allclose(loss, [float(value) for value in expected], rtol=1e-13)
     zeros = np.zeros(5)
-    np.testing.assert_allclose(
-        preference_loss(margin, zeros, zeros, zeros, 0.5, label_smoothing=s), loss
-    )
+    loss = preference_loss(margin, zeros, zeros, zeros, 0.5, label_smoothing=s)
+    np.testing.assert_allclose(loss, [float(value) for value in expected], rtol=1e-13)
     refs = np.zeros((5, 2))
     several = multi_dpo_loss(margin, zeros, refs, refs, [0.3, 0.7], 0.5, label_smoothing=s)
     np.testing.assert_allclose(several, loss)
     for loss_type, value in (("hinge", 0.8 * 2.5 + 0.2 * 0), ("ipo", 0.8 * 16 + 0.2 * 4)):
-        got = expected_loss(np.array([-3.0]), 0.5, loss_type, np.array([0.2]))
+        zero = np.zeros(1)
+        got = preference_loss(np.array([-3.0]), zero, zero, zero, 0.5, loss_type, np.array([0.2]))
         np.testing.assert_allclose(got, [value])
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_of_a_loss_of_each_response_the_responses_change_places() -> None:
+    logps = [np.array([value]) for value in (-1.0, -4.0, -2.0, -3.0)]
+    turned = [logps[n] for n in (1, 0, 3, 2)]
+    for loss_type in RESPONSE_LOSSES:
+        right, wrong = (preference_loss(*each, 0.5, loss_type) for each in (logps, turned))
+        assert right != wrong
+        got = preference_loss(*logps, 0.5, loss_type, np.array([0.2]))
+        np.testing.assert_allclose(got, 0.8 * right + 0.2 * wrong)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "nca_pair"])
 def test_its_gradients_equal_finite_differences(loss_type: str) -> None:
     generator = torch.Generator().manual_seed(0)
     policy_logps = [

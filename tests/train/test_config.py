@@ -12,7 +12,7 @@ import yaml
 
 from mrpo.errors import UserError
 from mrpo.method.grammar import parse_method
-from mrpo.method.losses import LOSS_TYPES
+from mrpo.method.loss_functions import LOSS_TYPES
 from mrpo.method.objective import Method
 from mrpo.settings import build, settings_of
 from mrpo.tests.needs import needed
@@ -65,6 +65,7 @@ def test_setting_is_read(name: str) -> None:
         ("normalize", "byte"),
         ("beta", 0.7),
         ("loss_type", "hinge"),
+        ("f_divergence_type", "js_divergence"),
         ("label_smoothing", 0.1),
         ("sft_weight", 0.2),
     ],

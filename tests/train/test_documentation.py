@@ -13,7 +13,8 @@ import pytest
 from mrpo import ctro_clip, multi_dpo_loss, preference_loss, virtual_reference
 from mrpo.method.arrays import NORMALIZATIONS
 from mrpo.method.grammar import METHODS
-from mrpo.method.losses import LOSS_TYPES
+from mrpo.method.loss_functions import LOSS_TYPES
+from mrpo.method.losses import DIVERGENCES
 from mrpo.method.virtual_reference import KINDS
 from mrpo.method.weightings import WEIGHTINGS
 
@@ -32,7 +33,7 @@ def plots() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "name", [*METHODS, *KINDS, *WEIGHTINGS, *LOSS_TYPES, *NORMALIZATIONS], ids=str
+    "name", [*METHODS, *KINDS, *WEIGHTINGS, *LOSS_TYPES, *DIVERGENCES, *NORMALIZATIONS], ids=str
 )
 def test_every_choice_is_explained(name: str) -> None:
     assert f"`{name}`" in TEXT
