@@ -123,7 +123,7 @@ class LossMixture:
             check_loss(next(iter(self.weights)), self.label_smoothing)
         check_choice("f-divergence type", self.f_divergence_type, DIVERGENCES)
         of_responses = [name for name in self.weights if name in RESPONSE_LOSSES]
-        if self.f_divergence_type != "reverse_kl" and len(of_responses) == len(self.weights):
+        if self.f_divergence_type != "reverse_kl" and of_responses:
             raise UserError(
                 f"f-divergence type {self.f_divergence_type} has no effect on loss type "
                 f"{of_responses[0]}, which is of each response alone; use reverse_kl, or sigmoid"

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from math import fsum
+from math import fsum, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ PLAIN_LORA = {
     "bias": ("none",),
     **dict.fromkeys(
         (
-            *("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern"),
+            *("use_dora", "lora_bias", "rank_pattern", "alpha_pattern"),
             *("modules_to_save", "layer_replication", "target_parameters", "use_qalora"),
             *("trainable_token_indices", "alora_invocation_tokens", "corda_config", "eva_config"),
         ),
@@ -170,7 +170,7 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def _write_adapter(folders: Sequence[Path], shares: Sequence[float], out: Path) -> None:
     configs = [_adapter_config(folder) for folder in folders]
-    scales = [config["lora_alpha"] / config["r"] for config in configs]
+    scales = [_scale(config) for config in configs]
     rank = sum(config["r"] for config in configs)
     factors = [share * scale / scales[0] for share, scale in zip(shares, scales)]
     tensors = {}
@@ -186,6 +186,8 @@ def _write_adapter(folders: Sequence[Path], shares: Sequence[float], out: Path) 
         save_file(tensors, out / ADAPTER_FILE, file.metadata())
     alpha = scales[0] * rank
     config = configs[0] | {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
+    if config.get("use_rslora"):
+        config["use_rslora"] = False  # its scale is alpha / rank
     write_text(out / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -194,6 +196,13 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         folder / ADAPTER_CONFIG, {"r": int, "lora_alpha": int | float}, WAY_OUT
     )
     return config
+
+
+def _scale(config: dict[str, Any]) -> float:
+    """What B · A is multiplied with; rsLoRA (arXiv 2312.03732) divides by the rank's root."""
+    rank: int = config["r"]
+    alpha: float = config["lora_alpha"]
+    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _rank_axis(name: str) -> int:

@@ -109,6 +109,8 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, text: str, words: l
             {"output_dir": "r", "lora_target_modules": "q"},
             "--lora-target-modules is q",
         ),
+        (TrainConfig, {"output_dir": "r", "use_dora": True}, "no effect without --lora-rank"),
+        (TrainConfig, {"output_dir": "r", "f_alpha_divergence_coef": 0.3}, "no effect without --f"),
         (TrainConfig, {"output_dir": "r", "run_name": "a"}, "no effect without --report-to"),
         (
             PrepareConfig,

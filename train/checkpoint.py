@@ -57,6 +57,8 @@ SINCE = {
     "loss_weights": None,
     "shuffle": "rows",
     "train_subset": 0,
+    "use_dora": False,
+    "use_rslora": False,
 }  # settings that runs of earlier versions lack: what these did
 
 

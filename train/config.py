@@ -158,6 +158,8 @@ class TrainConfig(MethodConfig):
     lora_alpha: Annotated[int | None, "LoRA's scale. By default twice the rank."] = None
     lora_dropout: Annotated[float, "Dropout before the LoRA matrices."] = 0.0
     lora_target_modules: Annotated[str, "Layers that get LoRA, comma-separated."] = "all-linear"
+    use_rslora: Annotated[bool, "rsLoRA: LoRA's scale divided by the root of the rank."] = False
+    use_dora: Annotated[bool, "DoRA: the weights' magnitudes are trained beside LoRA."] = False
     bf16: Annotated[
         bool | None, "bfloat16 autocast over float32 weights. By default on a GPU only."
     ] = None
@@ -195,7 +197,7 @@ class TrainConfig(MethodConfig):
             if getattr(self, name) == 1:
                 raise UserError(f"--{name.replace('_', '-')} is 1; it must be below 1")
         if self.lora_rank is None:
-            lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
+            lora = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
             no_effect(self, "without --lora-rank", *lora)
         if self.f_divergence_type != "alpha_divergence":
             no_effect(

@@ -105,11 +105,12 @@ class Sizes:
             vocabulary=text.vocab_size,
         )
 
-    def lora(self, rank: int, targets: str) -> int:
-        """Parameters of a LoRA adapter: rank * (in + out) for each layer that it adapts."""
+    def lora(self, rank: int, targets: str, dora: bool = False) -> int:
+        """Parameters of a LoRA adapter: rank * (in + out) for each layer that it adapts, and with
+        DoRA `out` magnitudes."""
         names = comma_separated(targets)
         return sum(
-            rank * (inside + outside)
+            rank * (inside + outside) + outside * dora
             for name, (inside, outside) in self.linear.items()
             if targets == "all-linear" or name.rsplit(".", 1)[-1] in names
         )
@@ -134,7 +135,7 @@ class Sizes:
 def memory_plan(sizes: Sizes, config: TrainConfig, ranks: Ranks, bf16: bool) -> MemoryPlan:
     """What each device will hold; with FSDP2 each rank holds its share of all but activations."""
     if config.lora_rank is not None:
-        trained = sizes.lora(config.lora_rank, config.lora_target_modules)
+        trained = sizes.lora(config.lora_rank, config.lora_target_modules, config.use_dora)
         # A frozen policy is bfloat16 if the computation is; FSDP2 needs a single dtype.
         weights = sizes.parameters * (2 if bf16 and ranks.world == 1 else 4) + trained * 4
     else:

@@ -253,6 +253,8 @@ def _with_lora(
         r=rank,
         lora_alpha=config.lora_alpha or 2 * rank,
         lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         target_modules=targets if targets == "all-linear" else comma_separated(targets),
         exclude_modules=rf"({'|'.join(map(re.escape, unused))})\..*" if unused else None,
     )

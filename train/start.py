@@ -185,6 +185,10 @@ def _plan(config: TrainConfig, source: PolicySource, ranks: Ranks, bf16: bool) -
             f"--lora-rank {config.lora_rank}: the policy {source.name} has an adapter already; "
             "merge it into a model folder first (peft's merge_and_unload)"
         )
+    if config.use_dora and ranks.world > 1:
+        raise UserError(
+            "--use-dora is not tested with several processes; leave it out, or train with one"
+        )
     architecture = load_config(source)
     refuse_untrainable(architecture, source.name)
     sizes = Sizes.of(architecture)

@@ -26,7 +26,7 @@ CASES += [
 ]
 CASES += [
     {"loss_type": "sigmoid,bco_pair,sft", "loss_weights": (0.8, 0.2, 1.0)},
-    {"loss_type": "sigmoid,nca_pair", "f_divergence_type": "js_divergence"},
+    {"loss_type": "sigmoid,hinge", "f_divergence_type": "js_divergence"},
     {"loss_type": "robust,apo_zero", "loss_weights": (0.5, 2.0), "label_smoothing": 0.1},
 ]
 

@@ -135,7 +135,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("mrpo", {"loss_type": "nca_pair,hinge", "label_smoothing": 0.1}, "does not go with loss"),
     ("mrpo", {"loss_type": "sigmoid_norm"}, "loss type sigmoid_norm works on log-probs per token"),
     ("mrpo", {"f_divergence_type": "renyi"}, "f-divergence type 'renyi' is unknown"),
-    ("mrpo", {"f_divergence_type": "js_divergence", "loss_type": "bco_pair"}, "has no effect on"),
+    (
+        "mrpo",
+        {"f_divergence_type": "js_divergence", "loss_type": "sigmoid,bco_pair"},
+        "has no effect on loss type bco_pair",
+    ),
     ("mrpo", {"f_divergence_type": "forward_kl", "normalize": "byte"}, "leave out --normalize"),
     ("mrpo", {"loss_type": "ipo"}, "loss type ipo works on log-probs per token"),
     ("mrpo", {"loss_type": "ipo", "normalize": "byte"}, "add --normalize token"),

@@ -141,11 +141,11 @@ def test_bfloat16_is_averaged_in_float64_and_written_as_bfloat16(
 def test_the_mean_of_adapters_gives_the_logits_of_the_averaged_full_weights(
     tiny_references: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Ranks and scales differ: 8/4, 6/2 and 4/8."""
+    """Ranks and scales differ: 8/√4 and 6/√2 (rsLoRA), and 4/8."""
     source, weights = tiny_references["llama"], [0.5, 0.2, 0.3]
     sizes = [(4, 8), (2, 6), (8, 4)]
     parts = [
-        adapter(source, tmp_path / f"part-{seed}", seed, rank, alpha)
+        adapter(source, tmp_path / f"part-{seed}", seed, rank, alpha, use_rslora=seed < 2)
         for seed, (rank, alpha) in enumerate(sizes)
     ]
     average(parts, weights, tmp_path / "mean")
@@ -200,7 +200,7 @@ def test_what_has_no_mean_is_one_line(tiny_references: dict[str, Path], tmp_path
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"broken has no model.safetensors, and means are of"):
         average([llama, broken], [1, 1], tmp_path / "mean")
-    special = adapter(llama, tmp_path / "special", 0, use_rslora=True)
-    with pytest.raises(UserError, match="use_rslora True, and means are of plain LoRA adapters"):
+    special = adapter(llama, tmp_path / "special", 0, use_dora=True)
+    with pytest.raises(UserError, match="use_dora True, and means are of plain LoRA adapters"):
         refuse_special_adapter("qwen", special)
     refuse_special_adapter("qwen", adapter(llama, tmp_path / "plain", 0))

@@ -50,6 +50,8 @@ def test_parameters_are_those_of_the_published_model(sizes: Sizes) -> None:
     # Rank 16 on q, k, v, o, gate, up and down of 32 layers, as peft counts it.
     assert sizes.lora(16, "all-linear") == 41_943_040
     assert sizes.lora(16, "q_proj,v_proj") == 6_815_744
+    outputs = 2 * 4096 + 2 * 1024 + 2 * 14_336 + 4096  # q, o, k, v, gate, up, down
+    assert sizes.lora(16, "all-linear", dora=True) == 41_943_040 + 32 * outputs
 
 
 def test_full_training_takes_16_bytes_a_parameter_and_autocasts_copies(sizes: Sizes) -> None:

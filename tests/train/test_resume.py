@@ -42,6 +42,7 @@ def killed(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "max_tokens": 512,
         "lora_rank": 2,
         "lora_dropout": 0.1,
+        "use_dora": True,
     }
     runs = {name: [inputs.settings(root / name, **changes), kill] for name, kill in KILLS.items()}
     (root / "runs.json").write_text(json.dumps(runs))

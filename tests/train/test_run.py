@@ -128,6 +128,8 @@ def test_another_beta_scores_nothing_and_opens_no_reference(
         {"method": "dpo:qwen"},
         {"weights": "1,2,1", "epsilon": "none"},
         {"loss_type": "ipo", "normalize": "token", "sft_weight": 0.1},
+        {"loss_type": "sigmoid,bco_pair,sft", "loss_weights": "0.8,0.2,1"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
     ],
     ids=lambda changes: next(iter(changes.values())),
 )
@@ -139,10 +141,14 @@ def test_methods_train(inputs: Any, tmp_path: Path, changes: dict[str, Any]) -> 
     assert len(weights) == (1 if "dpo:qwen" in changes.values() else 3)
 
 
-def test_lora_trains_an_adapter_that_peft_loads(inputs: Any, tmp_path: Path) -> None:
-    train(inputs.config(tmp_path / "run", lora_rank=4, load_best_model_at_end=True))
+@pytest.mark.parametrize("kind", ["plain", "use_rslora", "use_dora"])
+def test_lora_trains_an_adapter_that_peft_loads(inputs: Any, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {} if kind == "plain" else {kind: True}
+    train(inputs.config(tmp_path / "run", lora_rank=4, load_best_model_at_end=True, **options))
     adapter = tmp_path / "run" / "model"
     assert {path.name for path in adapter.iterdir()} >= {"adapter_config.json", "README.md"}
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    assert [name for name in ("use_rslora", "use_dora") if written[name]] == list(options)
     base = AutoModelForCausalLM.from_pretrained(inputs.references["llama"])
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

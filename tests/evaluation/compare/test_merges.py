@@ -60,7 +60,7 @@ def experts(
         "other": {"model": str(root / "two"), "adapter": str(adapter(llama, root / "c", 3))},
         "special": {
             "model": str(llama),
-            "adapter": str(adapter(llama, root / "d", 4, use_rslora=True)),
+            "adapter": str(adapter(llama, root / "d", 4, use_dora=True)),
         },
         "small": {"model": str(llama), "quantization": "fp8"},
     }
@@ -132,7 +132,7 @@ def test_a_merge_of_adapters_is_an_adapter_on_their_model(
         ("merge:one/words", "one and words have different tokenizers (added_tokens)"),
         ("merge:one/adapted", "adapted has an adapter, one has not; merge the adapter"),
         ("merge:adapted/other", "adapted and other have adapters of different models"),
-        ("merge:adapted/special", "special: its adapter has use_rslora True"),
+        ("merge:adapted/special", "special: its adapter has use_dora True"),
         ("merge:one/small", "small is quantized or a GGUF file"),
         ("merge:one", "is the reference one itself; name two or more"),
         ("merge:one/two+vaw", "merge is uniform; leave out +vaw"),
