@@ -147,7 +147,7 @@ def test_no_public_name_is_defined_in_two_modules() -> None:
 
 def test_files_are_few_and_neither_tiny_nor_long() -> None:
     lines = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
-    assert len(lines) <= 116
+    assert len(lines) <= 120
     assert {name: count for name, count in lines.items() if count > 450} == {}
     assert 150 <= statistics.median(lines.values()) <= 300
 

@@ -36,6 +36,7 @@ from .forward import EVALUATION_PAIRS, HeldOut, PairForward
 from .logs import Meter, RunLog, open_trackers
 from .loop import Run, total_steps, train_steps
 from .memory import TokenBudget
+from .observations import observations
 from .policy import (
     PolicySource,
     gather_weights,
@@ -44,7 +45,7 @@ from .policy import (
     make_optimizer,
     write_model,
 )
-from .run_folder import RunFolder, read_evaluation, update_evaluation
+from .run_folder import RunFolder, read_evaluation, read_log, update_evaluation
 from .start import Start, compare_with_base, find_start
 from .stream import PairStream, refusals, refuse_all
 
@@ -185,6 +186,8 @@ def finish(run: Run) -> dict[str, float]:
         run.log.close()
         for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
+        for sentence in observations(read_log(folder.path)):
+            print(f"NOTE: {sentence}")
         print(folder.model)
         if Path(run.config.pairs or "pairs").resolve() != folder.pairs.resolve():
             shutil.rmtree(folder.pairs, ignore_errors=True)  # no step needs them any more
