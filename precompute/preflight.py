@@ -14,13 +14,12 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,17 +27,17 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.ids import IdArray, IdIndex, ids_to_numpy
-from ..data.references import files_of, from_pretrained
+from ..data.references import from_pretrained
 from ..data.shards import MANIFEST, PairShards
 from ..data.store import Store
 from ..errors import UserError
+from .estimate import estimated_seconds, num_parameters, precision_warning
 from .identity import ResolvedReference
 from .reference_run import ReferenceRun
 from .scoring import Job, PairSelection, renderer_for, sort_out, write_sample
 
 POOL_RESPONSES = 40_000  # renderings from which starting further processes pays
 ROW_BYTES = 70  # of a response in a score file, measured; token log-probs come on top
-EFFICIENCY = 0.4  # of the device's matrix rate that scoring reaches
 
 # The key of an identity's inputs, and its value, for scores that nothing could be compared with.
 SERVER, UNVERIFIED = "server", "unverified server"
@@ -151,6 +150,12 @@ def print_plans(plans: Sequence[ReferencePlan], selection: PairSelection, store:
             print("  warning: the pairs are plain text and this model has a chat template;")
             print("  `mrpo prepare --chat` makes them messages")
         print("  " + "; ".join(_described(plan, selection, store)))
+        if (
+            plan.missing.todo
+            and engine != "server"
+            and (slow := precision_warning(plan.job.settings))
+        ):
+            print(f"  warning: {slow}")
 
 
 def duration(seconds: float) -> str:
@@ -181,7 +186,7 @@ def _described(plan: ReferencePlan, selection: PairSelection, store: Store) -> l
         f"{missing.todo:,} to score",
     ]
     if missing.todo:
-        seconds = _estimated_seconds(plan, store)
+        seconds = estimated_seconds(plan.job, plan.missing.tokens, store)
         about = "time unknown" if seconds is None else f"about {duration(seconds)}"
         parts[-1] += (
             f" ({missing.tokens:,} tokens, the longest sequence {missing.longest:,}, {about}, "
@@ -224,61 +229,6 @@ def _survey_shard(task: tuple[Job, PairSelection, int, np.ndarray]) -> Shortfall
         left_out=[work.left_out],
         refused=Counter(row["reason"] for row in work.refused),
     )
-
-
-def _estimated_seconds(plan: ReferencePlan, store: Store) -> float | None:
-    """By the reference's last run on this engine, else by counting operations.
-
-    None where neither is known: a server may run on any machine.
-    """
-    job, tokens = plan.job, plan.missing.tokens
-    names = store.names_of(job.identity)
-    for run in reversed(names[0].runs if names else ()):
-        if run.get("engine") == job.engine and run.get("tokens_per_second"):
-            return tokens / float(run["tokens_per_second"])
-    if job.engine == "server":
-        return None
-    operations = 2 * _num_parameters(job.settings.model, job.settings.revision) * tokens
-    return operations / (EFFICIENCY * _matrix_rate())
-
-
-@cache
-def _num_parameters(model_name: str, revision: str | None) -> int:
-    """Counted on a model without memory, so that no weights are read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = from_pretrained(AutoConfig, model_name, revision)
-    with files_of(model_name, "no causal language model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-@cache
-def _matrix_rate() -> float:
-    """Floating-point operations per second of a matrix product on the device.
-
-    A GPU is measured in a process of its own: a CUDA context here would keep its memory.
-    """
-    import torch
-
-    if torch.cuda.device_count() == 0:
-        return _measured_rate("cpu", 512)
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_measured_rate, "cuda", 8192).result()
-
-
-def _measured_rate(device: str, size: int) -> float:
-    import torch
-
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def verify_server(
@@ -354,7 +304,7 @@ def _compared_with_weights(
     settings = job.settings
     if settings.quantization is not None or not _weights_here(settings.model, settings.revision):
         return None
-    if 4 * _num_parameters(settings.model, settings.revision) > _free_memory():
+    if 4 * num_parameters(settings.model, settings.revision) > _free_memory():
         return None
     sample = write_sample(selection.pairs, SERVER_PAIRS, folder / "pairs")
     assert sample is not None

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..files import new_folder, write_text
 from ..method.grammar import beta_warning, epsilon_warning
 from ..method.objective import Method
+from ..model.rates import slow_precision
 from ..settings import command, write_resolved
 from . import checkpoint
 from .checkpoint import TrainState
@@ -85,6 +86,8 @@ def train(config: TrainConfig) -> TrainResult:
     ranks = Ranks.start(config.device)
     try:
         bf16 = config.bf16 if config.bf16 is not None else ranks.device.type == "cuda"
+        if bf16 and ranks.device.type == "cpu" and (slow := slow_precision("bfloat16")):
+            ranks.say(f"WARNING: {slow}; leave out --bf16")
         start = ranks.on_first(lambda: find_start(config, ranks, bf16))
         if start.checkpoint is not None and folder.finished:
             ranks.say(f"this run is finished: {folder.model}")

@@ -19,7 +19,7 @@ import torch
 
 from mrpo.data.references import load_refs
 from mrpo.errors import UserError
-from mrpo.precompute import preflight, process
+from mrpo.precompute import estimate, process
 from mrpo.precompute.run import precompute
 from mrpo.tests.precompute.workspace import Workspace, rows
 
@@ -263,11 +263,22 @@ def test_a_worker_killed_by_the_system_is_reported_as_such(
     assert "reference qwen failed: killed by SIGKILL" in capsys.readouterr().err
 
 
-def test_bfloat16_scores_have_an_identity_of_their_own(workspace: Workspace, worker: Any) -> None:
+def test_bfloat16_scores_have_an_identity_of_their_own(
+    workspace: Workspace,
+    worker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And the way out of them where the processor has no bfloat16."""
+    slow = {"bfloat16": "bfloat16 is slow"}
+    monkeypatch.setattr("mrpo.model.rates.slow_precision", slow.get)
     workspace.prepare(rows(3))
     jobs = worker("")
     precompute(workspace.config(refs="llama"))
+    assert "is slow" not in capsys.readouterr().out
     precompute(workspace.config(refs="llama", bf16=True))
+    warning = "  warning: bfloat16 is slow; leave out --bf16, which is another identity\n"
+    assert capsys.readouterr().out.count(warning) == 1
     exact, fast = jobs
     assert (exact["settings"]["autocast"], fast["settings"]["autocast"]) == (False, True)
     assert exact["identity"] != fast["identity"]
@@ -321,7 +332,7 @@ def test_groups_of_gpus_go_to_workers(
     seen = workspace.folder / "devices"
     worker(f"import os; print(os.environ['CUDA_VISIBLE_DEVICES'], file=open({str(seen)!r}, 'a'))")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(preflight, "_matrix_rate", lambda: 1e12)
+    monkeypatch.setattr(estimate, "_matrix_rate", lambda dtype: 1e12)
     monkeypatch.setattr("mrpo.precompute.reference_run.find_spec", lambda name: name)  # has vLLM
     options = {"refs": "llama", "engine": "vllm", "tensor_parallel_size": 2}
     precompute(workspace.config(**options, data_parallel_size=2))

@@ -193,6 +193,16 @@ def test_best_checkpoint_is_what_is_written_on_request(inputs: Any, tmp_path: Pa
     assert training["figures"]["eval_rewards/accuracies"] == pytest.approx(top.accuracy)
 
 
+@pytest.mark.parametrize("slow", [None, "bfloat16 is slow"])
+def test_bf16_warns_where_the_processor_has_none(
+    inputs: Any, tmp_path: Path, slow: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("mrpo.train.run.slow_precision", lambda dtype: slow)
+    train(inputs.config(tmp_path / "run", bf16=True, max_steps=1))
+    assert ("WARNING: bfloat16 is slow; leave out --bf16" in capsys.readouterr().out) == bool(slow)
+
+
 def test_bfloat16_autocast_stays_near_float32(inputs: Any, run: Path, tmp_path: Path) -> None:
     train(inputs.config(tmp_path / "run", max_steps=3, warmup_ratio=0.0, bf16=True))
     losses = [
