@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -606,7 +606,7 @@ def _(world: World) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     command += ["mrpo", "train", "--config"]
     settings = world.folder / "two.json"
-    settings.write_text(json.dumps({name: getattr(config, name) for name in config.__slots__}))
+    settings.write_text(json.dumps(asdict(config)))
     done = subprocess.run([*command, str(settings)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-300:]
     log = Path(config.output_dir, "log.jsonl").read_text().splitlines()
