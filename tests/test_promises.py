@@ -402,6 +402,14 @@ PROMISES: dict[str, list[tuple[str, str]]] = {
             f"{TRAIN}run.py::test_model_keeps_the_dtype_it_came_in",
         ),
         (
+            "At its end a run says in a sentence where the log shows a sign of trouble:",
+            f"{TRAIN}observations.py::test_a_run_that_ruins_its_policy_says_so",
+        ),
+        (
+            "one reference with nearly all the weight, or clipping that holds all others back",
+            f"{TRAIN}observations.py::test_one_reference_decides",
+        ),
+        (
             "A line is the mean over the pairs since the last one.",
             f"{TRAIN}loop.py::test_line_of_several_steps_is_their_mean",
         ),

@@ -255,7 +255,7 @@ def test_it_composes_in_the_grammar() -> None:
     ("text", "options", "message"),
     [
         ("mrpo+reliable", {"label_smoothing": 0.1}, "does not go with .reliable"),
-        ("mrpo+reliable", {"loss_type": "robust"}, "corrects for one noise rate of all labels"),
+        ("mrpo+reliable", {"loss_type": "robust"}, "has one chance of a wrong label for all pairs"),
         ("mrpo+reliable+reliable", {}, "reliable twice"),
         ("mrpo+arwc+vdw", {}, "more than one weighting"),
         ("dpo:llama+arwc+reliable", {}, "dpo is held to one reference and has no weights"),
