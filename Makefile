@@ -92,8 +92,8 @@ bench: setup-dev
 	$(BIN)/python benchmarks/scoring.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
 	$(BIN)/python benchmarks/training.py --data $(BENCH_DATA) $(if $(GPU),--gpu) $(ARGS)
 
-# Every GPU path at small size: pass or fail, with figures, in a few minutes.
-gpu-check: setup-dev
+# Every GPU path at small size: pass or fail, with figures.
+gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # A real model from a package (100 MB) through every command, beside TRL; needs 18 GB of free memory.

@@ -27,6 +27,8 @@ from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from mrpo.data.rendering import RenderedPrompt, Renderer
     from mrpo.precompute.scoring import ShardWork
 
@@ -113,20 +115,38 @@ def write_pairs(folder: Path, pairs: Iterable[Pair], count: int) -> PairShards:
 
 def write_model(folder: Path, size: Size, pairs: Sequence[Pair]) -> None:
     """A model folder with a tokenizer trained on the pairs."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from mrpo.demo.models import build_tokenizer
-
-    texts = (turn["content"] for pair in pairs for turns in _turns(pair) for turn in turns)
-    tokenizer = build_tokenizer("llama", texts, TOKENIZER_SIZE)
-    config = LlamaConfig(
+    write_random_model(
+        folder,
+        "llama",
+        learned_tokenizer(pairs, TOKENIZER_SIZE),
+        size.dtype,
         vocab_size=size.vocabulary,
         hidden_size=size.width,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
+    )
+
+
+def learned_tokenizer(pairs: Iterable[Pair], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with Llama's template, learned from the pairs' texts."""
+    from mrpo.demo.models import build_tokenizer
+
+    texts = (turn["content"] for pair in pairs for turns in _turns(pair) for turn in turns)
+    return build_tokenizer("llama", texts, vocabulary)
+
+
+def write_random_model(
+    folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, dtype: str, **shape: Any
+) -> None:
+    """A model folder with random weights, always the same, tied embeddings and 8,192 tokens."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        architecture,
+        **shape,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -134,7 +154,7 @@ def write_model(folder: Path, size: Size, pairs: Sequence[Pair]) -> None:
         pad_token_id=None,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -9,20 +9,25 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 Line = Mapping[str, float | None]  # None: a value that is not finite
-
 Known = Mapping[str, float]
 
 FALL = 1.0  # nats by which a chosen response has to become less likely
 LEARNED, BEHIND = 0.995, 0.1  # accuracy on training pairs; how far held-out pairs are below it
+MEANT = ("base", "fixed")  # the weighting of dpo:x+reliable, and the user's own weights
 ALONE = 0.95  # of the weight, or share of the others' responses that clipping moved
 
 
-def observations(lines: Sequence[Line]) -> list[str]:
-    """Sentences on the lines of a log, `log.jsonl`; mostly none."""
+def observations(lines: Sequence[Line], weighting: str) -> list[str]:
+    """Sentences on the lines of a log, `log.jsonl`; mostly none.
+
+    `weighting`: the method's. Weights that are meant to be on one reference are no surprise.
+    """
     known = [{name: value for name, value in line.items() if value is not None} for line in lines]
     training = [line for line in known if "rewards/accuracies" in line]
     held_out = [line for line in known if "eval_rewards/accuracies" in line]
-    found = [displacement(held_out), over_fitting(training, held_out), one_reference(training)]
+    found = [displacement(held_out), over_fitting(training, held_out)]
+    if weighting not in MEANT:
+        found.append(one_reference(training))
     return [sentence for sentence in found if sentence]
 
 

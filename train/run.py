@@ -86,7 +86,8 @@ def train(config: TrainConfig) -> TrainResult:
     ranks = Ranks.start(config.device)
     try:
         bf16 = config.bf16 if config.bf16 is not None else ranks.device.type == "cuda"
-        if bf16 and ranks.device.type == "cpu" and (slow := slow_precision("bfloat16")):
+        on_cpu = bf16 and ranks.first and ranks.device.type == "cpu"
+        if on_cpu and (slow := slow_precision("bfloat16")):
             ranks.say(f"WARNING: {slow}; leave out --bf16")
         start = ranks.on_first(lambda: find_start(config, ranks, bf16))
         if start.checkpoint is not None and folder.finished:
@@ -189,7 +190,7 @@ def finish(run: Run) -> dict[str, float]:
         run.log.close()
         for name, value in figures.items():
             print(f"{name:<24} {value:,.4f}")
-        for sentence in observations(read_log(folder.path)):
+        for sentence in observations(read_log(folder.path), run.method.weighting):
             print(f"NOTE: {sentence}")
         print(folder.model)
         if Path(run.config.pairs or "pairs").resolve() != folder.pairs.resolve():

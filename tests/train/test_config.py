@@ -79,6 +79,21 @@ def test_setting_of_the_method_reaches_it(name: str, value: Any) -> None:
         assert method_of(export) == expected
 
 
+def test_a_sum_of_losses_reaches_the_method_with_its_weights() -> None:
+    options = {"loss_type": "sigmoid,bco_pair,sft", "refs": "a,b", "output_dir": "run"}
+    method = method_of(TrainConfig(**options, loss_weights="0.8, 0.2,1"))
+    assert method.mixture.weights == {"sigmoid": 0.8, "bco_pair": 0.2}
+    assert method.mixture.sft_weight == 1
+    with pytest.raises(UserError, match="--loss-weights 1,x: must be numbers, one for each loss"):
+        method_of(TrainConfig(**options, loss_weights="1,x"))
+    alpha: dict[str, Any] = {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.3,
+    }
+    method = method_of(TrainConfig(refs="a,b", output_dir="run", **alpha))
+    assert method.mixture.f_alpha_divergence_coef == 0.3
+
+
 def test_settings_and_method_have_the_same_defaults() -> None:
     for field in fields(Method):
         if field.name in FIELDS and field.default is not MISSING:

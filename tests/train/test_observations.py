@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mrpo.train.observations import observations
+from mrpo.train import observations as module
 from mrpo.train.run import train
 from mrpo.train.run_folder import read_log
 
@@ -19,6 +19,10 @@ def line(step: int, **changes: float | None) -> dict[str, float | None]:
 def held_out(step: int, chosen: float, rejected: float, accuracy: float = 0.7) -> dict[str, float]:
     logps = {"eval_logps/chosen": chosen, "eval_logps/rejected": rejected}
     return {"step": step, "eval_rewards/accuracies": accuracy} | logps
+
+
+def observations(lines: list[Any], weighting: str = "arwc") -> list[str]:
+    return module.observations(lines, weighting)
 
 
 QUIET = [line(1), held_out(1, -20, -20), line(2), held_out(2, -21.5, -19), held_out(3, -20.5, -30)]
@@ -56,6 +60,7 @@ def test_all_right_on_training_pairs_alone() -> None:
 def test_one_reference_decides(changes: dict[str, float], words: str) -> None:
     (sentence,) = observations([line(step, **changes) for step in (1, 2)])
     assert words in sentence
+    assert observations([line(1, **changes)], "fixed") == []
     alone = {"refs/weight/a": 1.0, "loss": 0.5, "rewards/accuracies": 0.5, "step": 1}
     assert observations([alone]) == []  # a run with one reference
 
@@ -65,7 +70,16 @@ def test_a_run_that_ruins_its_policy_says_so(
 ) -> None:
     ruined = {"learning_rate": 0.3, "warmup_ratio": 0.0, "max_steps": 4, "eval_steps": 1}
     train(inputs.config(tmp_path / "run", **ruined))
-    sentences = observations(read_log(tmp_path / "run"))
+    sentences = observations(list(read_log(tmp_path / "run")))
     assert any("likelihood displacement" in sentence for sentence in sentences)
     out = capsys.readouterr().out
     assert all(f"NOTE: {sentence}" in out for sentence in sentences)
+
+
+def test_dpo_with_reliable_labels_is_meant_to_have_one_reference(
+    inputs: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(inputs.config(tmp_path / "run", method="dpo:llama+reliable", max_steps=2))
+    steps = [line for line in read_log(tmp_path / "run") if "loss" in line]
+    assert {step["refs/weight/llama"] for step in steps} == {1.0}
+    assert "of the weight" not in capsys.readouterr().out

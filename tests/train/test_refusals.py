@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,9 @@ from mrpo.data.prepare import prepare
 from mrpo.data.shards import PairShards
 from mrpo.data.store import Store
 from mrpo.errors import UserError
+from mrpo.train.distributed import Ranks
 from mrpo.train.run import train
+from mrpo.train.start import find_start
 
 TWO_STEPS = {"max_steps": 2, "save_steps": 1}
 
@@ -175,6 +178,12 @@ def test_mistake_is_one_line(
         train(inputs.config(tmp_path / "run", **changes))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_dora_with_several_processes_is_refused(inputs: Any, tmp_path: Path) -> None:
+    config = inputs.config(tmp_path / "run", lora_rank=2, use_dora=True)
+    with pytest.raises(UserError, match="--use-dora is not tested with several processes"):
+        find_start(config, Ranks(0, 2, torch.device("cpu")), bf16=False)
 
 
 def test_output_below_a_file_is_refused(inputs: Any, tmp_path: Path) -> None:
